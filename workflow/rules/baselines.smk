@@ -1,0 +1,57 @@
+rule search_flat:
+    input:
+        images=IMAGES,
+        splits=SPLITS,
+        network=DENSE,
+        code=code("search_flat"),
+    output:
+        masks=f"{METHOD}/masks.npz",
+        history=f"{METHOD}/history.csv",
+    params:
+        settings=lambda wildcards: configuration.flat_settings(settings_of(wildcards)),
+    wildcard_constraints:
+        method=any_of(configuration.methods_of_kind(config, "flat")),
+    log:
+        f"{RESULTS}/logs/{LOG}/{{method}}/search_flat.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/{LOG}/{{method}}/search_flat.tsv"
+    threads: 1
+    resources:
+        mem_mb=8000,
+        runtime=1440,
+        gpu=lookup("gpus_per_job", within=config),
+    conda:
+        "../../envs/environment.yaml"
+    script:
+        "../scripts/search_flat.py"
+
+
+rule sweep_allocation:
+    input:
+        images=IMAGES,
+        splits=SPLITS,
+        network=DENSE,
+        scores=score_files(lambda settings: [settings["importance"]]),
+        code=code("sweep_allocation"),
+    output:
+        masks=f"{METHOD}/masks.npz",
+        history=f"{METHOD}/history.csv",
+    params:
+        settings=lambda wildcards: configuration.allocation_settings(
+            settings_of(wildcards)
+        ),
+    wildcard_constraints:
+        method=any_of(configuration.methods_of_kind(config, "allocation")),
+    log:
+        f"{RESULTS}/logs/{LOG}/{{method}}/sweep_allocation.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/{LOG}/{{method}}/sweep_allocation.tsv"
+    threads: 1
+    resources:
+        mem_mb=8000,
+        runtime=240,
+        gpu=lookup("gpus_per_job", within=config),
+    conda:
+        "../../envs/environment.yaml"
+    script:
+        "../scripts/sweep_allocation.py"

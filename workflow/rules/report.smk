@@ -1,0 +1,54 @@
+def compared(kind):
+    """The methods of one kind that are compared."""
+    of_kind = configuration.methods_of_kind(config, kind)
+    return [name for name in config["methods"] if name in of_kind]
+
+
+rule write_report:
+    input:
+        metrics=[
+            METRICS.format(**run, seed=seed)
+            for run in config["runs"]
+            for seed in config["seeds"]
+        ],
+        fronts=each_method("front.csv", config["methods"]),
+        layers=each_method("layers.csv", config["methods"]),
+        histories=each_method("history.csv", config["methods"]),
+        corridors=each_method("anchors.json", compared("two_phase")),
+        finetuned=each_method("finetuned.csv", config["finetune"]["methods"]),
+        template=f"{os.path.relpath(SCRIPTS)}/paretoprune/report.html.jinja",
+        code=code("write_report"),
+    output:
+        page=f"{RESULTS}/report/index.html",
+        summary=f"{RESULTS}/report/summary.csv",
+        figures=directory(f"{RESULTS}/report/figures"),
+    params:
+        results=RESULTS,
+        runs=config["runs"],
+        seeds=config["seeds"],
+        methods=config["methods"],
+        settings={
+            "method_kinds": {
+                name: config["method_settings"][name]["kind"]
+                for name in config["methods"]
+            },
+            "finetuned_methods": config["finetune"]["methods"],
+        },
+    log:
+        f"{RESULTS}/logs/write_report.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/write_report.tsv"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=30,
+        gpu=0,
+    conda:
+        "../../envs/environment.yaml"
+    script:
+        "../scripts/write_report.py"
+
+
+rule figures:
+    input:
+        rules.write_report.output,

@@ -1,0 +1,110 @@
+TWO_PHASE = configuration.methods_of_kind(config, "two_phase")
+
+
+def phase1_file(file):
+    """An input function for a result of the Phase 1 that a method continues, its own or a shared one."""
+    return lambda wildcards: f"{METHOD}/{file}".format(
+        **{
+            **wildcards,
+            "method": configuration.phase1_source(config, wildcards.method),
+        }
+    )
+
+
+def phase1_scores(settings):
+    """The score that thresholds cut, and those that the starting allocations follow."""
+    return [settings["importance"], "magnitude", "lamp"]
+
+
+rule search_thresholds:
+    input:
+        images=IMAGES,
+        splits=SPLITS,
+        network=DENSE,
+        scores=score_files(phase1_scores),
+        code=code("search_thresholds"),
+    output:
+        front=f"{METHOD}/phase1.npz",
+        history=f"{METHOD}/phase1_history.csv",
+    params:
+        settings=lambda wildcards: configuration.phase1_settings(
+            settings_of(wildcards)
+        ),
+    wildcard_constraints:
+        method=any_of(TWO_PHASE),
+    log:
+        f"{RESULTS}/logs/{LOG}/{{method}}/search_thresholds.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/{LOG}/{{method}}/search_thresholds.tsv"
+    threads: 1
+    resources:
+        mem_mb=8000,
+        runtime=1440,
+        gpu=lookup("gpus_per_job", within=config),
+    conda:
+        "../../envs/environment.yaml"
+    script:
+        "../scripts/search_thresholds.py"
+
+
+rule choose_anchors:
+    input:
+        front=phase1_file("phase1.npz"),
+        network=DENSE,
+        metrics=METRICS,
+        code=code("choose_anchors"),
+    output:
+        anchors=f"{METHOD}/anchors.npz",
+        corridor=f"{METHOD}/anchors.json",
+    params:
+        tolerances=lambda wildcards: settings_of(wildcards)["anchors"],
+        objective=lambda wildcards: settings_of(wildcards)["objective"],
+    wildcard_constraints:
+        method=any_of(TWO_PHASE),
+    log:
+        f"{RESULTS}/logs/{LOG}/{{method}}/choose_anchors.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/{LOG}/{{method}}/choose_anchors.tsv"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=10,
+        gpu=0,
+    conda:
+        "../../envs/environment.yaml"
+    script:
+        "../scripts/choose_anchors.py"
+
+
+rule search_corridor:
+    input:
+        images=IMAGES,
+        splits=SPLITS,
+        network=DENSE,
+        scores=score_files(lambda settings: settings["phase2"]["guides"]),
+        front=phase1_file("phase1.npz"),
+        history=phase1_file("phase1_history.csv"),
+        anchors=f"{METHOD}/anchors.npz",
+        code=code("search_corridor"),
+    output:
+        masks=f"{METHOD}/masks.npz",
+        history=f"{METHOD}/history.csv",
+    params:
+        settings=lambda wildcards: configuration.phase2_settings(
+            settings_of(wildcards)
+        ),
+    wildcard_constraints:
+        method=any_of(TWO_PHASE),
+    log:
+        f"{RESULTS}/logs/{LOG}/{{method}}/search_corridor.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/{LOG}/{{method}}/search_corridor.tsv"
+    threads: 1
+    resources:
+        mem_mb=8000,
+        runtime=1440,
+        gpu=lookup("gpus_per_job", within=config),
+    conda:
+        "../../envs/environment.yaml"
+    script:
+        "../scripts/search_corridor.py"

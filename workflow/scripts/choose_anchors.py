@@ -1,0 +1,23 @@
+"""Choose the light and the heavy anchor and report the corridor between them."""
+
+from paretoprune.checkpoints import DenseNetwork
+from paretoprune.corridor import Corridor, choose_anchors, describe_corridor
+from paretoprune.files import read_json, write_json
+from paretoprune.fronts import Front
+from paretoprune.masks import MaskLayout
+from paretoprune.steps import step
+
+name = "{dataset} {network} seed {seed}: {method}, anchors".format(**snakemake.wildcards)
+with step(name, snakemake.log[0]) as (log, _):
+    front = Front.load(snakemake.input.front)
+    metrics = read_json(snakemake.input.metrics)
+    dense = DenseNetwork.load(snakemake.input.network)
+    layout = MaskLayout.of(dense.network, dense.exclude)
+    dense_error = 0.0 if snakemake.params.objective == "divergence" else 1 - metrics["accuracy"]["search"]
+    tolerances = snakemake.params.tolerances
+    light, heavy = choose_anchors(front, dense_error, 1 - 1 / metrics["n_classes"], **tolerances)
+    front.select([light, heavy]).save(snakemake.output.anchors)
+    corridor = Corridor.between(front.masks.unpack(light), front.masks.unpack(heavy), layout)
+    description = describe_corridor(front, light, heavy, corridor)
+    write_json(snakemake.output.corridor, {**tolerances, **description})
+    log.info("corridor of %d bits out of %d weights", corridor.n_searched, layout.n_weights)

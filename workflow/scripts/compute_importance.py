@@ -1,0 +1,17 @@
+"""Score every prunable weight of the dense network."""
+
+from paretoprune.checkpoints import DenseNetwork, save_tensors
+from paretoprune.importance import compute_importance
+from paretoprune.masks import MaskLayout
+from paretoprune.steps import read_splits, step
+
+name = "{dataset} {network} seed {seed}: {score}".format(**snakemake.wildcards)
+with step(name, snakemake.log[0], snakemake.threads) as (log, _):
+    dense = DenseNetwork.load(snakemake.input.network)
+    (train,) = read_splits(snakemake.input.images, snakemake.input.splits, dense, "train")
+    seed = int(snakemake.wildcards.seed)
+    chosen = train.sample(snakemake.params.n_images, seed)
+    layout = MaskLayout.of(dense.network, dense.exclude)
+    scores = compute_importance(snakemake.wildcards.score, dense.network, layout, chosen.images, chosen.labels, seed)
+    save_tensors(snakemake.output.scores, scores)
+    log.info("importance of %d weights", layout.n_weights)

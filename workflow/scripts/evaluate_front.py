@@ -1,0 +1,17 @@
+"""Measure every member of a final front on the test split, once, in float32."""
+
+from paretoprune.checkpoints import DenseNetwork
+from paretoprune.files import write_csv
+from paretoprune.fronts import Front
+from paretoprune.measurement import FRONT_COLUMNS, LAYER_COLUMNS, front_rows, layer_rows
+from paretoprune.steps import make_evaluator, read_splits, step
+
+name = "{dataset} {network} seed {seed}: {method}, test".format(**snakemake.wildcards)
+with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as (log, device):
+    front = Front.load(snakemake.input.masks)
+    dense = DenseNetwork.load(snakemake.input.network)
+    parts = read_splits(snakemake.input.images, snakemake.input.splits, dense, "search", "test", "calibration")
+    judges = [make_evaluator(dense, part, parts[2], snakemake.params.settings, device) for part in parts[:2]]
+    write_csv(snakemake.output.front, front_rows(front, *judges), FRONT_COLUMNS)
+    write_csv(snakemake.output.layers, layer_rows(front, judges[0].layout), LAYER_COLUMNS)
+    log.info("%d members measured", len(front))

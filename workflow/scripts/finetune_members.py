@@ -1,0 +1,33 @@
+"""Train chosen members of a front further with their mask fixed, distilled from the dense network."""
+
+from pathlib import Path
+
+from paretoprune.checkpoints import DenseNetwork
+from paretoprune.files import write_csv
+from paretoprune.finetuning import FINETUNED_COLUMNS, finetune_members
+from paretoprune.fronts import Front
+from paretoprune.steps import make_evaluator, read_splits, step
+from paretoprune.training import Recipe
+
+name = "{dataset} {network} seed {seed}: {method}, fine-tuning".format(**snakemake.wildcards)
+with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as (log, device):
+    front = Front.load(snakemake.input.masks)
+    dense = DenseNetwork.load(snakemake.input.network)
+    train, *judged = read_splits(
+        snakemake.input.images, snakemake.input.splits, dense, "train", "search", "test", "calibration"
+    )
+    judges = [make_evaluator(dense, part, judged[2], snakemake.params.settings, device) for part in judged[:2]]
+    rows = finetune_members(
+        front,
+        *judges,
+        dense.network,
+        train,
+        Recipe(**snakemake.params.recipe),
+        sparsities=snakemake.params.members["sparsities"],
+        with_knee=snakemake.params.members["knee"],
+        seed=int(snakemake.wildcards.seed),
+        device=device,
+        folder=Path(snakemake.output.networks),
+        log=log,
+    )
+    write_csv(snakemake.output.finetuned, rows, FINETUNED_COLUMNS)

@@ -1,0 +1,219 @@
+"""Checking a configuration before anything starts, and working out what its parts mean together."""
+
+import copy
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+
+Config = Mapping[str, Any]
+KINDS = ("two_phase", "flat", "allocation")
+
+
+class ConfigurationError(ValueError):
+    """The configuration cannot be used; the message lists every problem found."""
+
+
+def check_configuration(config: Config, schema: Config) -> None:
+    """Check a configuration against its schema, its own cross-references and the files it names.
+
+    Args:
+        config: The merged configuration.
+        schema: The JSON schema.
+
+    Raises:
+        ConfigurationError: With one line for each problem, what was found and what to do about it.
+    """
+    validator = jsonschema.Draft202012Validator(schema)
+    problems = [line for error in validator.iter_errors(config) for line in _describe(error)]
+    # References are only worth following in a configuration whose shape is right.
+    problems = problems or list(_broken_references(config)) or list(_missing_files(config))
+    if problems:
+        lines = "".join(f"\n  - {problem}" for problem in dict.fromkeys(problems))
+        raise ConfigurationError(f"the configuration has {len(dict.fromkeys(problems))} problem(s):{lines}")
+
+
+def _describe(error: jsonschema.ValidationError) -> Iterator[str]:
+    where = ".".join(str(part) for part in error.absolute_path)
+    if error.validator == "additionalProperties":
+        known = list(error.schema.get("properties", {}))
+        for key in sorted(set(error.instance) - set(known)):
+            close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(known)}"
+            yield f"unknown key '{f'{where}.' if where else ''}{key}'; {hint}"
+        return
+    meaning = error.schema.get("description")
+    yield f"{where or 'configuration'}: {error.message}" + (f" ({meaning})" if meaning else "")
+
+
+def _suggest(name: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"defined: {', '.join(known)}"
+
+
+def _broken_references(config: Config) -> Iterator[str]:
+    for run in config["runs"]:
+        for part in ("dataset", "network"):
+            if run[part] not in config[f"{part}s"]:
+                yield f"runs: no {part} '{run[part]}' under `{part}s`; {_suggest(run[part], config[f'{part}s'])}"
+    settings = config["method_settings"]
+    for name in [*config["methods"], *config["finetune"]["methods"]]:
+        if name not in settings:
+            yield f"methods: no method '{name}' under `method_settings`; {_suggest(name, settings)}"
+    for name in config["finetune"]["methods"]:
+        if name in settings and name not in config["methods"]:
+            yield f"finetune.methods: '{name}' is not among `methods`; add it there or remove it here"
+    for name in config["methods"]:
+        if name in settings:
+            yield from _broken_method(config, name)
+
+
+def _broken_method(config: Config, name: str) -> Iterator[str]:
+    settings = config["method_settings"]
+    own = settings[name]
+    if own["kind"] == "allocation" and "allocation" not in own:
+        yield f"method_settings.{name}: a method of kind 'allocation' needs `allocation`, the rule"
+    merged = method_settings(config, name)
+    if own["kind"] != "allocation":
+        smallest = merged["population"] * (1 if own["kind"] == "flat" else 4)
+        if merged["evaluations"] < smallest:
+            yield (
+                f"method_settings.{name}: evaluations is {merged['evaluations']}, expected at least {smallest} for a "
+                f"population of {merged['population']}; raise `evaluations` or lower `population`"
+            )
+    source = own.get("phase1_from")
+    if own["kind"] == "two_phase":
+        phase1 = merged["phase1"]
+        starts = len(phase1["starts"]) * len(phase1["start_densities"])
+        needed = starts + merged["population"]
+        if phase1_evaluations(merged) < needed:
+            yield (
+                f"method_settings.{name}: Phase 1 gets {phase1_evaluations(merged)} evaluations, expected at least "
+                f"{needed} ({starts} starting allocations and a population of {merged['population']}); raise "
+                "`evaluations` or `phase1.share`, or start from fewer densities"
+            )
+        if merged["anchors"]["light_tolerance"] >= merged["anchors"]["heavy_tolerance"]:
+            yield f"method_settings.{name}: anchors.light_tolerance must be smaller than anchors.heavy_tolerance"
+    if source is None:
+        return
+    if own["kind"] != "two_phase" or settings.get(source, {}).get("kind") != "two_phase":
+        yield f"method_settings.{name}: phase1_from joins methods of kind two_phase; '{source}' or '{name}' is none"
+    elif settings[source].get("phase1_from"):
+        yield f"method_settings.{name}: phase1_from names '{source}', which takes its own Phase 1 from elsewhere"
+    elif phase1_settings(merged) != phase1_settings(method_settings(config, source)):
+        yield (
+            f"method_settings.{name}: phase1_from takes Phase 1 from '{source}', but the two differ in settings that "
+            "Phase 1 depends on; make them equal or remove phase1_from"
+        )
+
+
+def _missing_files(config: Config) -> Iterator[str]:
+    for run in config["runs"]:
+        dataset, network = config["datasets"][run["dataset"]], config["networks"][run["network"]]
+        if dataset["source"] == "imagefolder" and not data_path(config, dataset["path"]).exists():
+            yield (
+                f"datasets.{run['dataset']}.path: expected images at '{data_path(config, dataset['path'])}', found nothing; "
+                "correct `path` or `data_directory`"
+            )
+        if network["checkpoint"] is not None and not data_path(config, network["checkpoint"]).is_file():
+            yield (
+                f"networks.{run['network']}.checkpoint: expected a file at "
+                f"'{data_path(config, network['checkpoint'])}', found none; correct `checkpoint` or `data_directory`"
+            )
+
+
+def merge(base: Config, override: Config) -> dict[str, Any]:
+    """`base` with `override` laid over it, nested mappings key by key; neither is changed."""
+    merged = copy.deepcopy(dict(base))
+    for key, value in override.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else copy.deepcopy(value)
+    return merged
+
+
+def data_path(config: Config, path: str) -> Path:
+    """A path of a dataset or checkpoint: as it stands when absolute, otherwise inside `data_directory`."""
+    return Path(config["data_directory"]).expanduser() / Path(path).expanduser()
+
+
+def method_settings(config: Config, name: str) -> dict[str, Any]:
+    """Everything that holds for one method: the common `search` settings with the method's own laid over them."""
+    own = {k: v for k, v in config["method_settings"][name].items() if k not in ("kind", "phase1_from")}
+    return merge(config["search"], own)
+
+
+def methods_of_kind(config: Config, kind: str) -> list[str]:
+    """Names of all defined methods of one kind, whether compared or not."""
+    return sorted(name for name, own in config["method_settings"].items() if own["kind"] == kind)
+
+
+def phase1_source(config: Config, name: str) -> str:
+    """The method whose Phase 1 a two-phase method continues: itself, unless it shares another's."""
+    return config["method_settings"][name].get("phase1_from") or name
+
+
+def phase1_evaluations(settings: Config) -> int:
+    """How many of a method's evaluations Phase 1 gets."""
+    return round(settings["evaluations"] * settings["phase1"]["share"])
+
+
+def phase1_settings(settings: Config) -> dict[str, Any]:
+    """The part of a method's settings that its Phase 1 depends on."""
+    return {
+        **judging_settings(settings),
+        "importance": settings["importance"],
+        "evaluations": phase1_evaluations(settings),
+        "population": settings["population"],
+        "starts": settings["phase1"]["starts"],
+        "start_densities": settings["phase1"]["start_densities"],
+    }
+
+
+def judging_settings(settings: Config) -> dict[str, Any]:
+    """The part of a method's settings that says how candidates are judged."""
+    return {key: settings[key] for key in ("repair", "objective", "precision", "batch_size")}
+
+
+def search_is_memorised(config: Config, network: str) -> bool:
+    """Whether the network may have been trained on the search images: a checkpoint, unless it says otherwise."""
+    own = config["networks"][network]
+    return own["checkpoint"] is not None and not own.get("search_held_out", False)
+
+
+def objective(config: Config, network: str, wanted: str) -> str:
+    """The objective behind `auto`: the divergence where the search images are memorised, the error elsewhere."""
+    if wanted != "auto":
+        return wanted
+    return "divergence" if search_is_memorised(config, network) else "error"
+
+
+def phase2_settings(settings: Config) -> dict[str, Any]:
+    """The part of a method's settings that its Phase 2 depends on, beyond the results of Phase 1."""
+    own = dict(settings["phase2"])
+    return {
+        **judging_settings(settings),
+        "front_size": settings["front_size"],
+        "guides": own.pop("guides"),
+        "algorithm": {
+            **own,
+            "evaluations": settings["evaluations"] - phase1_evaluations(settings),
+            "population": settings["population"],
+        },
+    }
+
+
+def flat_settings(settings: Config) -> dict[str, Any]:
+    """The part of a method's settings that a flat search depends on."""
+    return {
+        **judging_settings(settings),
+        "front_size": settings["front_size"],
+        "algorithm": {**settings["flat"], **{key: settings[key] for key in ("evaluations", "population")}},
+    }
+
+
+def allocation_settings(settings: Config) -> dict[str, Any]:
+    """The part of a method's settings that an allocation baseline depends on."""
+    own = ("importance", "allocation", "ladder", "front_size")
+    return {**judging_settings(settings), **{key: settings[key] for key in own}}

@@ -1,0 +1,42 @@
+"""The final measurement of a front: one row per member, and one per member and layer."""
+
+from typing import Any
+
+from paretoprune.evaluation import PopulationEvaluator
+from paretoprune.fronts import Front
+from paretoprune.masks import MaskLayout
+
+FRONT_COLUMNS = ("id", "stage", "density", "sparsity", "search_error", "search_top1_error", "test_error")
+LAYER_COLUMNS = ("id", "layer", "n_weights", "n_kept")
+
+
+def front_rows(front: Front, search: PopulationEvaluator, test: PopulationEvaluator) -> list[dict[str, Any]]:
+    """Describe each member; its id is its position in the front.
+
+    Args:
+        front: A final front; its objectives were measured in float32 already.
+        search: Judges on the search split.
+        test: Judges on the test split.
+    """
+    search_scores, test_scores = search.score(front.masks), test.score(front.masks)
+    return [
+        {
+            "id": i,
+            "stage": front.stages[i],
+            "density": float(front.density[i]),
+            "sparsity": float(front.sparsity[i]),
+            "search_error": float(front.error[i]),
+            "search_top1_error": float(search_scores.error[i]),
+            "test_error": float(test_scores.error[i]),
+        }
+        for i in range(len(front))
+    ]
+
+
+def layer_rows(front: Front, layout: MaskLayout) -> list[dict[str, Any]]:
+    """Count the kept weights of each member, layer by layer."""
+    return [
+        {"id": i, "layer": name, "n_weights": int(size), "n_kept": int(kept)}
+        for i, counts in enumerate(layout.n_kept(front.masks))
+        for name, size, kept in zip(layout.names, layout.sizes, counts, strict=True)
+    ]

@@ -1,0 +1,678 @@
+"""The report: reads result files, writes summary.csv, the figures and one page, index.html.
+
+Everything is read and checked before anything is written, and nothing is recomputed that needs a network.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from paretoprune import __version__, plots
+from paretoprune.files import atomic_path, read_json
+from paretoprune.fronts import hypervolume
+
+METHOD_KINDS = ("two_phase", "flat", "allocation")
+SPLITS = ("train", "calibration", "search", "test")
+SUMMARY_COLUMNS = (
+    "dataset",
+    "network",
+    "seed",
+    "method",
+    "evaluations",
+    "seconds",
+    "hypervolume_search",
+    "hypervolume_test",
+    "sparsity_within_1pt",
+    "objective",
+    "n_members",
+    "hypervolume_phase1",
+    "phase2_gain",
+)
+
+# What each column of a result file holds: "text", "number" (finite), "share" (0 to 1), or "unread".
+_FRONT = {
+    "id": "text",
+    "stage": "text",
+    "density": "share",
+    "sparsity": "share",
+    "search_error": "share",
+    "search_top1_error": "unread",
+    "test_error": "share",
+}
+_HISTORY = {
+    "generation": "unread",
+    "evaluations": "number",
+    "seconds": "number",
+    "hypervolume": "share",
+    "stage": "text",
+}
+_LAYERS = {"id": "text", "layer": "text", "n_weights": "number", "n_kept": "number"}
+_FINETUNED = {
+    "id": "text",
+    "target": "text",
+    "density": "share",
+    "sparsity": "share",
+    "search_error": "unread",
+    "test_error_pruned": "share",
+    "test_error": "share",
+    "dense_test_error": "share",
+}
+_DENSE_KEYS = (
+    "accuracy",
+    "n_images",
+    "n_prunable",
+    "n_parameters",
+    "n_classes",
+    "objective",
+    "search_memorised",
+    "source",
+)
+_ANCHOR_KEYS = ("light", "heavy", "n_weights", "n_corridor", "layers")
+_ANCHOR_LAYER_KEYS = ("layer", "n_weights", "n_always_kept", "n_corridor", "n_always_dropped")
+
+_TOLERANCE = 0.01
+# Shares are computed from counts of images; a limit that is met exactly must not fail by a rounding error.
+_ROUNDING = 1e-9
+# Fine-tuned networks are compared only where all of them removed about the same share of the weights.
+_COMPARABLE_SPARSITY = 0.01
+_ERROR_LABELS = {
+    "error": "search error (%)",
+    "divergence": "divergence from the dense network,\n1 − exp(−KL) (%)",
+}
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """The result files of one dataset and network, over seeds and methods.
+
+    Attributes:
+        dataset: Name of the data.
+        network: Name of the network.
+        seeds: Seeds, in the order asked for.
+        kinds: "two_phase", "flat" or "allocation" per method, in the order asked for.
+        dense: Content of dense/metrics.json per seed.
+        fronts: front.csv of every method and seed, with columns `method` and `seed`.
+        histories: history.csv likewise.
+        layers: layers.csv likewise, two-phase methods only.
+        finetuned: finetuned.csv likewise, fine-tuned methods only.
+        anchors: Content of anchors.json per (method, seed), two-phase methods only.
+    """
+
+    dataset: str
+    network: str
+    seeds: list[int]
+    kinds: dict[str, str]
+    dense: dict[int, dict[str, Any]]
+    fronts: pd.DataFrame
+    histories: pd.DataFrame
+    layers: pd.DataFrame
+    finetuned: pd.DataFrame
+    anchors: dict[tuple[str, int], dict[str, Any]]
+
+    @property
+    def objective(self) -> str:
+        """What the search minimised beside density: "error" or "divergence"."""
+        return str(self.dense[self.seeds[0]]["objective"])
+
+    @property
+    def dense_test_error(self) -> float:
+        """Test error of the dense network, a share, mean over seeds."""
+        return float(np.mean([1 - metrics["accuracy"]["test"] for metrics in self.dense.values()]))
+
+    @property
+    def two_phase(self) -> list[str]:
+        """The methods with a Phase 1 and a Phase 2."""
+        return [method for method, kind in self.kinds.items() if kind == "two_phase"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table on the page.
+
+    Attributes:
+        text: What it shows.
+        best: Whether it is the best of its column.
+        number: Whether it is aligned as a number.
+    """
+
+    text: str
+    best: bool = False
+    number: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table on the page: headings with units, and rows of cells as long as `head`."""
+
+    head: list[str]
+    rows: list[list[Cell]]
+
+
+@dataclass(frozen=True)
+class View:
+    """How a column of the summary is shown on the page.
+
+    Attributes:
+        column: Its name.
+        heading: Heading with unit.
+        decimals: Decimals shown.
+        factor: From the stored to the shown unit.
+        contest: Whether it measures quality, larger is better; costs and details have no best.
+        signed: Whether a plus sign is shown.
+    """
+
+    column: str
+    heading: str
+    decimals: int
+    factor: float = 1
+    contest: bool = False
+    signed: bool = False
+
+
+_QUALITY_AND_COST = (
+    View("hypervolume_test", "hypervolume, test split", 4, contest=True),
+    View("hypervolume_search", "hypervolume, search split", 4, contest=True),
+    View("sparsity_within_1pt", "sparsity within 1 point of dense (%)", 1, 100, contest=True),
+    View("n_members", "members of the front", 0),
+    View("evaluations", "evaluations", 0),
+    View("seconds", "time (s)", 1),
+)
+_PHASES = (
+    View("hypervolume_phase1", "hypervolume after Phase 1, search split", 4),
+    View("phase2_gain", "added by Phase 2", 4, signed=True),
+)
+
+
+def write_report(
+    results: Path,
+    runs: list[dict[str, str]],
+    seeds: list[int],
+    methods: list[str],
+    output: Path,
+    settings: dict[str, Any],
+) -> None:
+    """Write summary.csv, figures/*.svg and *.png, and last index.html.
+
+    Args:
+        results: Folder that holds {dataset}/{network}/seed{seed}/.
+        runs: `dataset` and `network` of each run, in the order of the page.
+        seeds: Seeds of every run.
+        methods: Methods of every run, in the order of tables and legends.
+        output: Folder of the report.
+        settings: `method_kinds`, "two_phase", "flat" or "allocation" per method, and `finetuned_methods`, the methods
+            that have a finetuned.csv.
+
+    Raises:
+        FileNotFoundError: A result file is missing; nothing was written.
+        ValueError: A result file lacks a column or holds something impossible; nothing was written.
+    """
+    results, output = Path(results), Path(output)
+    for name, wanted in (("runs", runs), ("seeds", seeds), ("methods", methods)):
+        if not wanted:
+            raise ValueError(f"expected at least one of {name}, found none; name what the report is about")
+    kinds = _method_kinds(methods, settings["method_kinds"])
+    finetuned = settings["finetuned_methods"]
+    read = [read_run(results, run["dataset"], run["network"], seeds, kinds, finetuned) for run in runs]
+    summaries = [summarise(run) for run in read]
+
+    styles = plots.method_styles(kinds)
+    sections = []
+    for run, summary in zip(read, summaries, strict=True):
+        with plots.figure_style():
+            figures = {
+                kind: _save(figure, output, f"{run.dataset}-{run.network}-{kind}")
+                for kind, figure in draw_figures(run, summary, styles)
+            }
+        sections.append(_section(run, summary, figures))
+    summary = pd.concat(summaries, ignore_index=True)
+    with atomic_path(output / "summary.csv") as temporary:
+        summary.to_csv(temporary, index=False)
+    with atomic_path(output / "index.html") as temporary:
+        temporary.write_text(_page(sections, summary, kinds), encoding="utf-8")
+
+
+def read_run(
+    results: Path,
+    dataset: str,
+    network: str,
+    seeds: Sequence[int],
+    kinds: Mapping[str, str],
+    finetuned_methods: Iterable[str],
+) -> RunResults:
+    """Read and check every result file of one dataset and network.
+
+    Args:
+        results: Folder that holds {dataset}/{network}/seed{seed}/.
+        dataset: Name of the data.
+        network: Name of the network.
+        seeds: Seeds to read.
+        kinds: Methods to read, with the kind of each.
+        finetuned_methods: Methods that have a finetuned.csv; others than in `kinds` are ignored.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file lacks a column or a key, or holds something impossible.
+    """
+    dense: dict[int, dict[str, Any]] = {}
+    anchors: dict[tuple[str, int], dict[str, Any]] = {}
+    tables: dict[str, list[pd.DataFrame]] = {"front": [], "history": [], "layers": [], "finetuned": []}
+    for seed in seeds:
+        folder = results / dataset / network / f"seed{seed}"
+        dense[seed] = _read_dense(folder / "dense" / "metrics.json")
+        for method, kind in kinds.items():
+            front = _read_table(folder / method / "front.csv", _FRONT)
+            tables["front"].append(front.assign(method=method, seed=seed))
+            tables["history"].append(
+                _read_history(folder / method / "history.csv", kind).assign(method=method, seed=seed)
+            )
+            if kind == "two_phase":
+                layers = _read_table(folder / method / "layers.csv", _LAYERS)
+                _check_members(folder / method / "layers.csv", layers, front)
+                tables["layers"].append(layers.assign(method=method, seed=seed))
+                anchors[method, seed] = _read_anchors(folder / method / "anchors.json")
+            if method in finetuned_methods:
+                tables["finetuned"].append(
+                    _read_table(folder / method / "finetuned.csv", _FINETUNED).assign(method=method, seed=seed)
+                )
+    objectives = {seed: metrics["objective"] for seed, metrics in dense.items()}
+    if len(set(objectives.values())) > 1:
+        raise ValueError(
+            f"{dataset}/{network}: expected one objective over all seeds, found {objectives}; "
+            "their errors cannot be averaged, report them as separate runs"
+        )
+    none = {"layers": [*_LAYERS, "method", "seed"], "finetuned": [*_FINETUNED, "method", "seed"]}
+    joined = {
+        name: pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=none[name])
+        for name, parts in tables.items()
+    }
+    return RunResults(
+        dataset,
+        network,
+        list(seeds),
+        dict(kinds),
+        dense,
+        joined["front"],
+        joined["history"],
+        joined["layers"],
+        joined["finetuned"],
+        anchors,
+    )
+
+
+def summarise(run: RunResults) -> pd.DataFrame:
+    """One row per seed and method: cost, quality of the front, and what Phase 2 added.
+
+    Returns:
+        Columns `SUMMARY_COLUMNS`. Hypervolumes are on (error-like objective, density) with reference point (1, 1);
+        `sparsity_within_1pt` is a share, NaN when no member loses at most one point of test accuracy; the last two
+        columns are NaN for a method without phases.
+    """
+    rows = []
+    for seed in run.seeds:
+        limit = 1 - run.dense[seed]["accuracy"]["test"] + _TOLERANCE + _ROUNDING
+        for method, kind in run.kinds.items():
+            front = _rows(run.fronts, method, seed)
+            history = _rows(run.histories, method, seed)
+            last = history.iloc[-1]
+            within = front.loc[front["test_error"] <= limit, "sparsity"]
+            phase1 = np.nan
+            if kind == "two_phase":
+                phase1 = float(history.loc[history["stage"] == "phase1", "hypervolume"].iloc[-1])
+            rows.append(
+                {
+                    "dataset": run.dataset,
+                    "network": run.network,
+                    "seed": seed,
+                    "method": method,
+                    "evaluations": int(last["evaluations"]),
+                    "seconds": float(last["seconds"]),
+                    "hypervolume_search": hypervolume(front[["search_error", "density"]].to_numpy()),
+                    "hypervolume_test": hypervolume(front[["test_error", "density"]].to_numpy()),
+                    "sparsity_within_1pt": float(within.max()) if len(within) else np.nan,
+                    "objective": run.objective,
+                    "n_members": len(front),
+                    "hypervolume_phase1": phase1,
+                    "phase2_gain": float(last["hypervolume"]) - phase1,
+                }
+            )
+    return pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS))
+
+
+def draw_figures(
+    run: RunResults, summary: pd.DataFrame, styles: Mapping[str, plots.MethodStyle]
+) -> Iterable[tuple[str, Figure]]:
+    """Draw, one after the other, every figure of a run that has something to show.
+
+    Args:
+        run: Its results.
+        summary: From `summarise`.
+        styles: From `plots.method_styles`.
+
+    Yields:
+        Name and figure.
+    """
+    if len(run.fronts):
+        yield "fronts", plots.draw_fronts(run.fronts, run.dense_test_error, styles)
+    yield "hypervolume", plots.draw_hypervolume(run.histories, styles)
+    if run.two_phase:
+        first = run.seeds[0]
+        gains = summary[summary["method"].isin(run.two_phase)]
+        yield "phase2", plots.draw_phase2_gain(gains, styles)
+        fronts = run.fronts[run.fronts["seed"] == first]
+        drawn = [method for method in run.two_phase if (fronts["method"] == method).any()]
+        if drawn:
+            yield "stages", plots.draw_stages(fronts, drawn, _ERROR_LABELS[run.objective])
+            layers = run.layers[run.layers["seed"] == first]
+            layers = layers.merge(fronts[["method", "id", "sparsity"]], on=["method", "id"])
+            yield "layers", plots.draw_layer_densities(layers, drawn)
+        yield "corridor", plots.draw_corridor({method: run.anchors[method, first] for method in run.two_phase})
+    if len(run.finetuned):
+        yield "finetuned", plots.draw_finetuned(run.finetuned, run.dense_test_error, styles)
+
+
+def _method_kinds(methods: Sequence[str], kinds: Mapping[str, str]) -> dict[str, str]:
+    for method in methods:
+        if kinds.get(method) not in METHOD_KINDS:
+            raise ValueError(
+                f"expected the kind of method '{method}' to be one of {', '.join(METHOD_KINDS)}, "
+                f"found {kinds.get(method)!r}; correct settings['method_kinds']"
+            )
+    return {method: kinds[method] for method in methods}
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"expected the result file {path}, found nothing there; "
+            "run the step of the workflow that writes it, or leave its run, seed or method out of the report"
+        )
+
+
+def _read_table(path: Path, schema: Mapping[str, str]) -> pd.DataFrame:
+    """Read a CSV file whose columns are those of `schema`, and check what they hold."""
+    _require_file(path)
+    remedy = "delete the file and run the step of the workflow that writes it"
+    texts = [column for column, holds in schema.items() if holds == "text"]
+    try:
+        table = pd.read_csv(path, dtype=dict.fromkeys(texts, "str"))
+    except (pd.errors.EmptyDataError, pd.errors.ParserError) as error:
+        raise ValueError(f"{path}: expected the columns {', '.join(schema)}, found {error}; {remedy}") from error
+    missing = [column for column in schema if column not in table]
+    if missing:
+        raise ValueError(
+            f"{path}: expected the columns {', '.join(schema)}, "
+            f"found {', '.join(table.columns)} without {', '.join(missing)}; {remedy}"
+        )
+    for column, holds in schema.items():
+        if holds not in ("number", "share"):
+            continue
+        values = pd.to_numeric(table[column], errors="coerce").astype(float)
+        upper = 1 + _ROUNDING if holds == "share" else np.inf
+        wrong = ~np.isfinite(values) | (values < -_ROUNDING) | (values > upper)
+        if wrong.any():
+            expected = "a share between 0 and 1 (80 % is 0.8)" if holds == "share" else "a finite number, at least 0"
+            raise ValueError(
+                f"{path}: expected {expected} in every row of column '{column}', "
+                f"found {table.loc[wrong, column].iloc[0]} in row {int(np.flatnonzero(wrong)[0]) + 1}; {remedy}"
+            )
+        table[column] = values
+    return table[list(schema)]
+
+
+def _read_history(path: Path, kind: str) -> pd.DataFrame:
+    history = _read_table(path, _HISTORY)
+    remedy = "delete the file and run the search again"
+    if not len(history):
+        raise ValueError(f"{path}: expected at least one row, found none; {remedy}")
+    if not history["evaluations"].is_monotonic_increasing:
+        raise ValueError(f"{path}: expected cumulative evaluations, found some that decrease; {remedy}")
+    if kind == "two_phase" and "phase1" not in set(history["stage"]):
+        found = ", ".join(dict.fromkeys(history["stage"]))
+        raise ValueError(f"{path}: expected rows of stage 'phase1' for a two-phase method, found {found}; {remedy}")
+    return history
+
+
+def _check_members(path: Path, layers: pd.DataFrame, front: pd.DataFrame) -> None:
+    unmatched = set(layers["id"]) ^ set(front["id"])
+    if unmatched:
+        raise ValueError(
+            f"{path}: expected the members of front.csv beside it, found {len(unmatched)} that only one of the two has "
+            f"('{min(unmatched)}'); delete both and run the search again"
+        )
+
+
+def _require_keys(path: Path, content: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
+    missing = [key for key in keys if key not in content]
+    if missing:
+        raise ValueError(
+            f"{path}: expected {', '.join(keys)} in {where}, found {', '.join(content)} without {', '.join(missing)}; "
+            "delete the file and run the step of the workflow that writes it"
+        )
+
+
+def _read_dense(path: Path) -> dict[str, Any]:
+    _require_file(path)
+    metrics = read_json(path)
+    _require_keys(path, metrics, _DENSE_KEYS, "the file")
+    _require_keys(path, metrics["accuracy"], SPLITS, "'accuracy'")
+    _require_keys(path, metrics["n_images"], SPLITS, "'n_images'")
+    if metrics["objective"] not in _ERROR_LABELS:
+        raise ValueError(
+            f"{path}: expected objective 'error' or 'divergence', found {metrics['objective']!r}; "
+            "delete the file and run the step of the workflow that writes it"
+        )
+    return metrics
+
+
+def _read_anchors(path: Path) -> dict[str, Any]:
+    _require_file(path)
+    anchors = read_json(path)
+    _require_keys(path, anchors, _ANCHOR_KEYS, "the file")
+    for anchor in ("light", "heavy"):
+        _require_keys(path, anchors[anchor], ("density", "error"), f"'{anchor}'")
+    for layer in anchors["layers"]:
+        _require_keys(path, layer, _ANCHOR_LAYER_KEYS, "every entry of 'layers'")
+    return anchors
+
+
+def _rows(table: pd.DataFrame, method: str, seed: int) -> pd.DataFrame:
+    return table[(table["method"] == method) & (table["seed"] == seed)]
+
+
+def _save(figure: Figure, output: Path, name: str) -> str:
+    """Save a figure and return its path relative to the page, without the suffix."""
+    plots.save_figure(figure, output / "figures" / name)
+    return f"figures/{name}"
+
+
+def _page(sections: Sequence[Mapping[str, Any]], summary: pd.DataFrame, kinds: Mapping[str, str]) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.jinja").render(
+        sections=sections,
+        kinds=kinds,
+        objectives=sorted(set(summary["objective"])),
+        evaluations=f"{summary['evaluations'].sum():,}",
+        duration=_duration(float(summary["seconds"].sum())),
+        version=__version__,
+    )
+
+
+def _section(run: RunResults, summary: pd.DataFrame, figures: Mapping[str, str]) -> dict[str, Any]:
+    """What the template shows of one run."""
+    return {
+        "dataset": run.dataset,
+        "network": run.network,
+        "anchor": f"{run.dataset}-{run.network}",
+        "seeds": run.seeds,
+        "objective": run.objective,
+        "memorised": [seed for seed in run.seeds if run.dense[seed]["search_memorised"]],
+        "sources": sorted({str(metrics["source"]) for metrics in run.dense.values()}),
+        "n_prunable": f"{run.dense[run.seeds[0]]['n_prunable']:,}",
+        "n_parameters": f"{run.dense[run.seeds[0]]['n_parameters']:,}",
+        "n_classes": run.dense[run.seeds[0]]["n_classes"],
+        "dense_accuracy": f"{100 * (1 - run.dense_test_error):.2f}",
+        "evaluations": f"{summary['evaluations'].sum():,}",
+        "duration": _duration(float(summary["seconds"].sum())),
+        "two_phase": run.two_phase,
+        "headlines": _headlines(summary),
+        "dense": _dense_table(run),
+        "summary": _summary_table(summary, list(run.kinds), _QUALITY_AND_COST),
+        "phases": _summary_table(summary, run.two_phase, _PHASES) if run.two_phase else None,
+        "per_seed": _per_seed_table(summary),
+        "finetuned": _finetuned_table(run) if len(run.finetuned) else None,
+        "figures": dict(figures),
+    }
+
+
+def _headlines(summary: pd.DataFrame) -> list[dict[str, str]]:
+    """The few numbers to read first: a value, what it is, and whose."""
+    n_seeds = summary["seed"].nunique()
+    over = f"mean of {n_seeds} seeds" if n_seeds > 1 else "1 seed"
+    quality = summary.groupby("method", sort=False)["hypervolume_test"].mean()
+    headlines = [
+        {
+            "value": f"{quality.max():.4f}",
+            "label": "largest hypervolume on the test split",
+            "by": f"{quality.idxmax()}, {over}",
+        }
+    ]
+    # Only methods that stay within a point in every seed: a mean over the lucky seeds would flatter.
+    within = summary.groupby("method", sort=False)["sparsity_within_1pt"].agg(lambda values: values.mean(skipna=False))
+    if within.notna().any():
+        value, by = f"{100 * within.max():.1f} %", f"{within.idxmax()}, {over}"
+    else:
+        value, by = "none", "no method stays that close in every seed"
+    headlines.append({"value": value, "label": "of the weights removed at a loss of at most 1 point", "by": by})
+    gains = summary["phase2_gain"].dropna()
+    if len(gains):
+        headlines.append(
+            {
+                "value": f"{gains.mean():+.4f}",
+                "label": "hypervolume added by Phase 2 on the search split",
+                "by": f"mean of {len(gains)} searches, positive in {int((gains > 0).sum())}",
+            }
+        )
+    return headlines
+
+
+def _dense_table(run: RunResults) -> Table:
+    head = ["seed", "source", *(f"{split} accuracy (%)" for split in SPLITS), "search split memorised"]
+    rows = []
+    for seed in run.seeds:
+        metrics = run.dense[seed]
+        scores = [
+            Cell(f"{100 * metrics['accuracy'][split]:.2f} ({metrics['n_images'][split]:,} images)") for split in SPLITS
+        ]
+        memorised = "yes" if metrics["search_memorised"] else "no"
+        source = Cell(str(metrics["source"]), number=False)
+        rows.append([Cell(str(seed)), source, *scores, Cell(memorised, number=False)])
+    return Table(head, rows)
+
+
+def _summary_table(summary: pd.DataFrame, methods: Sequence[str], views: Sequence[View]) -> Table:
+    """Mean ± standard deviation over seeds per method; the best of each measure of quality is marked."""
+    groups = {method: summary[summary["method"] == method] for method in methods}
+    rows = [[Cell(method, number=False), Cell(str(len(group)))] for method, group in groups.items()]
+    for view in views:
+        # NaN in any seed keeps a method out of the comparison, see _headlines.
+        means = pd.Series([group[view.column].mean(skipna=False) for group in groups.values()], dtype=float)
+        best = np.isclose(means, means.max()) & (view.contest and len(groups) > 1)
+        for row, group, is_best in zip(rows, groups.values(), best, strict=True):
+            text = _mean_std(view.factor * group[view.column], view.decimals, signed=view.signed)
+            row.append(Cell(text, bool(is_best)))
+    return Table(["method", "seeds", *(view.heading for view in views)], rows)
+
+
+def _per_seed_table(summary: pd.DataFrame) -> Table:
+    head = [
+        "seed",
+        "method",
+        "hypervolume, test split",
+        "hypervolume, search split",
+        "sparsity within 1 point (%)",
+        "members",
+        "evaluations",
+        "time (s)",
+    ]
+    rows = [
+        [
+            Cell(str(row["seed"])),
+            Cell(row["method"], number=False),
+            Cell(f"{row['hypervolume_test']:.4f}"),
+            Cell(f"{row['hypervolume_search']:.4f}"),
+            Cell("none" if np.isnan(row["sparsity_within_1pt"]) else f"{100 * row['sparsity_within_1pt']:.1f}"),
+            Cell(f"{row['n_members']:,}"),
+            Cell(f"{row['evaluations']:,}"),
+            Cell(f"{row['seconds']:,.1f}"),
+        ]
+        for row in summary.to_dict("records")
+    ]
+    return Table(head, rows)
+
+
+def _finetuned_table(run: RunResults) -> Table:
+    """Per target and method, mean ± standard deviation over seeds; best where the sparsities can be compared."""
+    head = [
+        "target",
+        "method",
+        "seeds",
+        "sparsity (%)",
+        "test error before (%)",
+        "test error after (%)",
+        "after − dense (points)",
+    ]
+    rows = []
+    finetuned = run.finetuned.assign(excess=run.finetuned["test_error"] - run.finetuned["dense_test_error"])
+    for target, group in finetuned.groupby("target", sort=False):
+        groups = [(method, group[group["method"] == method]) for method in run.kinds]
+        groups = [(method, members) for method, members in groups if len(members)]
+        sparsity = [members["sparsity"].mean() for _, members in groups]
+        errors = [members["test_error"].mean() for _, members in groups]
+        comparable = len(groups) > 1 and max(sparsity) - min(sparsity) <= _COMPARABLE_SPARSITY
+        for (method, members), error in zip(groups, errors, strict=True):
+            rows.append(
+                [
+                    Cell(str(target), number=False),
+                    Cell(method, number=False),
+                    Cell(str(len(members))),
+                    Cell(_mean_std(100 * members["sparsity"], 1)),
+                    Cell(_mean_std(100 * members["test_error_pruned"], 2)),
+                    Cell(
+                        _mean_std(100 * members["test_error"], 2), comparable and bool(np.isclose(error, min(errors)))
+                    ),
+                    Cell(_mean_std(100 * members["excess"], 2, signed=True)),
+                ]
+            )
+    return Table(head, rows)
+
+
+def _mean_std(values: pd.Series, decimals: int, *, signed: bool = False) -> str:
+    """Mean ± sample standard deviation of the values that are there, and how many when some are not."""
+    found = values.dropna().astype(float)
+    if not len(found):
+        return "none"
+    text = f"{found.mean():{'+' if signed else ''},.{decimals}f}"
+    if len(found) > 1:
+        text += f" ± {found.std():,.{decimals}f}"
+    if len(found) < len(values):
+        text += f" ({len(found)} of {len(values)} seeds)"
+    return text
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,476 @@
+"""The searches: Phase 1 over thresholds, Phase 2 over the corridor, flat over all masks, and the allocation baselines.
+
+pymoo's algorithms run unmodified; only this module knows them. Genomes are decoded to masks, judged by an evaluator, and
+every judged mask passes a `Recorder`, which keeps the front of all of them and the course of the search.
+"""
+
+import csv
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pymoo.algorithms.moo.moead import ParallelMOEAD
+from pymoo.algorithms.moo.nsga2 import NSGA2
+from pymoo.core.algorithm import Algorithm
+from pymoo.core.crossover import Crossover
+from pymoo.core.duplicate import DuplicateElimination
+from pymoo.core.mutation import Mutation
+from pymoo.core.population import Population
+from pymoo.core.problem import Problem
+from pymoo.core.termination import NoTermination
+from pymoo.operators.crossover.sbx import SBX
+from pymoo.operators.mutation.pm import PM
+from pymoo.util.ref_dirs import get_reference_directions
+
+from paretoprune import operators
+from paretoprune.corridor import Corridor
+from paretoprune.fronts import Front
+from paretoprune.masks import MaskLayout, PackedMasks, fingerprint, keep_top, ranks_within_layers
+
+HISTORY_COLUMNS = ("generation", "evaluations", "seconds", "hypervolume", "stage")
+ALGORITHMS = ("nsga2", "moead")
+# Generations without a single new mask after which a search has run dry.
+PATIENCE = 50
+
+Evaluate = Callable[[PackedMasks], np.ndarray]
+Progress = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class SearchResult:
+    """What a search leaves behind.
+
+    Attributes:
+        front: Every non-dominated network that was judged, sparsest first.
+        history: One row a generation with the keys `HISTORY_COLUMNS`; evaluations and seconds are cumulative.
+    """
+
+    front: Front
+    history: list[dict[str, Any]]
+
+
+def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Read a history written with the columns `HISTORY_COLUMNS`."""
+    kinds = {"generation": int, "evaluations": int, "seconds": float, "hypervolume": float, "stage": str}
+    with Path(path).open(newline="", encoding="utf-8") as handle:
+        return [{key: kinds[key](row[key]) for key in HISTORY_COLUMNS} for row in csv.DictReader(handle)]
+
+
+class Recorder:
+    """Judges masks, each distinct one once, and remembers the non-dominated.
+
+    Args:
+        evaluate: Masks to objectives (n, 2).
+        n_weights: Weights of a mask.
+        budget: Largest number of masks to judge.
+        stage: Name given to what is found from now on; may be changed.
+        before: A search that this one continues: its front is the first front, its history comes first.
+        progress: Called with each new history row.
+    """
+
+    def __init__(
+        self,
+        evaluate: Evaluate,
+        n_weights: int,
+        *,
+        budget: int,
+        stage: str,
+        before: SearchResult | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._evaluate = evaluate
+        self._progress = progress
+        self._known: dict[bytes, np.ndarray] = {}
+        self._start = time.perf_counter()
+        self.stage = stage
+        self.budget = budget
+        self.evaluations = 0
+        self.front = before.front if before else Front.empty(n_weights)
+        self.history = list(before.history) if before else []
+        last = self.history[-1] if self.history else {"generation": 0, "evaluations": 0, "seconds": 0.0}
+        self._offset = {key: last[key] for key in ("generation", "evaluations", "seconds")}
+        self._generations = self._closed_at = 0
+        if before:
+            keys = before.front.masks.fingerprints()
+            self._known.update(zip(keys, before.front.objectives, strict=True))
+
+    @property
+    def remaining(self) -> int:
+        """How many masks may still be judged."""
+        return self.budget - self.evaluations
+
+    def __call__(self, masks: PackedMasks) -> tuple[np.ndarray, np.ndarray]:
+        """Judge masks.
+
+        Returns:
+            Objectives (n, 2), and whether each mask is new and on the front, bool (n,).
+        """
+        keys = masks.fingerprints()
+        fresh = list({key: i for i, key in reversed(list(enumerate(keys))) if key not in self._known}.values())[::-1]
+        if fresh:
+            chosen = masks.select(fresh)
+            objectives = np.asarray(self._evaluate(chosen), dtype=np.float64)
+            if objectives.shape != (len(fresh), 2) or not np.isfinite(objectives).all():
+                raise ValueError(
+                    f"expected finite objectives of shape ({len(fresh)}, 2) from the evaluator, found shape "
+                    f"{objectives.shape} with {int((~np.isfinite(objectives)).sum())} values that are not finite"
+                )
+            self.evaluations += len(fresh)
+            self._known.update(zip([keys[i] for i in fresh], objectives, strict=True))
+            self.front = self.front.merge(Front(chosen, objectives, [self.stage] * len(fresh)))
+        joined = {keys[i] for i in fresh}.intersection(self.front.masks.fingerprints()) if fresh else set()
+        return np.array([self._known[key] for key in keys]).reshape(-1, 2), np.array([key in joined for key in keys])
+
+    def close_generation(self) -> None:
+        """Add a row to the history, unless nothing was judged since the last one."""
+        if self.evaluations == self._closed_at:
+            return
+        self._closed_at = self.evaluations
+        self._generations += 1
+        row = {
+            "generation": self._offset["generation"] + self._generations,
+            "evaluations": self._offset["evaluations"] + self.evaluations,
+            "seconds": round(self._offset["seconds"] + time.perf_counter() - self._start, 3),
+            "hypervolume": self.front.hypervolume(),
+            "stage": self.stage,
+        }
+        self.history.append(row)
+        if self._progress:
+            self._progress(row)
+
+    def result(self) -> SearchResult:
+        """Front and history so far."""
+        return SearchResult(self.front, self.history)
+
+
+class PruningProblem(Problem):
+    """pymoo's view of pruning: a genome decodes to a mask, and the recorder judges it.
+
+    Args:
+        n_var: Length of a genome.
+        decode: Genomes (n, n_var) to masks.
+        recorder: Judges masks.
+        reward: Told of each genome (n_var,) whether its mask joined the front.
+        bounds: Lower and upper bound of real-valued genomes; packed genomes have none, or pymoo would touch them.
+    """
+
+    def __init__(
+        self,
+        n_var: int,
+        decode: Callable[[np.ndarray], PackedMasks],
+        recorder: Recorder,
+        reward: Callable[[np.ndarray, bool], None] | None = None,
+        bounds: tuple[float, float] | None = None,
+    ) -> None:
+        low, high = bounds or (None, None)
+        super().__init__(n_var=n_var, n_obj=2, xl=low, xu=high)
+        self._decode, self._recorder, self._reward = decode, recorder, reward
+
+    def _evaluate(self, x: np.ndarray, out: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        out["F"], joined = self._recorder(self._decode(x))
+        if self._reward:
+            for genome, success in zip(x, joined, strict=True):
+                self._reward(genome, bool(success))
+
+
+class _PackedDuplicates(DuplicateElimination):
+    """Finds equal packed genomes by fingerprint, where pymoo's default would compute a float distance of all pairs."""
+
+    def _do(self, pop: Population, other: Population | None, is_duplicate: np.ndarray) -> np.ndarray:
+        seen = {fingerprint(x) for x in other.get("X")} if other is not None else set()
+        for i, x in enumerate(pop.get("X")):
+            key = fingerprint(x)
+            is_duplicate[i] = key in seen
+            if other is None:
+                seen.add(key)
+        return is_duplicate
+
+
+class _PackedCrossover(Crossover):
+    """Two packed parents to one child, by a function (first, second, rng) -> children."""
+
+    def __init__(self, cross: Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray], prob: float) -> None:
+        super().__init__(n_parents=2, n_offsprings=1, prob=prob)
+        self._cross = cross
+
+    def _do(self, problem: Problem, x: np.ndarray, *args: Any, random_state: Any = None, **kwargs: Any) -> np.ndarray:
+        return self._cross(x[0], x[1], random_state)[None]
+
+
+class _PackedMutation(Mutation):
+    """Changes packed genomes by a function (words, rng) -> words."""
+
+    def __init__(self, vary: Callable[[np.ndarray, np.random.Generator], np.ndarray]) -> None:
+        super().__init__()
+        self._vary = vary
+
+    def _do(self, problem: Problem, x: np.ndarray, *args: Any, random_state: Any = None, **kwargs: Any) -> np.ndarray:
+        return self._vary(x, random_state)
+
+
+def _run(algorithm: Algorithm, problem: PruningProblem, recorder: Recorder, seed: int) -> None:
+    """Let a pymoo algorithm ask and tell until the budget is spent, exactly."""
+    algorithm.setup(problem, termination=NoTermination(), seed=seed)
+    dry = 0
+    while recorder.remaining > 0 and dry < PATIENCE:
+        before = recorder.evaluations
+        candidates = algorithm.ask()
+        if candidates is None or not len(candidates):
+            break
+        complete = len(candidates) <= recorder.remaining
+        candidates = candidates if complete else candidates[: recorder.remaining]
+        algorithm.evaluator.eval(problem, candidates)
+        recorder.close_generation()
+        if not complete:
+            break
+        algorithm.tell(infills=candidates)
+        dry = 0 if recorder.evaluations > before else dry + 1
+
+
+def search_thresholds(
+    evaluate: Evaluate,
+    layout: MaskLayout,
+    scores: np.ndarray,
+    starts: Sequence[np.ndarray],
+    *,
+    evaluations: int,
+    population: int,
+    seed: int,
+    progress: Progress | None = None,
+) -> SearchResult:
+    """Phase 1: one threshold per layer on the importance ranks, by NSGA-II.
+
+    A threshold is the share of a layer's weights, least important first, that goes. The first population holds the
+    classical allocations beside random thresholds around a common level.
+
+    Args:
+        evaluate: Masks to objectives (n, 2).
+        layout: The layers.
+        scores: float (n_weights,), higher = keep.
+        starts: Classical allocations, each int (n_layers,), the number of weights to keep.
+        evaluations: Number of masks to judge, the starts included.
+        population: Size of the population.
+        seed: Fixes every draw.
+        progress: Called with each history row.
+
+    Raises:
+        ValueError: The budget does not even pay for the starts and one population.
+
+    Source:
+        Deb et al., "A fast and elitist multiobjective genetic algorithm: NSGA-II", 2002, in pymoo, with its simulated
+        binary crossover and polynomial mutation. The encoding is our reading of arXiv 2604.01076, which does not give it.
+    """
+    if evaluations < len(starts) + population:
+        raise ValueError(
+            f"Phase 1 needs at least {len(starts) + population} evaluations ({len(starts)} starting allocations and a "
+            f"population of {population}), found {evaluations}; raise `evaluations` or lower `population`"
+        )
+    ranks = ranks_within_layers(scores, layout)
+
+    def decode(thresholds: np.ndarray) -> PackedMasks:
+        counts = np.rint((1.0 - thresholds) * layout.sizes).astype(np.int64)
+        return PackedMasks.pack(np.array([keep_top(ranks, row, layout) for row in counts]))
+
+    rng = np.random.default_rng(seed)
+    recorder = Recorder(evaluate, layout.n_weights, budget=evaluations, stage="start", progress=progress)
+    first = [1.0 - np.asarray(counts) / layout.sizes for counts in starts]
+    if first:
+        recorder(decode(np.array(first)))
+        recorder.close_generation()
+    recorder.stage = "phase1"
+    for _ in range(max(population - len(starts), population // 4)):
+        level = rng.uniform(0.1, 0.98)
+        first.append(np.clip(level + 0.15 * rng.standard_normal(layout.n_layers), 0.0, 0.99))
+    algorithm = NSGA2(
+        pop_size=population,
+        sampling=np.array(first),
+        crossover=SBX(prob=0.9, eta=15),
+        mutation=PM(prob=1.0, prob_var=1.0 / layout.n_layers, eta=20),
+    )
+    problem = PruningProblem(layout.n_layers, decode, recorder, bounds=(0.0, 1.0))
+    _run(algorithm, problem, recorder, seed)
+    return recorder.result()
+
+
+def _packed_algorithm(
+    name: str,
+    population: int,
+    first: np.ndarray,
+    cross: Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray],
+    vary: Callable[[np.ndarray, np.random.Generator], np.ndarray],
+    crossover_probability: float,
+) -> Algorithm:
+    crossover, mutation = _PackedCrossover(cross, crossover_probability), _PackedMutation(vary)
+    if name == "nsga2":
+        return NSGA2(
+            pop_size=population,
+            sampling=first,
+            crossover=crossover,
+            mutation=mutation,
+            eliminate_duplicates=_PackedDuplicates(),
+        )
+    if name == "moead":
+        return ParallelMOEAD(
+            ref_dirs=get_reference_directions("uniform", 2, n_partitions=population - 1),
+            n_neighbors=max(2, min(20, population // 3)),
+            sampling=first,
+            crossover=crossover,
+            mutation=mutation,
+        )
+    raise ValueError(f"expected an algorithm among {', '.join(ALGORITHMS)}, found '{name}'")
+
+
+def search_corridor(
+    evaluate: Evaluate,
+    corridor: Corridor,
+    guides: Sequence[np.ndarray],
+    before: SearchResult,
+    *,
+    algorithm: str,
+    evaluations: int,
+    population: int,
+    softness: float,
+    first_rate: float,
+    crossover_probability: float,
+    seed: int,
+    progress: Progress | None = None,
+) -> SearchResult:
+    """Phase 2: one bit per corridor weight, by NSGA-II or MOEA/D, merged with Phase 1's front.
+
+    The first population holds Phase 1's members, moved into the corridor where they lie outside, and Bernoulli samples
+    along the first guide at densities spread over the corridor.
+
+    Args:
+        evaluate: Masks to objectives (n, 2).
+        corridor: What is searched.
+        guides: Importance scores, each float (n_weights,), that moves follow; the first also shapes the samples.
+        before: Phase 1.
+        algorithm: `nsga2` or `moead`.
+        evaluations: Number of masks to judge beyond those of Phase 1.
+        population: Size of the population.
+        softness: Width of the step in the sampling probabilities and noise of the moves, in corridor coordinates.
+        first_rate: Share of the corridor's bits that a move changes at first.
+        crossover_probability: Probability that a child mixes two parents before it is varied.
+        seed: Fixes every draw.
+        progress: Called with each history row.
+
+    Raises:
+        ValueError: The algorithm is unknown, or there is no guide.
+
+    Source:
+        NSGA-II: Deb et al., 2002. MOEA/D: Zhang and Li, 2007, with Tchebycheff decomposition; both in pymoo.
+    """
+    if not guides:
+        raise ValueError("Phase 2 needs at least one importance score as guide")
+    rng = np.random.default_rng(seed)
+    coordinates = [corridor.coordinates(scores) for scores in guides]
+    recorder = Recorder(
+        evaluate,
+        corridor.layout.n_weights,
+        budget=evaluations,
+        stage="phase2",
+        before=before,
+        progress=progress,
+    )
+    members = corridor.restrict(before.front.thinned(max(2, population * 3 // 4)).masks)
+    densities = np.linspace(0, 1, max(population - len(members), 1) + 2)[1:-1]
+    samples = operators.sample_bernoulli(coordinates[0], densities.tolist(), softness, rng)
+    first = np.concatenate([members, samples])[:population]
+    # Sparsest first, as MOEA/D's weight vectors are ordered, so that each member starts at its own trade-off.
+    first = first[np.argsort(np.bitwise_count(first).sum(axis=1), kind="stable")]
+    variation = operators.AdaptiveVariation(coordinates, corridor.layer_offsets, softness, first_rate)
+    layers = operators.layer_words(corridor.layer_offsets)
+    problem = PruningProblem(first.shape[1], corridor.expand, recorder, variation.reward)
+    chosen = _packed_algorithm(
+        algorithm,
+        population,
+        first,
+        lambda a, b, random: operators.layer_crossover(a, b, layers, random),
+        variation.vary,
+        crossover_probability,
+    )
+    _run(chosen, problem, recorder, seed)
+    return recorder.result()
+
+
+def search_flat(
+    evaluate: Evaluate,
+    layout: MaskLayout,
+    *,
+    algorithm: str,
+    evaluations: int,
+    population: int,
+    flip_rate: float,
+    seed: int,
+    progress: Progress | None = None,
+) -> SearchResult:
+    """The single-phase baseline: NSGA-II or MOEA/D on whole masks, random at first, uniform crossover and bit flips.
+
+    Args:
+        evaluate: Masks to objectives (n, 2).
+        layout: The layers.
+        algorithm: `nsga2` or `moead`.
+        evaluations: Number of masks to judge.
+        population: Size of the population.
+        flip_rate: Probability of each bit to flip in a mutation.
+        seed: Fixes every draw.
+        progress: Called with each history row.
+    """
+    rng = np.random.default_rng(seed)
+    everything = Corridor.everything(layout)
+    recorder = Recorder(evaluate, layout.n_weights, budget=evaluations, stage="flat", progress=progress)
+    densities = np.linspace(0.02, 1.0, population)
+    first = operators.sample_blind(layout.n_weights, densities.tolist(), rng)
+    problem = PruningProblem(first.shape[1], everything.expand, recorder)
+    chosen = _packed_algorithm(
+        algorithm,
+        population,
+        first,
+        operators.uniform_crossover,
+        lambda words, random: operators.flip_bits(words, layout.n_weights, flip_rate, random),
+        0.9,
+    )
+    _run(chosen, problem, recorder, seed)
+    return recorder.result()
+
+
+def sweep_allocation(
+    evaluate: Evaluate,
+    layout: MaskLayout,
+    scores: np.ndarray,
+    counts: Sequence[np.ndarray],
+    *,
+    progress: Progress | None = None,
+) -> SearchResult:
+    """The baselines without a search: one score and one allocation rule at a ladder of densities.
+
+    Args:
+        evaluate: Masks to objectives (n, 2).
+        layout: The layers.
+        scores: float (n_weights,), higher = keep.
+        counts: Numbers of weights to keep, each int (n_layers,), one per rung of the ladder.
+        progress: Called with each history row.
+    """
+    ranks = ranks_within_layers(scores, layout)
+    recorder = Recorder(evaluate, layout.n_weights, budget=len(counts), stage="allocation", progress=progress)
+    for row in counts:
+        recorder(PackedMasks.pack(keep_top(ranks, row, layout)))
+        recorder.close_generation()
+    return recorder.result()
+
+
+def finish_front(result: SearchResult, evaluate: Evaluate, size: int | None) -> Front:
+    """The front to publish: judged again by `evaluate` (in float32), and thinned to `size` members.
+
+    Args:
+        result: A search, perhaps judged in reduced precision.
+        evaluate: Masks to objectives (n, 2), in full precision.
+        size: Largest number of members, None for all.
+    """
+    found = result.front
+    judged = Front(found.masks, evaluate(found.masks), found.stages)
+    return Front.empty(found.masks.n_weights).merge(judged).thinned(size)

@@ -1,0 +1,94 @@
+"""What every workflow step that computes does the same way: choose the device, read its inputs, show progress."""
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from paretoprune.checkpoints import DenseNetwork, load_tensors
+from paretoprune.datasets import ImageSet
+from paretoprune.evaluation import PopulationEvaluator
+from paretoprune.importance import flat_scores
+from paretoprune.logs import logged
+from paretoprune.masks import MaskLayout
+from paretoprune.splits import LabelledImages, Splits
+
+
+@contextmanager
+def step(name: str, log_file: str, threads: int = 1, gpus: int = 0) -> Iterator[tuple[logging.Logger, torch.device]]:
+    """Run a step with logging, on the threads and the GPU that were granted.
+
+    Args:
+        name: Shown before each line in the terminal.
+        log_file: Gets every line, see `paretoprune.logs.logged`.
+        threads: CPU threads for torch.
+        gpus: Granted GPUs; 0 means the CPU, also on a machine that has a GPU.
+
+    Yields:
+        The logger and the device to compute on.
+    """
+    with logged(name, log_file) as logger:
+        torch.set_num_threads(max(1, threads))
+        device = torch.device("cuda" if gpus and torch.cuda.is_available() else "cpu")
+        if gpus and device.type == "cpu":
+            logger.warning("a GPU was granted but torch finds none; computing on the CPU")
+        # User factories are imported from the folder where the workflow runs.
+        sys.path.append(str(Path.cwd()))
+        yield logger, device
+
+
+def read_splits(images: str, splits: str, dense: DenseNetwork, *names: str) -> list[LabelledImages]:
+    """Read some of the splits, normalised as the dense network expects."""
+    image_set, indices = ImageSet.load(images), Splits.load(splits)
+    return [LabelledImages.of(image_set, getattr(indices, name), dense.mean, dense.std) for name in names]
+
+
+def make_evaluator(
+    dense: DenseNetwork,
+    judged: LabelledImages,
+    calibration: LabelledImages,
+    settings: Mapping[str, Any],
+    device: torch.device,
+    **changed: Any,
+) -> PopulationEvaluator:
+    """An evaluator by the settings `repair`, `objective`, `precision` and `batch_size`; `changed` ones go first."""
+    keys = ("repair", "objective", "precision", "batch_size")
+    return PopulationEvaluator(
+        dense.network,
+        MaskLayout.of(dense.network, dense.exclude),
+        judged.images,
+        judged.labels,
+        calibration_images=calibration.images,
+        device=device,
+        **{key: settings[key] for key in keys} | changed,
+    )
+
+
+def read_scores(files: Sequence[str], layout: MaskLayout) -> dict[str, np.ndarray]:
+    """Importance scores by the names of their files, each float32 (n_weights,) in mask order."""
+    return {Path(file).stem: flat_scores(load_tensors(file), layout) for file in files}
+
+
+def log_progress(logger: logging.Logger, budget: int) -> Callable[[dict[str, Any]], None]:
+    """A progress callback for searches that writes about ten lines until `budget` evaluations are done."""
+    next_at = 0
+
+    def show(row: dict[str, Any]) -> None:
+        nonlocal next_at
+        if row["evaluations"] >= min(next_at, budget):
+            next_at = row["evaluations"] + max(1, budget // 10)
+            logger.info(
+                "%s: %d of %d evaluations, hypervolume %.4f, %.0f s",
+                row["stage"],
+                row["evaluations"],
+                budget,
+                row["hypervolume"],
+                row["seconds"],
+            )
+
+    return show

@@ -1,0 +1,11 @@
+"""Write the report: figures, tables and summary.csv, from files alone."""
+
+from pathlib import Path
+
+from paretoprune.logs import logged
+from paretoprune.report import write_report
+
+with logged("report", snakemake.log[0]) as log:
+    params, page = snakemake.params, Path(snakemake.output.page)
+    write_report(Path(params.results), params.runs, params.seeds, params.methods, page.parent, params.settings)
+    log.info("the report is at %s", page)
