@@ -60,8 +60,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
-            f"'{path}' cannot be read as plain weights ({reason[0]}); a checkpoint must hold tensors only: save it with "
-            "torch.save(network.state_dict(), path) or as safetensors"
+            f"'{path}' cannot be read as plain weights ({reason[0]}); a checkpoint must hold tensors only: save it "
+            "with torch.save(network.state_dict(), path) or as safetensors"
         ) from error
     for key in ("state_dict", "model", "net"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -106,8 +106,8 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], source: str) -
     ]
     if problems:
         raise ValueError(
-            f"{source} does not fit the network: {'; '.join(problems)}; check `architecture`, its `arguments`, and that "
-            "the dataset has the number of classes and channels that the checkpoint was trained with"
+            f"{source} does not fit the network: {'; '.join(problems)}; check `architecture`, its `arguments`, and "
+            "that the dataset has the number of classes and channels that the checkpoint was trained with"
         )
     network.load_state_dict(dict(state), strict=False)
 

@@ -37,14 +37,16 @@ def check_configuration(config: Config, schema: Config) -> None:
 
 def _describe(error: jsonschema.ValidationError) -> Iterator[str]:
     where = ".".join(str(part) for part in error.absolute_path)
+    rule: Any = error.schema
+    instance: Any = error.instance
     if error.validator == "additionalProperties":
-        known = list(error.schema.get("properties", {}))
-        for key in sorted(set(error.instance) - set(known)):
+        known = list(rule.get("properties", {}))
+        for key in sorted(set(dict(instance)) - set(known)):
             close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             hint = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(known)}"
             yield f"unknown key '{f'{where}.' if where else ''}{key}'; {hint}"
         return
-    meaning = error.schema.get("description")
+    meaning = rule.get("description")
     yield f"{where or 'configuration'}: {error.message}" + (f" ({meaning})" if meaning else "")
 
 
@@ -114,8 +116,8 @@ def _missing_files(config: Config) -> Iterator[str]:
         dataset, network = config["datasets"][run["dataset"]], config["networks"][run["network"]]
         if dataset["source"] == "imagefolder" and not data_path(config, dataset["path"]).exists():
             yield (
-                f"datasets.{run['dataset']}.path: expected images at '{data_path(config, dataset['path'])}', found nothing; "
-                "correct `path` or `data_directory`"
+                f"datasets.{run['dataset']}.path: expected images at '{data_path(config, dataset['path'])}', found "
+                "nothing; correct `path` or `data_directory`"
             )
         if network["checkpoint"] is not None and not data_path(config, network["checkpoint"]).is_file():
             yield (

@@ -106,9 +106,9 @@ def choose_anchors(
 ) -> tuple[int, int]:
     """Pick the light and the heavy anchor from a Phase 1 front.
 
-    Both tolerances are shares of the way from the dense network's error to that of guessing, so that one rule serves any
-    number of classes and both objectives. Light: the sparsest member within `light_tolerance` (none: the one of least
-    error). Heavy: the sparsest member within `heavy_tolerance`, sparser than light (none: the next sparser one).
+    Both tolerances are shares of the way from the dense network's error to that of guessing, so that one rule serves
+    any number of classes and both objectives. Light: the sparsest member within `light_tolerance` (none: the densest
+    member). Heavy: the sparsest member within `heavy_tolerance`, sparser than light (none: the next sparser one).
 
     Args:
         front: Phase 1's front.
@@ -125,8 +125,8 @@ def choose_anchors(
     """
     if len(front) < 2:
         raise ValueError(
-            f"expected a Phase 1 front of at least two members to draw a corridor between, found {len(front)}; give Phase 1 "
-            "more evaluations"
+            f"expected a Phase 1 front of at least two members to draw a corridor between, found {len(front)}; give "
+            "Phase 1 more evaluations"
         )
     reach = chance_error - dense_error
     by_density = np.argsort(-front.density, kind="stable")

@@ -47,7 +47,8 @@ class ImageSet:
         """Read what `save` wrote."""
         with safe_open(path, framework="pt") as handle:
             classes = tuple(json.loads(handle.metadata()["classes"]))
-            return cls(*(handle.get_tensor(name) for name in ("images", "labels", "is_test")), classes)
+            images, labels, is_test = (handle.get_tensor(name) for name in ("images", "labels", "is_test"))
+        return cls(images, labels, is_test, classes)
 
 
 def read_images(

@@ -34,8 +34,8 @@ def prepare_dense(
     Args:
         images: File of the decoded images.
         splits: File of the splits.
-        network: `architecture`, `arguments`, `checkpoint` (path or None), `normalisation` (with `mean` and `std`, or None
-            for the training images' own) and `exclude`.
+        network: `architecture`, `arguments`, `checkpoint` (path or None), `normalisation` (with `mean` and `std`, or
+            None for the training images' own) and `exclude`.
         training: Fields of `Recipe`; not used with a checkpoint.
         seed: Fixes the initial weights and the training.
         device: Where to train.
@@ -51,8 +51,8 @@ def prepare_dense(
     if normalisation is None:
         if network["checkpoint"] is not None:
             log.warning(
-                "no `normalisation` is given for the checkpoint, so the training images' own is used; if it was trained "
-                "with another, its accuracy below is lower than it should be"
+                "no `normalisation` is given for the checkpoint, so the training images' own is used; if it was "
+                "trained with another, its accuracy below is lower than it should be"
             )
         mean, std = channel_statistics(image_set.images[torch.from_numpy(indices.train)])
     else:
@@ -69,13 +69,13 @@ def prepare_dense(
     except RuntimeError as error:
         shape = tuple(data.images.shape[1:])
         raise ValueError(
-            f"network '{architecture.name}' cannot run on images of shape {shape}: {str(error).splitlines()[0]}; give the "
-            "dataset another `image_size` or `channels`, or choose another network"
+            f"network '{architecture.name}' cannot run on images of shape {shape}: {str(error).splitlines()[0]}; give "
+            "the dataset another `image_size` or `channels`, or choose another network"
         ) from error
     if n_answers != len(image_set.classes):
         raise ValueError(
-            f"network '{architecture.name}' gives {n_answers} answers, expected one for each of {len(image_set.classes)} "
-            "classes; correct its `arguments`"
+            f"network '{architecture.name}' gives {n_answers} answers, expected one for each of "
+            f"{len(image_set.classes)} classes; correct its `arguments`"
         )
     if network["checkpoint"] is not None:
         load_weights(module, read_state_dict(network["checkpoint"]), f"checkpoint '{network['checkpoint']}'")

@@ -36,9 +36,9 @@ def top1_error(logits: Tensor, labels: Tensor) -> float:
 def divergence(logits: Tensor, dense_log_probabilities: Tensor) -> float:
     """1 - exp(-KL), with KL the mean divergence (nats) of the network's answers from the dense network's.
 
-    The transformation keeps the order of networks and brings the divergence into [0, 1): 0 for the dense network itself,
-    about 1 - 1/n_classes for a network that answers nothing, as the top-1 error does. The hypervolume on it is therefore
-    read with the same reference point. Answers that are not finite count as 1.
+    The transformation keeps the order of networks and brings the divergence into [0, 1): 0 for the dense network
+    itself, about 1 - 1/n_classes for a network that answers nothing, as the top-1 error does. The hypervolume on it is
+    therefore read with the same reference point. Answers that are not finite count as 1.
 
     Args:
         logits: float (n, n_classes).

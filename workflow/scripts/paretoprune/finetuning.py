@@ -89,7 +89,7 @@ def finetune_members(
         trained, _ = train(start, data, recipe, seed=seed, device=device, masks=masks, teacher=dense)
         check_mask(trained, masks)
         save_network(folder / f"member{member}.safetensors", trained)
-        row = {
+        row: dict[str, Any] = {
             "id": member,
             "target": target,
             "density": float(front.density[member]),

@@ -173,7 +173,10 @@ class Front:
         return self if size is None else self.select(spread_subset(self.objectives, size))
 
     def closest(self, *, sparsity: float) -> int:
-        """Index of the member whose sparsity is nearest to `sparsity` (a share, 0 to 1); of two, the one with less error.
+        """Index of the member of nearest sparsity; of two, the one with less error.
+
+        Args:
+            sparsity: Share of weights removed, 0 to 1.
 
         Raises:
             ValueError: `sparsity` is not a share, or the front is empty.
@@ -220,7 +223,10 @@ class Front:
         return cls(masks, arrays["objectives"], [str(stage) for stage in arrays["stages"]])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the front to an npz file: `words`, `n_weights`, `objectives`, `stages`; a member's id is its position."""
+        """Write the front to an npz file: `words`, `n_weights`, `objectives`, `stages`.
+
+        A member's id is its position.
+        """
         write_npz(path, self.arrays())
 
     @classmethod

@@ -83,7 +83,9 @@ def taylor(network: nn.Module, layout: MaskLayout, images: Tensor, labels: Tenso
 
 
 def fisher(network: nn.Module, layout: MaskLayout, images: Tensor, labels: Tensor, seed: int) -> dict[str, Tensor]:
-    """w² E[g²] with g the gradient of one image's loss: twice the second-order change, by the diagonal empirical Fisher.
+    """w² E[g²] with g the gradient of one image's loss: twice the second-order change of the mean loss.
+
+    The diagonal empirical Fisher stands in for the curvature.
 
     Source:
         Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", 2018, equation 8.
@@ -132,7 +134,8 @@ def compute_importance(
     for name, tensor in scores.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(
-                f"importance '{score}' is not finite in '{name}'; check the checkpoint for NaN and the loss for overflow"
+                f"importance '{score}' is not finite in '{name}'; check the checkpoint for NaN and the loss for "
+                "overflow"
             )
     return scores
 

@@ -43,7 +43,8 @@ class MaskLayout:
             exclude: Shell patterns of parameter names that stay dense, for instance `conv1.weight` or `linear.*`.
 
         Raises:
-            ValueError: Nothing is left to prune, a pattern matches no prunable weight, or a weight is no plain parameter.
+            ValueError: Nothing is left to prune, a pattern matches no prunable weight, or a weight is no plain
+                parameter.
         """
         # Imported here so that figures and reports, which only read masks, never wait for torch.
         from torch import nn
@@ -57,7 +58,8 @@ class MaskLayout:
                 if id(module.weight) not in prunable and name not in parameters:
                     raise ValueError(
                         f"'{name}' is computed from other tensors (weight norm, another pruning) and cannot be masked; "
-                        "make it a plain parameter first, for instance with torch.nn.utils.parametrize.remove_parametrizations"
+                        "make it a plain parameter first, for instance with "
+                        "torch.nn.utils.parametrize.remove_parametrizations"
                     )
                 prunable.setdefault(id(module.weight), (name, tuple(module.weight.shape)))
         found = list(prunable.values())

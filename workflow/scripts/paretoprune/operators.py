@@ -191,9 +191,9 @@ class AdaptiveVariation:
     """Drop, grow and swap moves along importance, whose choice and size follow their success.
 
     An *arm* is one move along one coordinate. An arm is drawn with probability proportional to its recent share of
-    successes (Laplace-smoothed, never below `floor`); the share of bits that it moves is drawn log-normally around a rate
-    that is pulled towards the rates that succeeded. Success is told afterwards, by genome, through `reward`, so that any
-    algorithm can use the operator unmodified.
+    successes (Laplace-smoothed, never below `floor`); the share of bits that it moves is drawn log-normally around a
+    rate that is pulled towards the rates that succeeded. Success is told afterwards, by genome, through `reward`, so
+    that any algorithm can use the operator unmodified.
 
     Attributes:
         coordinates: One or more float (n_bits,), the importance scores to move along.

@@ -49,7 +49,7 @@ class BatchNormRepair:
 
     With (m_d, v_d) the dense and (m_p, v_p) the pruned network's statistics on the same images and (m, v) the trained
     ones, a layer gets m' = m_p + (m - m_d) sqrt(v_p / v_d) and v' = v v_p / v_d. A network without pruned weights is
-    therefore left exactly as it was trained, which statistics taken afresh from a few images would not do. The layers are
+    therefore left as it was trained, which statistics taken afresh from a few images would not do. The layers are
     corrected in the order in which the network runs them, each on inputs from corrected layers, in one forward pass.
 
     Args:

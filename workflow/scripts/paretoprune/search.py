@@ -1,7 +1,7 @@
 """The searches: Phase 1 over thresholds, Phase 2 over the corridor, flat over all masks, and the allocation baselines.
 
-pymoo's algorithms run unmodified; only this module knows them. Genomes are decoded to masks, judged by an evaluator, and
-every judged mask passes a `Recorder`, which keeps the front of all of them and the course of the search.
+pymoo's algorithms run unmodified; only this module knows them. Genomes are decoded to masks, judged by an evaluator,
+and every judged mask passes a `Recorder`, which keeps the front of all of them and the course of the search.
 """
 
 import csv
@@ -266,8 +266,8 @@ def search_thresholds(
     """
     if evaluations < len(starts) + population:
         raise ValueError(
-            f"Phase 1 needs at least {len(starts) + population} evaluations ({len(starts)} starting allocations and a "
-            f"population of {population}), found {evaluations}; raise `evaluations` or lower `population`"
+            f"Phase 1 needs at least {len(starts) + population} evaluations ({len(starts)} starting allocations and "
+            f"a population of {population}), found {evaluations}; raise `evaluations` or lower `population`"
         )
     ranks = ranks_within_layers(scores, layout)
 

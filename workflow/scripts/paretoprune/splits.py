@@ -79,8 +79,8 @@ def split_images(
         n = int(wanted[name])
         if n < len(names) or n > len(rest) - len(names):
             raise ValueError(
-                f"expected a {name} split of {len(names)} to {len(rest) - len(names)} images (one per class in it and in "
-                f"what is left for the others), found {n}; change `{name}` of the dataset"
+                f"expected a {name} split of {len(names)} to {len(rest) - len(names)} images (one per class in it and "
+                f"in what is left for the others), found {n}; change `{name}` of the dataset"
             )
         rest, taken[name] = train_test_split(rest, test_size=n, stratify=labels[rest], random_state=seed)
     taken.setdefault("test", own_test)

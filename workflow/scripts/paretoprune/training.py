@@ -182,8 +182,8 @@ def train(
                 if resume:
                     resume.unlink(missing_ok=True)
                 raise TrainingDivergedError(
-                    f"the loss became {float(loss.detach())} in epoch {epoch + 1} of {recipe.epochs}, step {step + 1}; lower "
-                    f"the learning_rate (now {recipe.learning_rate}), lengthen the warm-up, or check the images"
+                    f"the loss became {float(loss.detach())} in epoch {epoch + 1} of {recipe.epochs}, step {step + 1}; "
+                    f"lower the learning_rate (now {recipe.learning_rate}), lengthen the warm-up, or check the images"
                 )
             optimiser.zero_grad()
             loss.backward()
@@ -212,8 +212,8 @@ def _loss(logits: Tensor, labels: Tensor, images: Tensor, recipe: Recipe, teache
     """Cross-entropy, mixed with the divergence from the teacher's softened answers.
 
     Source:
-        Hinton et al., "Distilling the knowledge in a neural network", 2015: gradients of softened answers shrink with the
-        square of the temperature, hence the factor.
+        Hinton et al., "Distilling the knowledge in a neural network", 2015: gradients of softened answers shrink with
+        the square of the temperature, hence the factor.
     """
     loss = functional.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
     if teacher is None or recipe.distillation == 0:
