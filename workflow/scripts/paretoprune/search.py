@@ -262,7 +262,7 @@ def search_thresholds(
 
     Source:
         Deb et al., "A fast and elitist multiobjective genetic algorithm: NSGA-II", 2002, in pymoo, with its simulated
-        binary crossover and polynomial mutation. The encoding is our reading of arXiv 2604.01076, which does not give it.
+        binary crossover and polynomial mutation. The encoding is our reading of arXiv 2604.01076, which gives none.
     """
     if evaluations < len(starts) + population:
         raise ValueError(
