@@ -7,21 +7,21 @@ rule search_flat:
     output:
         masks=f"{METHOD}/masks.npz",
         history=f"{METHOD}/history.csv",
-    params:
-        settings=lambda wildcards: configuration.flat_settings(settings_of(wildcards)),
-    wildcard_constraints:
-        method=any_of(configuration.methods_of_kind(config, "flat")),
     log:
         f"{RESULTS}/logs/{LOG}/{{method}}/search_flat.log",
     benchmark:
         f"{RESULTS}/benchmarks/{LOG}/{{method}}/search_flat.tsv"
+    wildcard_constraints:
+        method=any_of(configuration.methods_of_kind(config, "flat")),
+    conda:
+        "../../envs/environment.yaml"
     threads: 1
     resources:
         mem_mb=8000,
         runtime=1440,
         gpu=lookup("gpus_per_job", within=config),
-    conda:
-        "../../envs/environment.yaml"
+    params:
+        settings=lambda wildcards: configuration.flat_settings(settings_of(wildcards)),
     script:
         "../scripts/search_flat.py"
 
@@ -36,22 +36,22 @@ rule sweep_allocation:
     output:
         masks=f"{METHOD}/masks.npz",
         history=f"{METHOD}/history.csv",
-    params:
-        settings=lambda wildcards: configuration.allocation_settings(
-            settings_of(wildcards)
-        ),
-    wildcard_constraints:
-        method=any_of(configuration.methods_of_kind(config, "allocation")),
     log:
         f"{RESULTS}/logs/{LOG}/{{method}}/sweep_allocation.log",
     benchmark:
         f"{RESULTS}/benchmarks/{LOG}/{{method}}/sweep_allocation.tsv"
+    wildcard_constraints:
+        method=any_of(configuration.methods_of_kind(config, "allocation")),
+    conda:
+        "../../envs/environment.yaml"
     threads: 1
     resources:
         mem_mb=8000,
         runtime=240,
         gpu=lookup("gpus_per_job", within=config),
-    conda:
-        "../../envs/environment.yaml"
+    params:
+        settings=lambda wildcards: configuration.allocation_settings(
+            settings_of(wildcards)
+        ),
     script:
         "../scripts/sweep_allocation.py"

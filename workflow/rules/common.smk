@@ -76,3 +76,80 @@ def each_method(file, methods):
         for seed in config["seeds"]
         for method in methods
     ]
+
+
+def dataset_settings(wildcards):
+    """What decoding depends on; the sizes of the splits are not part of it."""
+    dataset = config["datasets"][wildcards.dataset]
+    keys = ("source", "path", "image_size", "channels")
+    return {key: dataset[key] for key in keys if key in dataset}
+
+
+def image_files(wildcards):
+    """The user's own images, so that a changed folder or archive is read again."""
+    dataset = config["datasets"][wildcards.dataset]
+    own = dataset["source"] == "imagefolder"
+    return [str(configuration.data_path(config, dataset["path"]))] if own else []
+
+
+def network_settings(wildcards):
+    """How to make the network, with the place of its checkpoint filled in."""
+    network = config["networks"][wildcards.network]
+    keys = ("architecture", "arguments", "checkpoint", "normalisation", "exclude")
+    settings = {key: network[key] for key in keys}
+    if settings["checkpoint"] is not None:
+        path = configuration.data_path(config, settings["checkpoint"])
+        settings["checkpoint"] = str(path)
+    return settings
+
+
+def training_settings(wildcards):
+    """The recipe of the dense network; augmentation belongs to the data. None for a checkpoint."""
+    network = config["networks"][wildcards.network]
+    if network["checkpoint"] is not None:
+        return None
+    recipe = configuration.merge(config["training"], network.get("training", {}))
+    return recipe | config["datasets"][wildcards.dataset]["augmentation"]
+
+
+def network_files(wildcards):
+    """A checkpoint, and the source file of a user's own factory where it lies beside the workflow."""
+    network = network_settings(wildcards)
+    package, _, function = network["architecture"].partition(":")
+    factory = Path(*package.split(".")).with_suffix(".py")
+    own = [str(factory)] if function and factory.is_file() else []
+    return own + ([network["checkpoint"]] if network["checkpoint"] else [])
+
+
+def phase1_file(file):
+    """An input function for a result of the Phase 1 that a method continues, its own or a shared one."""
+    return lambda wildcards: f"{METHOD}/{file}".format(
+        **{
+            **wildcards,
+            "method": configuration.phase1_source(config, wildcards.method),
+        }
+    )
+
+
+def phase1_scores(settings):
+    """The score that thresholds cut, and those that the starting allocations follow."""
+    return [settings["importance"], "magnitude", "lamp"]
+
+
+def full_precision(wildcards):
+    """How finished networks are judged: by the method's own repair and objective, in float32."""
+    settings = configuration.judging_settings(settings_of(wildcards))
+    return settings | {"precision": "float32"}
+
+
+def finetuning_recipe(wildcards):
+    """The recipe of fine-tuning; augmentation belongs to the data."""
+    members = ("methods", "sparsities", "knee")
+    recipe = {k: v for k, v in config["finetune"].items() if k not in members}
+    return recipe | config["datasets"][wildcards.dataset]["augmentation"]
+
+
+def compared(kind):
+    """The methods of one kind that are compared."""
+    of_kind = configuration.methods_of_kind(config, kind)
+    return [name for name in config["methods"] if name in of_kind]

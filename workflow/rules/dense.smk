@@ -1,31 +1,3 @@
-def network_settings(wildcards):
-    """How to make the network, with the place of its checkpoint filled in."""
-    network = config["networks"][wildcards.network]
-    keys = ("architecture", "arguments", "checkpoint", "normalisation", "exclude")
-    settings = {key: network[key] for key in keys}
-    if settings["checkpoint"] is not None:
-        path = configuration.data_path(config, settings["checkpoint"])
-        settings["checkpoint"] = str(path)
-    return settings
-
-
-def training_settings(wildcards):
-    """The recipe of the dense network; augmentation belongs to the data. None for a checkpoint."""
-    network = config["networks"][wildcards.network]
-    if network["checkpoint"] is not None:
-        return None
-    recipe = configuration.merge(config["training"], network.get("training", {}))
-    return recipe | config["datasets"][wildcards.dataset]["augmentation"]
-
-
-def network_files(wildcards):
-    """A checkpoint, and the source file of a user's own factory where it lies beside the workflow."""
-    network = network_settings(wildcards)
-    factory = network["architecture"].partition(":")[0].replace(".", "/") + ".py"
-    own = [factory] if ":" in network["architecture"] and Path(factory).is_file() else []
-    return own + ([network["checkpoint"]] if network["checkpoint"] else [])
-
-
 rule prepare_dense_network:
     input:
         images=IMAGES,
@@ -35,6 +7,17 @@ rule prepare_dense_network:
     output:
         network=DENSE,
         metrics=METRICS,
+    log:
+        f"{RESULTS}/logs/{LOG}/prepare_dense_network.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/{LOG}/prepare_dense_network.tsv"
+    conda:
+        "../../envs/environment.yaml"
+    threads: 1
+    resources:
+        mem_mb=8000,
+        runtime=720,
+        gpu=lookup("gpus_per_job", within=config),
     params:
         network=network_settings,
         training=training_settings,
@@ -49,16 +32,5 @@ rule prepare_dense_network:
                 config["networks"][wildcards.network]["checkpoint"] or "trained"
             ).name,
         },
-    log:
-        f"{RESULTS}/logs/{LOG}/prepare_dense_network.log",
-    benchmark:
-        f"{RESULTS}/benchmarks/{LOG}/prepare_dense_network.tsv"
-    threads: 1
-    resources:
-        mem_mb=8000,
-        runtime=720,
-        gpu=lookup("gpus_per_job", within=config),
-    conda:
-        "../../envs/environment.yaml"
     script:
         "../scripts/prepare_dense_network.py"

@@ -6,18 +6,18 @@ rule compute_importance:
         code=code("compute_importance"),
     output:
         scores=f"{SEED}/importance/{{score}}.safetensors",
-    params:
-        n_images=lookup("importance/images", within=config),
     log:
         f"{RESULTS}/logs/{LOG}/compute_importance-{{score}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/{LOG}/compute_importance-{{score}}.tsv"
+    conda:
+        "../../envs/environment.yaml"
     threads: 1
     resources:
         mem_mb=4000,
         runtime=120,
         gpu=0,
-    conda:
-        "../../envs/environment.yaml"
+    params:
+        n_images=lookup("importance/images", within=config),
     script:
         "../scripts/compute_importance.py"

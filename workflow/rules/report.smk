@@ -1,9 +1,3 @@
-def compared(kind):
-    """The methods of one kind that are compared."""
-    of_kind = configuration.methods_of_kind(config, kind)
-    return [name for name in config["methods"] if name in of_kind]
-
-
 rule write_report:
     input:
         metrics=[
@@ -22,8 +16,18 @@ rule write_report:
         page=f"{RESULTS}/report/index.html",
         summary=f"{RESULTS}/report/summary.csv",
         figures=directory(f"{RESULTS}/report/figures"),
+    log:
+        f"{RESULTS}/logs/write_report.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/write_report.tsv"
+    conda:
+        "../../envs/environment.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=30,
+        gpu=0,
     params:
-        results=RESULTS,
         runs=config["runs"],
         seeds=config["seeds"],
         methods=config["methods"],
@@ -34,17 +38,6 @@ rule write_report:
             },
             "finetuned_methods": config["finetune"]["methods"],
         },
-    log:
-        f"{RESULTS}/logs/write_report.log",
-    benchmark:
-        f"{RESULTS}/benchmarks/write_report.tsv"
-    threads: 1
-    resources:
-        mem_mb=2000,
-        runtime=30,
-        gpu=0,
-    conda:
-        "../../envs/environment.yaml"
     script:
         "../scripts/write_report.py"
 

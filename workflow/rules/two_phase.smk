@@ -1,21 +1,3 @@
-TWO_PHASE = configuration.methods_of_kind(config, "two_phase")
-
-
-def phase1_file(file):
-    """An input function for a result of the Phase 1 that a method continues, its own or a shared one."""
-    return lambda wildcards: f"{METHOD}/{file}".format(
-        **{
-            **wildcards,
-            "method": configuration.phase1_source(config, wildcards.method),
-        }
-    )
-
-
-def phase1_scores(settings):
-    """The score that thresholds cut, and those that the starting allocations follow."""
-    return [settings["importance"], "magnitude", "lamp"]
-
-
 rule search_thresholds:
     input:
         images=IMAGES,
@@ -26,23 +8,21 @@ rule search_thresholds:
     output:
         front=f"{METHOD}/phase1.npz",
         history=f"{METHOD}/phase1_history.csv",
-    params:
-        settings=lambda wildcards: configuration.phase1_settings(
-            settings_of(wildcards)
-        ),
-    wildcard_constraints:
-        method=any_of(TWO_PHASE),
     log:
         f"{RESULTS}/logs/{LOG}/{{method}}/search_thresholds.log",
     benchmark:
         f"{RESULTS}/benchmarks/{LOG}/{{method}}/search_thresholds.tsv"
+    wildcard_constraints:
+        method=any_of(configuration.methods_of_kind(config, "two_phase")),
+    conda:
+        "../../envs/environment.yaml"
     threads: 1
     resources:
         mem_mb=8000,
         runtime=1440,
         gpu=lookup("gpus_per_job", within=config),
-    conda:
-        "../../envs/environment.yaml"
+    params:
+        settings=lambda wildcards: configuration.phase1_settings(settings_of(wildcards)),
     script:
         "../scripts/search_thresholds.py"
 
@@ -56,22 +36,22 @@ rule choose_anchors:
     output:
         anchors=f"{METHOD}/anchors.npz",
         corridor=f"{METHOD}/anchors.json",
-    params:
-        tolerances=lambda wildcards: settings_of(wildcards)["anchors"],
-        objective=lambda wildcards: settings_of(wildcards)["objective"],
-    wildcard_constraints:
-        method=any_of(TWO_PHASE),
     log:
         f"{RESULTS}/logs/{LOG}/{{method}}/choose_anchors.log",
     benchmark:
         f"{RESULTS}/benchmarks/{LOG}/{{method}}/choose_anchors.tsv"
+    wildcard_constraints:
+        method=any_of(configuration.methods_of_kind(config, "two_phase")),
+    conda:
+        "../../envs/environment.yaml"
     threads: 1
     resources:
         mem_mb=2000,
         runtime=10,
         gpu=0,
-    conda:
-        "../../envs/environment.yaml"
+    params:
+        tolerances=lambda wildcards: settings_of(wildcards)["anchors"],
+        objective=lambda wildcards: settings_of(wildcards)["objective"],
     script:
         "../scripts/choose_anchors.py"
 
@@ -89,22 +69,20 @@ rule search_corridor:
     output:
         masks=f"{METHOD}/masks.npz",
         history=f"{METHOD}/history.csv",
-    params:
-        settings=lambda wildcards: configuration.phase2_settings(
-            settings_of(wildcards)
-        ),
-    wildcard_constraints:
-        method=any_of(TWO_PHASE),
     log:
         f"{RESULTS}/logs/{LOG}/{{method}}/search_corridor.log",
     benchmark:
         f"{RESULTS}/benchmarks/{LOG}/{{method}}/search_corridor.tsv"
+    wildcard_constraints:
+        method=any_of(configuration.methods_of_kind(config, "two_phase")),
+    conda:
+        "../../envs/environment.yaml"
     threads: 1
     resources:
         mem_mb=8000,
         runtime=1440,
         gpu=lookup("gpus_per_job", within=config),
-    conda:
-        "../../envs/environment.yaml"
+    params:
+        settings=lambda wildcards: configuration.phase2_settings(settings_of(wildcards)),
     script:
         "../scripts/search_corridor.py"

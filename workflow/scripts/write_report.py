@@ -7,5 +7,6 @@ from paretoprune.report import write_report
 
 with logged("report", snakemake.log[0]) as log:
     params, page = snakemake.params, Path(snakemake.output.page)
-    write_report(Path(params.results), params.runs, params.seeds, params.methods, page.parent, params.settings)
+    results = page.parents[1]
+    write_report(results, params.runs, params.seeds, params.methods, page.parent, params.settings)
     log.info("the report is at %s", page)

@@ -60,6 +60,10 @@ def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         return [{key: kinds[key](row[key]) for key in HISTORY_COLUMNS} for row in csv.DictReader(handle)]
 
 
+class _BudgetSpentError(Exception):
+    """More masks were to be judged than the budget of a search allows."""
+
+
 class Recorder:
     """Judges masks, each distinct one once, and remembers the non-dominated.
 
@@ -108,9 +112,14 @@ class Recorder:
 
         Returns:
             Objectives (n, 2), and whether each mask is new and on the front, bool (n,).
+
+        Raises:
+            _BudgetSpentError: There are more new masks than the budget pays for; those that it does pay for are judged.
         """
         keys = masks.fingerprints()
         fresh = list({key: i for i, key in reversed(list(enumerate(keys))) if key not in self._known}.values())[::-1]
+        unpaid = len(fresh) - self.remaining
+        fresh = fresh[: self.remaining]
         if fresh:
             chosen = masks.select(fresh)
             objectives = np.asarray(self._evaluate(chosen), dtype=np.float64)
@@ -122,6 +131,8 @@ class Recorder:
             self.evaluations += len(fresh)
             self._known.update(zip([keys[i] for i in fresh], objectives, strict=True))
             self.front = self.front.merge(Front(chosen, objectives, [self.stage] * len(fresh)))
+        if unpaid > 0:
+            raise _BudgetSpentError
         joined = {keys[i] for i in fresh}.intersection(self.front.masks.fingerprints()) if fresh else set()
         return np.array([self._known[key] for key in keys]).reshape(-1, 2), np.array([key in joined for key in keys])
 
@@ -221,14 +232,14 @@ def _run(algorithm: Algorithm, problem: PruningProblem, recorder: Recorder, seed
         candidates = algorithm.ask()
         if candidates is None or not len(candidates):
             break
-        complete = len(candidates) <= recorder.remaining
-        candidates = candidates if complete else candidates[: recorder.remaining]
-        algorithm.evaluator.eval(problem, candidates)
-        recorder.close_generation()
-        if not complete:
+        try:
+            algorithm.evaluator.eval(problem, candidates)
+        except _BudgetSpentError:
             break
+        recorder.close_generation()
         algorithm.tell(infills=candidates)
         dry = 0 if recorder.evaluations > before else dry + 1
+    recorder.close_generation()
 
 
 def search_thresholds(

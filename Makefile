@@ -1,0 +1,65 @@
+# Two commands: `make demo` runs the whole chain on embedded images, `make test` checks the project.
+# Both make the environment in .venv from the hashed locks in envs/ first, once.
+
+PYTHON ?= python3
+CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+BIN := .venv/bin
+# Steps share the cores among processes of one thread each; libraries must not start more of their own.
+export OMP_NUM_THREADS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo figures test lint format lock clean
+
+help:
+	@echo "make demo     run the whole chain on handwritten digits (config.yaml)"
+	@echo "make figures  draw the report again from result files, without computing anything else"
+	@echo "make test     lint, type check and tests"
+	@echo "make format   format the code"
+	@echo "make lock     resolve the dependencies of pyproject.toml again"
+	@echo "make clean    remove .venv and caches, never results"
+
+demo: .venv/run.stamp
+	$(BIN)/snakemake --cores $(CORES)
+	@echo "The report is at results/report/index.html"
+
+figures: .venv/run.stamp
+	$(BIN)/snakemake figures --cores 1 --workflow-profile profiles/figures
+
+test: .venv/dev.stamp lint
+	$(BIN)/pytest
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check Snakefile workflow
+	$(BIN)/snakemake --lint
+	$(BIN)/mypy
+
+format: .venv/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/snakefmt Snakefile workflow
+
+lock: .venv/dev.stamp
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11 \
+		--constraint envs/constraints.txt --extra workflow pyproject.toml --output-file envs/requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11 \
+		--constraint envs/constraints.txt --constraint envs/requirements.lock --extra workflow --extra dev \
+		pyproject.toml --output-file envs/requirements-dev.lock
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+.venv/python.stamp:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version.split()[0] + "; call make with PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+# The development lock holds the same versions and more, so whichever comes second only adds what is missing.
+.venv/run.stamp: envs/requirements.lock | .venv/python.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement $<
+	@touch $@
+
+.venv/dev.stamp: envs/requirements-dev.lock .venv/run.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement $<
+	@touch $@
