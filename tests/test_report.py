@@ -17,7 +17,8 @@ import pandas as pd
 import pytest
 from paretoprune import plots
 from paretoprune.files import write_csv, write_json
-from paretoprune.report import SUMMARY_COLUMNS, write_report
+from paretoprune.report import write_report
+from paretoprune.results import SUMMARY_COLUMNS
 
 SEEDS = [0, 1]
 KINDS = {"pareto": "two_phase", "nsga2": "flat", "uniform": "allocation"}
@@ -26,7 +27,7 @@ ERRORS = {"dataset": "digits", "network": "resnet8"}
 DIVERGENCE = {"dataset": "cifar10", "network": "resnet20"}
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
-FRONT = ("id", "stage", "density", "sparsity", "search_error", "search_top1_error", "test_error")
+FRONT = ("id", "stage", "density", "sparsity", "search_error", "test_error")
 HISTORY = ("generation", "evaluations", "seconds", "hypervolume", "stage")
 LAYERS = ("id", "layer", "n_weights", "n_kept")
 FINETUNED_COLUMNS = (
@@ -62,7 +63,7 @@ def write_dense(folder: Path, run: Mapping[str, str], seed: int, *, accuracy: fl
 def write_front(folder: Path, members: Sequence[tuple[str, float, float, float]]) -> None:
     """Members as (stage, density, search error, test error)."""
     rows = [
-        dict(zip(FRONT, (i, stage, density, 1 - density, search, search, test), strict=True))
+        dict(zip(FRONT, (i, stage, density, 1 - density, search, test), strict=True))
         for i, (stage, density, search, test) in enumerate(members)
     ]
     write_csv(folder / "front.csv", rows, FRONT)

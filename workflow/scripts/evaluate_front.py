@@ -10,8 +10,8 @@ name = "{dataset} {network} seed {seed}: {method}, test".format(**snakemake.wild
 with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as (log, device):
     front = Front.load(snakemake.input.masks)
     dense = DenseNetwork.load(snakemake.input.network)
-    parts = read_splits(snakemake.input.images, snakemake.input.splits, dense, "search", "test", "calibration")
-    judges = [make_evaluator(dense, part, parts[2], snakemake.params.settings, device) for part in parts[:2]]
-    write_csv(snakemake.output.front, front_rows(front, *judges), FRONT_COLUMNS)
-    write_csv(snakemake.output.layers, layer_rows(front, judges[0].layout), LAYER_COLUMNS)
+    test, calibration = read_splits(snakemake.input.images, snakemake.input.splits, dense, "test", "calibration")
+    judge = make_evaluator(dense, test, calibration, snakemake.params.settings, device)
+    write_csv(snakemake.output.front, front_rows(front, judge), FRONT_COLUMNS)
+    write_csv(snakemake.output.layers, layer_rows(front, judge.layout), LAYER_COLUMNS)
     log.info("%d members measured", len(front))

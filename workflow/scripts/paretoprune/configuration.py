@@ -9,7 +9,6 @@ from typing import Any
 import jsonschema
 
 Config = Mapping[str, Any]
-KINDS = ("two_phase", "flat", "allocation")
 
 
 class ConfigurationError(ValueError):

@@ -6,19 +6,18 @@ from paretoprune.evaluation import PopulationEvaluator
 from paretoprune.fronts import Front
 from paretoprune.masks import MaskLayout
 
-FRONT_COLUMNS = ("id", "stage", "density", "sparsity", "search_error", "search_top1_error", "test_error")
+FRONT_COLUMNS = ("id", "stage", "density", "sparsity", "search_error", "test_error")
 LAYER_COLUMNS = ("id", "layer", "n_weights", "n_kept")
 
 
-def front_rows(front: Front, search: PopulationEvaluator, test: PopulationEvaluator) -> list[dict[str, Any]]:
+def front_rows(front: Front, test: PopulationEvaluator) -> list[dict[str, Any]]:
     """Describe each member; its id is its position in the front.
 
     Args:
         front: A final front; its objectives were measured in float32 already.
-        search: Judges on the search split.
         test: Judges on the test split.
     """
-    search_scores, test_scores = search.score(front.masks), test.score(front.masks)
+    test_errors = test.score(front.masks).error
     return [
         {
             "id": i,
@@ -26,8 +25,7 @@ def front_rows(front: Front, search: PopulationEvaluator, test: PopulationEvalua
             "density": float(front.density[i]),
             "sparsity": float(front.sparsity[i]),
             "search_error": float(front.error[i]),
-            "search_top1_error": float(search_scores.error[i]),
-            "test_error": float(test_scores.error[i]),
+            "test_error": float(test_errors[i]),
         }
         for i in range(len(front))
     ]

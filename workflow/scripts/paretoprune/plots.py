@@ -406,9 +406,9 @@ def draw_finetuned(finetuned: pd.DataFrame, dense_error: float, styles: Mapping[
     for axis in (both.yaxis.set_major_formatter, both.yaxis.set_minor_formatter):
         axis(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "12358" else ""))
     top = 100 * dense_error + _ZOOM_POINTS
-    clipped = after.get_ylim()[1] > top
-    after.set_title(f"After, up to {_ZOOM_POINTS:.0f} points more error" if clipped else "After fine-tuning")
-    after.set_ylim(top=min(top, after.get_ylim()[1]))
+    low, high = after.get_ylim()
+    after.set_title(f"After, up to {_ZOOM_POINTS:.0f} points more error" if high > top else "After fine-tuning")
+    after.set_ylim(max(0.0, low), min(top, high))
     _legend_below(figure, after)
     return _finished(figure)
 

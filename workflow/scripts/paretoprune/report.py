@@ -1,4 +1,4 @@
-"""The report: reads result files, writes summary.csv, the figures and one page, index.html.
+"""The report: summary.csv, the figures and one page, index.html, from result files alone.
 
 Everything is read and checked before anything is written, and nothing is recomputed that needs a network.
 """
@@ -14,121 +14,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from paretoprune import __version__, plots
-from paretoprune.files import atomic_path, read_json
-from paretoprune.fronts import hypervolume
+from paretoprune.files import atomic_path
+from paretoprune.results import SPLITS, RunResults, method_kinds, read_run, summarise
 
-METHOD_KINDS = ("two_phase", "flat", "allocation")
-SPLITS = ("train", "calibration", "search", "test")
-SUMMARY_COLUMNS = (
-    "dataset",
-    "network",
-    "seed",
-    "method",
-    "evaluations",
-    "seconds",
-    "hypervolume_search",
-    "hypervolume_test",
-    "sparsity_within_1pt",
-    "objective",
-    "n_members",
-    "hypervolume_phase1",
-    "phase2_gain",
-)
-
-# What each column of a result file holds: "text", "number" (finite), "share" (0 to 1), or "unread".
-_FRONT = {
-    "id": "text",
-    "stage": "text",
-    "density": "share",
-    "sparsity": "share",
-    "search_error": "share",
-    "search_top1_error": "unread",
-    "test_error": "share",
-}
-_HISTORY = {
-    "generation": "unread",
-    "evaluations": "number",
-    "seconds": "number",
-    "hypervolume": "share",
-    "stage": "text",
-}
-_LAYERS = {"id": "text", "layer": "text", "n_weights": "number", "n_kept": "number"}
-_FINETUNED = {
-    "id": "text",
-    "target": "text",
-    "density": "share",
-    "sparsity": "share",
-    "search_error": "unread",
-    "test_error_pruned": "share",
-    "test_error": "share",
-    "dense_test_error": "share",
-}
-_DENSE_KEYS = (
-    "accuracy",
-    "n_images",
-    "n_prunable",
-    "n_parameters",
-    "n_classes",
-    "objective",
-    "search_memorised",
-    "source",
-)
-_ANCHOR_KEYS = ("light", "heavy", "n_weights", "n_corridor", "layers")
-_ANCHOR_LAYER_KEYS = ("layer", "n_weights", "n_always_kept", "n_corridor", "n_always_dropped")
-
-_TOLERANCE = 0.01
-# Shares are computed from counts of images; a limit that is met exactly must not fail by a rounding error.
-_ROUNDING = 1e-9
 # Fine-tuned networks are compared only where all of them removed about the same share of the weights.
 _COMPARABLE_SPARSITY = 0.01
 _ERROR_LABELS = {
     "error": "search error (%)",
     "divergence": "divergence from the dense network,\n1 − exp(−KL) (%)",
 }
-
-
-@dataclass(frozen=True)
-class RunResults:
-    """The result files of one dataset and network, over seeds and methods.
-
-    Attributes:
-        dataset: Name of the data.
-        network: Name of the network.
-        seeds: Seeds, in the order asked for.
-        kinds: "two_phase", "flat" or "allocation" per method, in the order asked for.
-        dense: Content of dense/metrics.json per seed.
-        fronts: front.csv of every method and seed, with columns `method` and `seed`.
-        histories: history.csv likewise.
-        layers: layers.csv likewise, two-phase methods only.
-        finetuned: finetuned.csv likewise, fine-tuned methods only.
-        anchors: Content of anchors.json per (method, seed), two-phase methods only.
-    """
-
-    dataset: str
-    network: str
-    seeds: list[int]
-    kinds: dict[str, str]
-    dense: dict[int, dict[str, Any]]
-    fronts: pd.DataFrame
-    histories: pd.DataFrame
-    layers: pd.DataFrame
-    finetuned: pd.DataFrame
-    anchors: dict[tuple[str, int], dict[str, Any]]
-
-    @property
-    def objective(self) -> str:
-        """What the search minimised beside density: "error" or "divergence"."""
-        return str(self.dense[self.seeds[0]]["objective"])
-
-    @property
-    def dense_test_error(self) -> float:
-        """Test error of the dense network, a share, mean over seeds."""
-        return float(np.mean([1 - metrics["accuracy"]["test"] for metrics in self.dense.values()]))
-
-    @property
-    def two_phase(self) -> list[str]:
-        """The methods with a Phase 1 and a Phase 2."""
-        return [method for method, kind in self.kinds.items() if kind == "two_phase"]
 
 
 @dataclass(frozen=True)
@@ -216,7 +110,7 @@ def write_report(
     for name, wanted in (("runs", runs), ("seeds", seeds), ("methods", methods)):
         if not wanted:
             raise ValueError(f"expected at least one of {name}, found none; name what the report is about")
-    kinds = _method_kinds(methods, settings["method_kinds"])
+    kinds = method_kinds(methods, settings["method_kinds"])
     finetuned = settings["finetuned_methods"]
     read = [read_run(results, run["dataset"], run["network"], seeds, kinds, finetuned) for run in runs]
     summaries = [summarise(run) for run in read]
@@ -235,113 +129,6 @@ def write_report(
         summary.to_csv(temporary, index=False)
     with atomic_path(output / "index.html") as temporary:
         temporary.write_text(_page(sections, summary, kinds), encoding="utf-8")
-
-
-def read_run(
-    results: Path,
-    dataset: str,
-    network: str,
-    seeds: Sequence[int],
-    kinds: Mapping[str, str],
-    finetuned_methods: Iterable[str],
-) -> RunResults:
-    """Read and check every result file of one dataset and network.
-
-    Args:
-        results: Folder that holds {dataset}/{network}/seed{seed}/.
-        dataset: Name of the data.
-        network: Name of the network.
-        seeds: Seeds to read.
-        kinds: Methods to read, with the kind of each.
-        finetuned_methods: Methods that have a finetuned.csv; others than in `kinds` are ignored.
-
-    Raises:
-        FileNotFoundError: A file is missing.
-        ValueError: A file lacks a column or a key, or holds something impossible.
-    """
-    dense: dict[int, dict[str, Any]] = {}
-    anchors: dict[tuple[str, int], dict[str, Any]] = {}
-    tables: dict[str, list[pd.DataFrame]] = {"front": [], "history": [], "layers": [], "finetuned": []}
-    for seed in seeds:
-        folder = results / dataset / network / f"seed{seed}"
-        dense[seed] = _read_dense(folder / "dense" / "metrics.json")
-        for method, kind in kinds.items():
-            front = _read_table(folder / method / "front.csv", _FRONT)
-            tables["front"].append(front.assign(method=method, seed=seed))
-            tables["history"].append(
-                _read_history(folder / method / "history.csv", kind).assign(method=method, seed=seed)
-            )
-            if kind == "two_phase":
-                layers = _read_table(folder / method / "layers.csv", _LAYERS)
-                _check_members(folder / method / "layers.csv", layers, front)
-                tables["layers"].append(layers.assign(method=method, seed=seed))
-                anchors[method, seed] = _read_anchors(folder / method / "anchors.json")
-            if method in finetuned_methods:
-                tables["finetuned"].append(
-                    _read_table(folder / method / "finetuned.csv", _FINETUNED).assign(method=method, seed=seed)
-                )
-    objectives = {seed: metrics["objective"] for seed, metrics in dense.items()}
-    if len(set(objectives.values())) > 1:
-        raise ValueError(
-            f"{dataset}/{network}: expected one objective over all seeds, found {objectives}; "
-            "their errors cannot be averaged, report them as separate runs"
-        )
-    none = {"layers": [*_LAYERS, "method", "seed"], "finetuned": [*_FINETUNED, "method", "seed"]}
-    joined = {
-        name: pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=none[name])
-        for name, parts in tables.items()
-    }
-    return RunResults(
-        dataset,
-        network,
-        list(seeds),
-        dict(kinds),
-        dense,
-        joined["front"],
-        joined["history"],
-        joined["layers"],
-        joined["finetuned"],
-        anchors,
-    )
-
-
-def summarise(run: RunResults) -> pd.DataFrame:
-    """One row per seed and method: cost, quality of the front, and what Phase 2 added.
-
-    Returns:
-        Columns `SUMMARY_COLUMNS`. Hypervolumes are on (error-like objective, density) with reference point (1, 1);
-        `sparsity_within_1pt` is a share, NaN when no member loses at most one point of test accuracy; the last two
-        columns are NaN for a method without phases.
-    """
-    rows = []
-    for seed in run.seeds:
-        limit = 1 - run.dense[seed]["accuracy"]["test"] + _TOLERANCE + _ROUNDING
-        for method, kind in run.kinds.items():
-            front = _rows(run.fronts, method, seed)
-            history = _rows(run.histories, method, seed)
-            last = history.iloc[-1]
-            within = front.loc[front["test_error"] <= limit, "sparsity"]
-            phase1 = np.nan
-            if kind == "two_phase":
-                phase1 = float(history.loc[history["stage"] == "phase1", "hypervolume"].iloc[-1])
-            rows.append(
-                {
-                    "dataset": run.dataset,
-                    "network": run.network,
-                    "seed": seed,
-                    "method": method,
-                    "evaluations": int(last["evaluations"]),
-                    "seconds": float(last["seconds"]),
-                    "hypervolume_search": hypervolume(front[["search_error", "density"]].to_numpy()),
-                    "hypervolume_test": hypervolume(front[["test_error", "density"]].to_numpy()),
-                    "sparsity_within_1pt": float(within.max()) if len(within) else np.nan,
-                    "objective": run.objective,
-                    "n_members": len(front),
-                    "hypervolume_phase1": phase1,
-                    "phase2_gain": float(last["hypervolume"]) - phase1,
-                }
-            )
-    return pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS))
 
 
 def draw_figures(
@@ -374,115 +161,6 @@ def draw_figures(
         yield "corridor", plots.draw_corridor({method: run.anchors[method, first] for method in run.two_phase})
     if len(run.finetuned):
         yield "finetuned", plots.draw_finetuned(run.finetuned, run.dense_test_error, styles)
-
-
-def _method_kinds(methods: Sequence[str], kinds: Mapping[str, str]) -> dict[str, str]:
-    for method in methods:
-        if kinds.get(method) not in METHOD_KINDS:
-            raise ValueError(
-                f"expected the kind of method '{method}' to be one of {', '.join(METHOD_KINDS)}, "
-                f"found {kinds.get(method)!r}; correct settings['method_kinds']"
-            )
-    return {method: kinds[method] for method in methods}
-
-
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"expected the result file {path}, found nothing there; "
-            "run the step of the workflow that writes it, or leave its run, seed or method out of the report"
-        )
-
-
-def _read_table(path: Path, schema: Mapping[str, str]) -> pd.DataFrame:
-    """Read a CSV file whose columns are those of `schema`, and check what they hold."""
-    _require_file(path)
-    remedy = "delete the file and run the step of the workflow that writes it"
-    texts = [column for column, holds in schema.items() if holds == "text"]
-    try:
-        table = pd.read_csv(path, dtype=dict.fromkeys(texts, "str"))
-    except (pd.errors.EmptyDataError, pd.errors.ParserError) as error:
-        raise ValueError(f"{path}: expected the columns {', '.join(schema)}, found {error}; {remedy}") from error
-    missing = [column for column in schema if column not in table]
-    if missing:
-        raise ValueError(
-            f"{path}: expected the columns {', '.join(schema)}, "
-            f"found {', '.join(table.columns)} without {', '.join(missing)}; {remedy}"
-        )
-    for column, holds in schema.items():
-        if holds not in ("number", "share"):
-            continue
-        values = pd.to_numeric(table[column], errors="coerce").astype(float)
-        upper = 1 + _ROUNDING if holds == "share" else np.inf
-        wrong = ~np.isfinite(values) | (values < -_ROUNDING) | (values > upper)
-        if wrong.any():
-            expected = "a share between 0 and 1 (80 % is 0.8)" if holds == "share" else "a finite number, at least 0"
-            raise ValueError(
-                f"{path}: expected {expected} in every row of column '{column}', "
-                f"found {table.loc[wrong, column].iloc[0]} in row {int(np.flatnonzero(wrong)[0]) + 1}; {remedy}"
-            )
-        table[column] = values
-    return table[list(schema)]
-
-
-def _read_history(path: Path, kind: str) -> pd.DataFrame:
-    history = _read_table(path, _HISTORY)
-    remedy = "delete the file and run the search again"
-    if not len(history):
-        raise ValueError(f"{path}: expected at least one row, found none; {remedy}")
-    if not history["evaluations"].is_monotonic_increasing:
-        raise ValueError(f"{path}: expected cumulative evaluations, found some that decrease; {remedy}")
-    if kind == "two_phase" and "phase1" not in set(history["stage"]):
-        found = ", ".join(dict.fromkeys(history["stage"]))
-        raise ValueError(f"{path}: expected rows of stage 'phase1' for a two-phase method, found {found}; {remedy}")
-    return history
-
-
-def _check_members(path: Path, layers: pd.DataFrame, front: pd.DataFrame) -> None:
-    unmatched = set(layers["id"]) ^ set(front["id"])
-    if unmatched:
-        raise ValueError(
-            f"{path}: expected the members of front.csv beside it, found {len(unmatched)} that only one of the two has "
-            f"('{min(unmatched)}'); delete both and run the search again"
-        )
-
-
-def _require_keys(path: Path, content: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
-    missing = [key for key in keys if key not in content]
-    if missing:
-        raise ValueError(
-            f"{path}: expected {', '.join(keys)} in {where}, found {', '.join(content)} without {', '.join(missing)}; "
-            "delete the file and run the step of the workflow that writes it"
-        )
-
-
-def _read_dense(path: Path) -> dict[str, Any]:
-    _require_file(path)
-    metrics = read_json(path)
-    _require_keys(path, metrics, _DENSE_KEYS, "the file")
-    _require_keys(path, metrics["accuracy"], SPLITS, "'accuracy'")
-    _require_keys(path, metrics["n_images"], SPLITS, "'n_images'")
-    if metrics["objective"] not in _ERROR_LABELS:
-        raise ValueError(
-            f"{path}: expected objective 'error' or 'divergence', found {metrics['objective']!r}; "
-            "delete the file and run the step of the workflow that writes it"
-        )
-    return metrics
-
-
-def _read_anchors(path: Path) -> dict[str, Any]:
-    _require_file(path)
-    anchors = read_json(path)
-    _require_keys(path, anchors, _ANCHOR_KEYS, "the file")
-    for anchor in ("light", "heavy"):
-        _require_keys(path, anchors[anchor], ("density", "error"), f"'{anchor}'")
-    for layer in anchors["layers"]:
-        _require_keys(path, layer, _ANCHOR_LAYER_KEYS, "every entry of 'layers'")
-    return anchors
-
-
-def _rows(table: pd.DataFrame, method: str, seed: int) -> pd.DataFrame:
-    return table[(table["method"] == method) & (table["seed"] == seed)]
 
 
 def _save(figure: Figure, output: Path, name: str) -> str:

@@ -1,0 +1,113 @@
+"""Small networks, data and naive references that several tests share."""
+
+import copy
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from paretoprune.masks import MaskLayout, keep_top, ranks_within_layers
+from paretoprune.networks import CifarResNet
+from torch import Tensor, nn
+from torch.nn import functional
+
+# Convolutions on 8x8 images gain nothing from threads, and sums in a fixed order make equal runs equal.
+torch.set_num_threads(1)
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+RESNET20 = SHARED_DATA / "checkpoints" / "resnet20-12fca82f.th"
+CIFAR_SAMPLE = SHARED_DATA / "cifar10-sample.tar"
+# What the published checkpoints were trained with.
+CIFAR_MEAN, CIFAR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Foreign(nn.Module):
+    """A classifier of 8x8 grey images that is nothing like the project's own.
+
+    Biases, grouped and depthwise convolutions, a transposed and a one-dimensional one, batch norm (2-d and 1-d) after
+    some layers only, and one weight that two layers share.
+    """
+
+    def __init__(self, n_classes: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2, bias=False)
+        self.grouped_norm = nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.down = nn.Conv2d(8, 8, 2, stride=2)
+        self.up = nn.ConvTranspose2d(8, 6, 2, stride=2)
+        self.line = nn.Conv1d(6, 24, 8, stride=8)
+        self.line_norm = nn.BatchNorm1d(24)
+        self.first = nn.Linear(24, 24)
+        self.second = nn.Linear(24, 24)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(8 * 24, n_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.stem(x))
+        x = functional.relu(self.grouped_norm(self.grouped(x)) + self.depthwise(x))
+        x = functional.relu(self.up(functional.relu(self.down(x))))
+        x = functional.relu(self.line_norm(self.line(x.flatten(2)))).transpose(1, 2)
+        x = functional.relu(self.first(x))
+        x = functional.relu(self.second(x))
+        return self.head(x.flatten(1))
+
+
+@lru_cache
+def digits() -> tuple[Tensor, Tensor]:
+    """scikit-learn's handwritten digits: float32 (1797, 1, 8, 8), about standardised, and labels."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    images = torch.from_numpy(found.images).float()[:, None] / 16
+    return (images - 0.3) / 0.37, torch.from_numpy(found.target).long()
+
+
+def fit(network: nn.Module, images: Tensor, labels: Tensor, *, epochs: int, seed: int = 0) -> nn.Module:
+    """Train in place by plain Adam, without the project's own loop."""
+    generator = torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.Adam(network.parameters(), lr=5e-3)
+    network.train()
+    for _ in range(epochs):
+        for batch in torch.randperm(len(images), generator=generator).split(64):
+            optimiser.zero_grad()
+            functional.cross_entropy(network(images[batch]), labels[batch]).backward()
+            optimiser.step()
+    optimiser.zero_grad()
+    return network.eval()
+
+
+def fresh(kind: str, n_classes: int = 10, seed: int = 0) -> nn.Module:
+    """An untrained network, `residual` or `foreign`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CifarResNet(8, n_classes, 1, base_width=6) if kind == "residual" else Foreign(n_classes)
+
+
+@lru_cache
+def _trained(kind: str) -> nn.Module:
+    images, labels = digits()
+    return fit(fresh(kind), images[:1000], labels[:1000], epochs=6)
+
+
+def trained(kind: str) -> nn.Module:
+    """A copy of a network (`residual` or `foreign`) trained on the first thousand digits."""
+    return copy.deepcopy(_trained(kind))
+
+
+def magnitude_mask(network: nn.Module, layout: MaskLayout, density: float) -> np.ndarray:
+    """bool (n_weights,): the same density in every layer, the largest weights kept."""
+    parameters = dict(network.named_parameters())
+    sizes = np.abs(layout.flatten({name: parameters[name].detach().numpy() for name in layout.names}))
+    return keep_top(ranks_within_layers(sizes, layout), np.rint(density * layout.sizes).astype(int).tolist(), layout)
+
+
+def n_hooks(network: nn.Module) -> int:
+    """Hooks on any module of a network."""
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) + len(m._backward_hooks) for m in network.modules())
+
+
+def states_equal(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two networks have the same keys and the same values, bit for bit."""
+    first, second = a.state_dict(), b.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)

@@ -1,0 +1,203 @@
+"""The corridor: genomes against boolean masks, and which members of a front become its anchors."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from paretoprune.corridor import Corridor, choose_anchors, describe_corridor
+from paretoprune.fronts import Front
+from paretoprune.masks import MaskLayout, PackedMasks, pack_rows
+
+# Sparsest first; with a dense error of 0.1 and guessing at 0.9, a tolerance t allows errors up to 0.1 + 0.8 t.
+ERRORS = [0.80, 0.50, 0.20, 0.12, 0.10]
+DENSITIES = [0.1, 0.2, 0.4, 0.6, 0.8]
+
+
+def random_corridor(sizes: list[int], seed: int) -> Corridor:
+    """Anchors that do not nest, so that some layers may have nothing to search."""
+    rng = np.random.default_rng(seed)
+    n = sum(sizes)
+    light, heavy = rng.random(n) < 0.7, rng.random(n) < 0.3
+    light[0], heavy[0] = True, False
+    layout = MaskLayout(tuple(f"layer{i}" for i in range(len(sizes))), tuple((size,) for size in sizes))
+    return Corridor.between(light, heavy, layout)
+
+
+SIZES = st.lists(st.integers(1, 90), min_size=1, max_size=4)
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def padding_is_zero(words: np.ndarray, n_bits: int) -> bool:
+    used = n_bits % 64
+    return not used or not np.any(words[:, -1] >> np.uint64(used))
+
+
+def front_of(errors: list[float], densities: list[float], order: list[int] | None = None) -> Front:
+    order = order if order is not None else list(range(len(errors)))
+    members = np.array(order, dtype=np.int64)
+    masks = PackedMasks.pack(np.eye(len(errors), 70, dtype=bool)[members])
+    return Front(masks, np.column_stack([errors, densities])[members], ["phase1"] * len(errors))
+
+
+@given(SIZES, SEEDS)
+def test_anchors_that_do_not_nest_both_lie_in_the_corridor(sizes: list[int], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    light, heavy = rng.random(sum(sizes)) < 0.6, rng.random(sum(sizes)) < 0.4
+    light[0] = not heavy[0]
+    layout = MaskLayout(tuple(map(str, range(len(sizes)))), tuple((size,) for size in sizes))
+    corridor = Corridor.between(light, heavy, layout)
+    for anchor in (light, heavy):
+        assert not np.any(corridor.lower & ~anchor)
+        assert not np.any(anchor & ~corridor.upper)
+    assert corridor.n_searched == int((light != heavy).sum())
+
+
+@given(SIZES, SEEDS)
+def test_expanded_genomes_never_leave_the_corridor(sizes: list[int], seed: int) -> None:
+    corridor = random_corridor(sizes, seed)
+    bits = np.random.default_rng(seed).random((3, corridor.n_searched)) < 0.5
+    masks = corridor.expand(pack_rows(bits))
+    for i in range(3):
+        mask = masks.unpack(i)
+        np.testing.assert_array_equal(mask[corridor.upper & ~corridor.lower], bits[i])
+        assert mask[corridor.lower].all()
+        assert not mask[~corridor.upper].any()
+    assert padding_is_zero(masks.words, corridor.layout.n_weights)
+
+
+@given(SIZES, SEEDS)
+def test_restricting_undoes_expanding(sizes: list[int], seed: int) -> None:
+    corridor = random_corridor(sizes, seed)
+    genomes = pack_rows(np.random.default_rng(seed).random((3, corridor.n_searched)) < 0.5)
+    np.testing.assert_array_equal(corridor.restrict(corridor.expand(genomes)), genomes)
+
+
+@given(SIZES, SEEDS)
+def test_masks_outside_move_to_the_nearest_mask_in_the_corridor(sizes: list[int], seed: int) -> None:
+    corridor = random_corridor(sizes, seed)
+    masks = np.random.default_rng(seed).random((3, sum(sizes))) < 0.5
+    genomes = corridor.restrict(PackedMasks.pack(masks))
+    assert padding_is_zero(genomes, corridor.n_searched)
+    moved = corridor.expand(genomes)
+    for i, mask in enumerate(masks):
+        np.testing.assert_array_equal(moved.unpack(i), (mask | corridor.lower) & corridor.upper)
+
+
+def test_no_genomes_are_no_masks_and_the_other_way_round() -> None:
+    corridor = random_corridor([50, 40], seed=0)
+    assert len(corridor.expand(np.zeros((0, 2), dtype=np.uint64))) == 0
+    assert len(corridor.restrict(PackedMasks.empty(90))) == 0
+
+
+def test_the_corridor_of_everything_searches_every_weight(layout: MaskLayout) -> None:
+    everything = Corridor.everything(layout)
+    assert everything.n_searched == layout.n_weights
+    np.testing.assert_array_equal(everything.layer_offsets, layout.offsets)
+
+
+@given(SIZES, SEEDS)
+def test_layer_offsets_count_the_searched_weights_of_each_layer(sizes: list[int], seed: int) -> None:
+    corridor = random_corridor(sizes, seed)
+    searched = corridor.layout.split(corridor.upper & ~corridor.lower)
+    assert np.diff(corridor.layer_offsets).tolist() == [int(part.sum()) for part in searched.values()]
+    assert corridor.layer_offsets[0] == 0
+    assert corridor.layer_offsets[-1] == corridor.n_searched
+
+
+@given(SIZES, SEEDS)
+def test_coordinates_rise_with_importance_inside_each_layer(sizes: list[int], seed: int) -> None:
+    corridor = random_corridor(sizes, seed)
+    scores = np.random.default_rng(seed).random(sum(sizes))
+    coordinates = corridor.coordinates(scores)
+    assert coordinates.dtype == np.float32
+    for k in range(len(sizes)):
+        inside = slice(corridor.layer_offsets[k], corridor.layer_offsets[k + 1])
+        n = inside.stop - inside.start
+        expected = (scores[corridor.positions[inside]].argsort().argsort() + 0.5) / max(n, 1)
+        np.testing.assert_allclose(coordinates[inside], expected, rtol=1e-6)
+
+
+def test_identical_anchors_are_refused(layout: MaskLayout) -> None:
+    mask = np.arange(layout.n_weights) % 2 == 0
+    with pytest.raises(ValueError, match="the same mask, so there is nothing between them to search; choose `anchors`"):
+        Corridor.between(mask, mask, layout)
+
+
+def test_a_lower_end_outside_the_upper_one_is_refused(layout: MaskLayout) -> None:
+    upper = np.arange(layout.n_weights) % 2 == 0
+    with pytest.raises(ValueError, match="must lie inside its upper end"):
+        Corridor(~upper, upper, layout)
+
+
+@pytest.mark.parametrize(
+    ("light_tolerance", "heavy_tolerance", "expected"),
+    [
+        pytest.param(0.05, 0.6, (3, 1), id="both rules find a member"),
+        pytest.param(0.05, 1.0, (3, 0), id="everything is within the heavy tolerance"),
+        pytest.param(0.05, 0.06, (3, 2), id="no heavy member beyond light: the next sparser one"),
+        pytest.param(1.0, 1.0, (1, 0), id="everything is light: one is left for heavy"),
+    ],
+)
+def test_anchors_are_the_sparsest_members_within_their_tolerances(
+    light_tolerance: float, heavy_tolerance: float, expected: tuple[int, int]
+) -> None:
+    front = front_of(ERRORS, DENSITIES)
+    tolerances = {"light_tolerance": light_tolerance, "heavy_tolerance": heavy_tolerance}
+    assert choose_anchors(front, 0.1, 0.9, **tolerances) == expected
+    order = [2, 4, 0, 3, 1]
+    shuffled = choose_anchors(front_of(ERRORS, DENSITIES, order), 0.1, 0.9, **tolerances)
+    assert tuple(order[i] for i in shuffled) == expected
+
+
+def test_without_a_member_within_the_light_tolerance_the_densest_is_light() -> None:
+    tolerances = {"light_tolerance": 0.01, "heavy_tolerance": 0.6}
+    assert choose_anchors(front_of(ERRORS, DENSITIES), 0.05, 0.9, **tolerances) == (4, 1)
+
+
+def test_a_network_far_worse_than_dense_gives_the_two_densest_members() -> None:
+    tolerances = {"light_tolerance": 0.01, "heavy_tolerance": 0.02}
+    assert choose_anchors(front_of(ERRORS, DENSITIES), 0.0, 0.9, **tolerances) == (4, 3)
+
+
+def test_a_front_of_two_gives_both() -> None:
+    front = front_of([0.3, 0.1], [0.2, 0.7])
+    assert choose_anchors(front, 0.0, 0.9, light_tolerance=0.9, heavy_tolerance=1.0) == (1, 0)
+
+
+@given(n=st.integers(2, 12), light=st.floats(0, 0.99), seed=SEEDS)
+def test_the_heavy_anchor_is_always_sparser_than_the_light_one(n: int, light: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    front = front_of(np.sort(rng.random(n))[::-1].tolist(), np.sort(rng.random(n)).tolist())
+    i, j = choose_anchors(front, 0.1, 0.9, light_tolerance=light, heavy_tolerance=light + 0.01)
+    assert front.density[j] < front.density[i]
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_a_front_of_fewer_than_two_members_is_refused(n: int) -> None:
+    front = front_of(ERRORS[:n], DENSITIES[:n])
+    with pytest.raises(ValueError, match=f"at least two members .* found {n}; give Phase 1 more evaluations"):
+        choose_anchors(front, 0.1, 0.9, light_tolerance=0.1, heavy_tolerance=0.5)
+
+
+def test_the_description_accounts_for_every_weight_of_every_layer(layout: MaskLayout) -> None:
+    rng = np.random.default_rng(0)
+    light, heavy = rng.random((2, layout.n_weights)) < [[0.6], [0.3]]
+    front = Front(PackedMasks.pack(np.array([heavy, light])), np.array([[0.5, 0.3], [0.1, 0.6]]), ["phase1"] * 2)
+    corridor = Corridor.between(light, heavy, layout)
+    description = describe_corridor(front, 1, 0, corridor)
+    assert description["light"] == {"id": 1, "density": 0.6, "error": 0.1}
+    assert description["heavy"] == {"id": 0, "density": 0.3, "error": 0.5}
+    assert description["n_weights"] == 394
+    assert description["n_corridor"] == int((light != heavy).sum())
+    parts = zip(layout.split(light & heavy).values(), layout.split(light | heavy).values(), strict=True)
+    for row, name, size, (lower, upper) in zip(
+        description["layers"], layout.names, layout.sizes, parts, strict=True
+    ):
+        assert row == {
+            "layer": name,
+            "n_weights": size,
+            "n_always_kept": lower.sum(),
+            "n_corridor": (upper & ~lower).sum(),
+            "n_always_dropped": (~upper).sum(),
+        }
+        assert all(type(value) in (int, str) for value in row.values())

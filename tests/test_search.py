@@ -1,0 +1,516 @@
+"""The searches on a cheap analytic evaluator: budgets, determinism, what a front may not lose, and errors."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from paretoprune import search
+from paretoprune.allocation import allocate, starting_allocations
+from paretoprune.corridor import Corridor, choose_anchors
+from paretoprune.files import write_csv
+from paretoprune.fronts import Front, hypervolume
+from paretoprune.masks import MaskLayout, PackedMasks, keep_top, pack_rows, ranks_within_layers
+from paretoprune.search import (
+    HISTORY_COLUMNS,
+    Evaluate,
+    Recorder,
+    SearchResult,
+    finish_front,
+    read_history,
+    search_corridor,
+    search_flat,
+    search_thresholds,
+    sweep_allocation,
+)
+
+DENSITIES = (0.8, 0.4, 0.2, 0.1)
+STARTS = ("uniform", "global_magnitude", "erdos_renyi_kernel")
+N_STARTS = len(DENSITIES) * len(STARTS)
+ALGORITHMS = ("nsga2", "moead")
+
+
+class Analytic:
+    """An error that needs no network: each layer lets through the importance it keeps, and layers multiply.
+
+    What it remembers of its calls is what the tests ask about.
+    """
+
+    def __init__(self, layout: MaskLayout) -> None:
+        self.layout = layout
+        rng = np.random.default_rng(42)
+        self.importance = rng.exponential(size=layout.n_weights) * np.repeat([1.0, 2.0, 0.5], layout.sizes)
+        # What a search is told is only roughly what matters.
+        self.scores = self.importance * np.exp(0.5 * rng.standard_normal(layout.n_weights))
+        self.judged = PackedMasks.empty(layout.n_weights)
+
+    def __call__(self, masks: PackedMasks) -> np.ndarray:
+        self.judged = self.judged.concatenate(masks)
+        errors = []
+        for i in range(len(masks)):
+            kept = self.layout.split(self.importance * masks.unpack(i)).values()
+            whole = self.layout.split(self.importance).values()
+            errors.append(1 - 0.95 * np.prod([(a.sum() / b.sum()) ** 0.7 for a, b in zip(kept, whole, strict=True)]))
+        return np.column_stack([errors, masks.density]).reshape(-1, 2)
+
+    def booleans(self) -> np.ndarray:
+        return np.array([self.judged.unpack(i) for i in range(len(self.judged))])
+
+
+@pytest.fixture
+def evaluate(layout: MaskLayout) -> Analytic:
+    return Analytic(layout)
+
+
+def starts_of(evaluate: Analytic) -> list[np.ndarray]:
+    return starting_allocations(STARTS, DENSITIES, {"magnitude": evaluate.scores}, evaluate.layout)
+
+
+def thresholds(evaluate: Analytic, evaluations: int = 90, seed: int = 0, **changed: Any) -> SearchResult:
+    settings = {"population": 12, "starts": starts_of(evaluate)} | changed
+    starts = settings.pop("starts")
+    return search_thresholds(
+        evaluate, evaluate.layout, evaluate.scores, starts, evaluations=evaluations, seed=seed, **settings
+    )
+
+
+def corridor_of(front: Front, layout: MaskLayout) -> Corridor:
+    light, heavy = choose_anchors(front, 0.05, 1.0, light_tolerance=0.1, heavy_tolerance=0.8)
+    return Corridor.between(front.masks.unpack(light), front.masks.unpack(heavy), layout)
+
+
+def in_corridor(
+    evaluate: Evaluate, corridor: Corridor, before: SearchResult, guides: list[np.ndarray], **changed: Any
+) -> SearchResult:
+    settings: dict[str, Any] = {
+        "algorithm": "nsga2",
+        "evaluations": 90,
+        "population": 12,
+        "softness": 0.05,
+        "first_rate": 0.05,
+        "crossover_probability": 0.5,
+        "seed": 0,
+    }
+    return search_corridor(evaluate, corridor, guides, before, **(settings | changed))
+
+
+def both_phases(layout: MaskLayout, algorithm: str, seed: int = 0) -> SearchResult:
+    evaluate = Analytic(layout)
+    before = thresholds(evaluate, seed=seed)
+    corridor = corridor_of(before.front, layout)
+    return in_corridor(evaluate, corridor, before, [evaluate.scores], algorithm=algorithm, seed=seed)
+
+
+def flat(evaluate: Evaluate, layout: MaskLayout, **changed: Any) -> SearchResult:
+    settings: dict[str, Any] = {
+        "algorithm": "nsga2",
+        "evaluations": 90,
+        "population": 12,
+        "flip_rate": 0.01,
+        "seed": 0,
+    }
+    return search_flat(evaluate, layout, **(settings | changed))
+
+
+def allocation_sweep(evaluate: Analytic) -> SearchResult:
+    counts = [allocate("global", evaluate.scores, evaluate.layout, density) for density in DENSITIES]
+    return sweep_allocation(evaluate, evaluate.layout, evaluate.scores, counts)
+
+
+# Every search by name, as a function of the layout and a seed.
+SEARCHES: dict[str, Callable[[MaskLayout, int], SearchResult]] = {
+    "thresholds": lambda layout, seed: thresholds(Analytic(layout), seed=seed),
+    "corridor nsga2": lambda layout, seed: both_phases(layout, "nsga2", seed),
+    "corridor moead": lambda layout, seed: both_phases(layout, "moead", seed),
+    "flat nsga2": lambda layout, seed: flat(Analytic(layout), layout, seed=seed),
+    "flat moead": lambda layout, seed: flat(Analytic(layout), layout, algorithm="moead", seed=seed),
+}
+each_search = pytest.mark.parametrize("name", SEARCHES)
+
+
+def without_seconds(result: SearchResult) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in result.history]
+
+
+def same(first: SearchResult, second: SearchResult) -> bool:
+    return (
+        np.array_equal(first.front.masks.words, second.front.masks.words)
+        and np.array_equal(first.front.objectives, second.front.objectives)
+        and first.front.stages == second.front.stages
+        and without_seconds(first) == without_seconds(second)
+    )
+
+
+def n_distinct(masks: PackedMasks) -> int:
+    return len(set(masks.fingerprints()))
+
+
+def assert_sound(result: SearchResult, layout: MaskLayout) -> None:
+    """What holds after every search: the front is what the evaluator says of its masks, the history only rises."""
+    front, history = result.front, result.history
+    np.testing.assert_array_equal(front.objectives, Analytic(layout)(front.masks))
+    assert len(Front.empty(layout.n_weights).merge(front)) == len(front)
+    assert np.all(np.diff(front.density) > 0)
+    assert [tuple(row) for row in history] == [HISTORY_COLUMNS] * len(history)
+    assert [row["generation"] for row in history] == list(range(1, len(history) + 1))
+    assert np.all(np.diff([row["evaluations"] for row in history]) > 0)
+    assert np.all(np.diff([row["seconds"] for row in history]) >= 0)
+    assert np.all(np.diff([row["hypervolume"] for row in history]) >= 0)
+    assert history[-1]["hypervolume"] == front.hypervolume()
+
+
+# What holds for all of them
+
+
+@each_search
+def test_the_same_seed_gives_the_same_front_and_history(name: str, layout: MaskLayout) -> None:
+    first, again = SEARCHES[name](layout, 3), SEARCHES[name](layout, 3)
+    assert same(first, again)
+
+
+@each_search
+def test_another_seed_gives_another_front(name: str, layout: MaskLayout) -> None:
+    first, other = SEARCHES[name](layout, 3), SEARCHES[name](layout, 4)
+    assert not np.array_equal(first.front.masks.words, other.front.masks.words)
+    assert without_seconds(first) != without_seconds(other)
+
+
+@each_search
+def test_fronts_and_histories_are_sound(name: str, layout: MaskLayout) -> None:
+    assert_sound(SEARCHES[name](layout, 0), layout)
+
+
+@each_search
+def test_no_search_draws_from_the_global_random_state(name: str, layout: MaskLayout) -> None:
+    state = np.random.get_state()[1]  # noqa: NPY002
+    SEARCHES[name](layout, 0)
+    np.testing.assert_array_equal(np.random.get_state()[1], state)  # noqa: NPY002
+
+
+# Phase 1
+
+
+@pytest.mark.parametrize("evaluations", [24, 30, 37, 90])
+def test_phase_1_spends_its_budget_exactly_and_judges_each_mask_once(evaluations: int, evaluate: Analytic) -> None:
+    result = thresholds(evaluate, evaluations)
+    assert n_distinct(evaluate.judged) == len(evaluate.judged)
+    assert len(evaluate.judged) == result.history[-1]["evaluations"] == evaluations
+
+
+def test_phase_1_never_exceeds_its_budget_where_many_thresholds_give_the_same_mask() -> None:
+    tiny = MaskLayout(("a", "b", "c"), ((3,), (2,), (2,)))
+    evaluate = Analytic(tiny)
+    # There are 4 * 3 * 3 masks that thresholds can spell.
+    result = thresholds(evaluate, 60, starts=[])
+    assert n_distinct(evaluate.judged) == len(evaluate.judged) <= 36
+    assert result.history[-1]["evaluations"] == len(evaluate.judged)
+
+
+def test_no_starting_allocation_dominates_the_front_of_phase_1(evaluate: Analytic) -> None:
+    starts, ranks = starts_of(evaluate), ranks_within_layers(evaluate.scores, evaluate.layout)
+    result = thresholds(evaluate)
+    masks = np.array([keep_top(ranks, counts, evaluate.layout) for counts in starts])
+    judged = Analytic(evaluate.layout)(PackedMasks.pack(masks))
+    np.testing.assert_array_equal(evaluate.booleans()[:N_STARTS], masks)
+    for start in judged:
+        assert any(np.all(member <= start) for member in result.front.objectives)
+        assert not any(np.all(start <= member) and np.any(start < member) for member in result.front.objectives)
+    assert result.front.hypervolume() > hypervolume(judged)
+    assert result.history[0]["hypervolume"] == pytest.approx(hypervolume(judged), abs=1e-12)
+
+
+def test_phase_1_says_which_members_were_there_from_the_start(evaluate: Analytic) -> None:
+    result = thresholds(evaluate)
+    assert set(result.front.stages) == {"start", "phase1"}
+    assert [row["stage"] for row in result.history] == ["start"] + ["phase1"] * (len(result.history) - 1)
+    assert result.history[0]["evaluations"] == N_STARTS
+
+
+def test_masks_of_phase_1_keep_the_best_ranked_of_each_layer(evaluate: Analytic) -> None:
+    thresholds(evaluate)
+    ranks = ranks_within_layers(evaluate.scores, evaluate.layout)
+    for mask, counts in zip(evaluate.booleans(), evaluate.layout.n_kept(evaluate.judged), strict=True):
+        np.testing.assert_array_equal(mask, keep_top(ranks, counts, evaluate.layout))
+
+
+def test_phase_1_works_without_starts(evaluate: Analytic) -> None:
+    result = thresholds(evaluate, starts=[])
+    assert set(result.front.stages) == {"phase1"}
+    assert_sound(result, evaluate.layout)
+
+
+def test_a_budget_that_does_not_pay_for_the_first_population_is_refused(evaluate: Analytic) -> None:
+    with pytest.raises(ValueError, match=r"needs at least 24 evaluations \(12 starting .* 12\), found 23; raise"):
+        thresholds(evaluate, 23)
+    assert len(evaluate.judged) == 0
+
+
+# Phase 2
+
+
+@pytest.fixture(scope="module")
+def phase1(layout: MaskLayout) -> SearchResult:
+    return thresholds(Analytic(layout))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_evaluator_never_sees_a_mask_outside_the_corridor(
+    algorithm: str, seed: int, evaluate: Analytic, phase1: SearchResult
+) -> None:
+    corridor = corridor_of(phase1.front, evaluate.layout)
+    in_corridor(evaluate, corridor, phase1, [evaluate.scores], algorithm=algorithm, seed=seed)
+    masks = evaluate.booleans()
+    assert masks[:, corridor.lower].all()
+    assert not masks[:, ~corridor.upper].any()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("evaluations", [5, 12, 41, 90])
+def test_phase_2_spends_its_budget_exactly_and_judges_each_mask_once(
+    algorithm: str, evaluations: int, evaluate: Analytic, phase1: SearchResult
+) -> None:
+    corridor = corridor_of(phase1.front, evaluate.layout)
+    settings = {"algorithm": algorithm, "evaluations": evaluations}
+    result = in_corridor(evaluate, corridor, phase1, [evaluate.scores], **settings)
+    assert n_distinct(evaluate.judged) == len(evaluate.judged)
+    assert not set(evaluate.judged.fingerprints()) & set(phase1.front.masks.fingerprints())
+    assert result.history[-1]["evaluations"] == phase1.history[-1]["evaluations"] + len(evaluate.judged)
+    assert len(evaluate.judged) == evaluations
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_corridor_of_a_few_bits_is_searched_until_it_runs_dry(algorithm: str, evaluate: Analytic) -> None:
+    heavy = np.arange(evaluate.layout.n_weights) % 3 == 0
+    light = heavy.copy()
+    light[[1, 200, 350]] = True
+    masks = PackedMasks.pack(np.array([heavy, light]))
+    before = SearchResult(Front(masks, evaluate(masks), ["phase1"] * 2), [])
+    evaluate.judged = PackedMasks.empty(evaluate.layout.n_weights)
+    corridor = Corridor.between(light, heavy, evaluate.layout)
+    in_corridor(evaluate, corridor, before, [evaluate.scores], algorithm=algorithm, evaluations=500)
+    assert n_distinct(evaluate.judged) == len(evaluate.judged) <= 2**3 - 2
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("seed", range(3))
+def test_phase_2_never_loses_what_phase_1_found(
+    algorithm: str, seed: int, evaluate: Analytic, phase1: SearchResult
+) -> None:
+    corridor = corridor_of(phase1.front, evaluate.layout)
+    settings: dict[str, Any] = {"algorithm": algorithm, "seed": seed}
+    result = in_corridor(evaluate, corridor, phase1, [evaluate.scores], **settings)
+    assert result.front.hypervolume() >= phase1.front.hypervolume()
+    for member in phase1.front.objectives:
+        assert any(np.all(found <= member) for found in result.front.objectives)
+    # Guided by what truly matters, a bit per weight must find what thresholds on rough scores cannot.
+    guided = in_corridor(evaluate, corridor, phase1, [evaluate.importance], **settings)
+    assert guided.front.hypervolume() > phase1.front.hypervolume() + 0.001
+    assert "phase2" in guided.front.stages
+
+
+def test_phase_2_continues_the_history_and_leaves_phase_1_as_it_was(evaluate: Analytic, phase1: SearchResult) -> None:
+    history, n_members = [dict(row) for row in phase1.history], len(phase1.front)
+    result = in_corridor(evaluate, corridor_of(phase1.front, evaluate.layout), phase1, [evaluate.scores])
+    assert result.history[: len(history)] == history == phase1.history
+    assert len(phase1.front) == n_members
+    assert {row["stage"] for row in result.history[len(history) :]} == {"phase2"}
+    assert_sound(result, evaluate.layout)
+
+
+def test_several_guides_may_lead_phase_2(evaluate: Analytic, phase1: SearchResult) -> None:
+    corridor = corridor_of(phase1.front, evaluate.layout)
+    two = in_corridor(evaluate, corridor, phase1, [evaluate.scores, evaluate.importance])
+    one = in_corridor(evaluate, corridor, phase1, [evaluate.scores])
+    assert not np.array_equal(two.front.masks.words, one.front.masks.words)
+    assert_sound(two, evaluate.layout)
+
+
+def test_without_a_guide_phase_2_is_refused(evaluate: Analytic, phase1: SearchResult) -> None:
+    with pytest.raises(ValueError, match="at least one importance score as guide"):
+        in_corridor(evaluate, corridor_of(phase1.front, evaluate.layout), phase1, [])
+
+
+def test_an_unknown_algorithm_is_refused_before_anything_is_judged(evaluate: Analytic, phase1: SearchResult) -> None:
+    with pytest.raises(ValueError, match="among nsga2, moead, found 'nsga3'"):
+        in_corridor(
+            evaluate, corridor_of(phase1.front, evaluate.layout), phase1, [evaluate.scores], algorithm="nsga3"
+        )
+    with pytest.raises(ValueError, match="among nsga2, moead, found 'random'"):
+        flat(evaluate, evaluate.layout, algorithm="random")
+    assert len(evaluate.judged) == 0
+
+
+# The baselines
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("evaluations", [12, 41, 90])
+def test_the_flat_search_spends_its_budget_exactly(algorithm: str, evaluations: int, evaluate: Analytic) -> None:
+    result = flat(evaluate, evaluate.layout, algorithm=algorithm, evaluations=evaluations)
+    assert n_distinct(evaluate.judged) == len(evaluate.judged)
+    assert len(evaluate.judged) == result.history[-1]["evaluations"] == evaluations
+    assert set(result.front.stages) == {"flat"}
+
+
+def test_the_allocation_sweep_judges_each_rung_once(evaluate: Analytic) -> None:
+    result = allocation_sweep(evaluate)
+    ranks = ranks_within_layers(evaluate.scores, evaluate.layout)
+    expected = [
+        keep_top(ranks, allocate("global", evaluate.scores, evaluate.layout, density), evaluate.layout)
+        for density in DENSITIES
+    ]
+    np.testing.assert_array_equal(evaluate.booleans(), np.array(expected))
+    assert [row["evaluations"] for row in result.history] == [1, 2, 3, 4]
+    assert set(result.front.stages) == {"allocation"}
+    assert_sound(result, evaluate.layout)
+    assert same(result, allocation_sweep(Analytic(evaluate.layout)))
+
+
+def test_rungs_that_round_to_the_same_counts_are_judged_once(evaluate: Analytic) -> None:
+    counts = allocate("uniform", evaluate.scores, evaluate.layout, 0.5)
+    result = sweep_allocation(evaluate, evaluate.layout, evaluate.scores, [counts, counts])
+    assert len(evaluate.judged) == len(result.front) == len(result.history) == 1
+
+
+# pymoo and packed genomes
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_pymoo_leaves_packed_genomes_as_words(
+    algorithm: str, evaluate: Analytic, phase1: SearchResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[np.dtype, bool]] = []
+    expand = Corridor.expand
+
+    def watched(corridor: Corridor, genomes: np.ndarray) -> PackedMasks:
+        # Through a float, words of more than 53 bits would lose their low bits and padding would appear.
+        masks = expand(corridor, genomes)
+        seen.append((genomes.dtype, np.array_equal(corridor.restrict(masks), genomes)))
+        return masks
+
+    monkeypatch.setattr(Corridor, "expand", watched)
+    corridor = corridor_of(phase1.front, evaluate.layout)
+    in_corridor(evaluate, corridor, phase1, [evaluate.scores], algorithm=algorithm)
+    flat(evaluate, evaluate.layout, algorithm=algorithm)
+    assert len(seen) > 10
+    assert set(seen) == {(np.dtype(np.uint64), True)}
+
+
+def test_equal_packed_genomes_are_eliminated() -> None:
+    words = pack_rows(np.random.default_rng(0).random((4, 130)) < 0.5)
+    # They differ in the lowest bit only, which a distance of floats would not see.
+    near = words[:1] ^ np.uint64([1, 0, 0])
+    elimination = search._PackedDuplicates()
+    candidates = search.Population.new("X", np.concatenate([words[:2], words[:1], near]))
+    np.testing.assert_array_equal(elimination.do(candidates).get("X"), np.concatenate([words[:2], near]))
+    against = elimination.do(candidates, search.Population.new("X", words[1:3]))
+    np.testing.assert_array_equal(against.get("X"), np.concatenate([words[:1], near]))
+    assert len(elimination.do(candidates, candidates)) == 0
+
+
+# The recorder
+
+
+def test_the_recorder_answers_from_memory_and_in_order(evaluate: Analytic) -> None:
+    rng = np.random.default_rng(0)
+    masks = PackedMasks.pack(rng.random((4, evaluate.layout.n_weights)) < [[0.2], [0.4], [0.6], [0.8]])
+    recorder = Recorder(evaluate, evaluate.layout.n_weights, budget=10, stage="flat")
+    first, _ = recorder(masks.select([1, 0, 1]))
+    second, _ = recorder(masks.select([3, 1, 2]))
+    expected = Analytic(evaluate.layout)(masks)
+    np.testing.assert_array_equal(first, expected[[1, 0, 1]])
+    np.testing.assert_array_equal(second, expected[[3, 1, 2]])
+    np.testing.assert_array_equal(evaluate.judged.words, masks.select([1, 0, 3, 2]).words)
+    assert (recorder.evaluations, recorder.remaining) == (4, 6)
+
+
+def test_the_recorder_tells_which_masks_newly_joined_the_front() -> None:
+    objectives = {1: (0.5, 0.1), 2: (0.6, 0.2), 3: (0.1, 0.3)}
+    masks = PackedMasks.pack(np.arange(70) < np.array([[1], [2], [3]]))
+    recorder = Recorder(lambda m: np.array([objectives[n] for n in m.n_kept]), 70, budget=9, stage="flat")
+    assert recorder(masks)[1].tolist() == [True, False, True]
+    assert recorder(masks)[1].tolist() == [False, False, False]
+
+
+def test_a_generation_without_a_new_mask_adds_no_row(evaluate: Analytic) -> None:
+    told: list[dict[str, Any]] = []
+    n = evaluate.layout.n_weights
+    recorder = Recorder(evaluate, n, budget=10, stage="flat", progress=told.append)
+    recorder.close_generation()
+    recorder(PackedMasks.pack(np.ones((1, n), dtype=bool)))
+    recorder.close_generation()
+    recorder(PackedMasks.pack(np.ones((1, n), dtype=bool)))
+    recorder.close_generation()
+    assert told == recorder.result().history
+    assert [(row["generation"], row["evaluations"]) for row in told] == [(1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        (lambda n: np.full((n, 2), np.nan), r"shape \(3, 2\) with 6 values that are not finite"),
+        (lambda n: np.column_stack([[0.5, np.inf, 0.1], np.ones(n)]), r"\(3, 2\) with 1 values that are not finite"),
+        (lambda n: np.zeros((n, 3)), r"shape \(3, 3\)"),
+        (lambda n: np.zeros((n - 1, 2)), r"shape \(2, 2\)"),
+    ],
+)
+def test_objectives_that_are_not_finite_or_not_two_are_refused(
+    answer: Callable[[int], np.ndarray], found: str, layout: MaskLayout
+) -> None:
+    masks = PackedMasks.pack(np.arange(layout.n_weights) < np.array([[1], [2], [3]]))
+    recorder = Recorder(lambda m: answer(len(m)), layout.n_weights, budget=9, stage="flat")
+    with pytest.raises(ValueError, match=rf"expected finite objectives of shape \(3, 2\) .* found {found}"):
+        recorder(masks)
+    assert len(recorder.front) == recorder.evaluations == 0
+
+
+def test_a_search_stops_at_objectives_that_are_not_finite(layout: MaskLayout) -> None:
+    def broken(masks: PackedMasks) -> np.ndarray:
+        return np.column_stack([np.where(masks.density < 0.5, np.nan, 0.1), masks.density])
+
+    with pytest.raises(ValueError, match="values that are not finite"):
+        flat(broken, layout)
+
+
+# Files and what is published
+
+
+def test_a_history_reads_back_as_it_was_written(tmp_path: Path, phase1: SearchResult) -> None:
+    write_csv(tmp_path / "history.csv", phase1.history, HISTORY_COLUMNS)
+    assert read_history(tmp_path / "history.csv") == phase1.history
+
+
+def test_a_search_from_files_continues_as_one_from_memory(
+    tmp_path: Path, layout: MaskLayout, phase1: SearchResult
+) -> None:
+    phase1.front.save(tmp_path / "front.npz")
+    write_csv(tmp_path / "history.csv", phase1.history, HISTORY_COLUMNS)
+    from_files = SearchResult(Front.load(tmp_path / "front.npz"), read_history(tmp_path / "history.csv"))
+    corridor, guide = corridor_of(phase1.front, layout), Analytic(layout).scores
+    assert same(
+        in_corridor(Analytic(layout), corridor, from_files, [guide]),
+        in_corridor(Analytic(layout), corridor, phase1, [guide]),
+    )
+
+
+def test_the_published_front_is_judged_again_and_keeps_only_the_non_dominated() -> None:
+    masks = PackedMasks.pack(np.arange(70) < np.array([[7], [14], [35]]))
+    rough = Front(masks, np.array([[0.6, 0.1], [0.5, 0.2], [0.1, 0.5]]), ["start", "phase1", "phase2"])
+    # In full precision the second member is worse than the first.
+    published = finish_front(
+        SearchResult(rough, []), lambda m: np.column_stack([np.array([0.55, 0.58, 0.2]), m.density]), None
+    )
+    assert published.objectives.tolist() == [[0.55, 0.1], [0.2, 0.5]]
+    assert published.stages == ["start", "phase2"]
+    np.testing.assert_array_equal(published.masks.n_kept, [7, 35])
+
+
+def test_the_published_front_is_thinned_to_what_keeps_most_hypervolume(
+    layout: MaskLayout, phase1: SearchResult
+) -> None:
+    whole = finish_front(phase1, Analytic(layout), None)
+    small = finish_front(phase1, Analytic(layout), 5)
+    assert len(whole) == len(phase1.front) > 5
+    np.testing.assert_array_equal(small.objectives, whole.thinned(5).objectives)
