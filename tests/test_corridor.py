@@ -190,9 +190,7 @@ def test_the_description_accounts_for_every_weight_of_every_layer(layout: MaskLa
     assert description["n_weights"] == 394
     assert description["n_corridor"] == int((light != heavy).sum())
     parts = zip(layout.split(light & heavy).values(), layout.split(light | heavy).values(), strict=True)
-    for row, name, size, (lower, upper) in zip(
-        description["layers"], layout.names, layout.sizes, parts, strict=True
-    ):
+    for row, name, size, (lower, upper) in zip(description["layers"], layout.names, layout.sizes, parts, strict=True):
         assert row == {
             "layer": name,
             "n_weights": size,

@@ -23,7 +23,13 @@ def small_network() -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return nn.Sequential(
-            nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(108, 4), nn.Tanh(), nn.Linear(4, 10)
+            nn.Conv2d(1, 3, 3),
+            nn.BatchNorm2d(3),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(108, 4),
+            nn.Tanh(),
+            nn.Linear(4, 10),
         ).eval()
 
 
@@ -93,7 +99,9 @@ def test_gradients_are_those_of_the_network_in_evaluation_mode() -> None:
     assert all(
         torch.equal(a, b)
         for a, b in zip(
-            scores_of("fisher", network).values(), scores_of("fisher", copy.deepcopy(network).train()).values(), strict=True
+            scores_of("fisher", network).values(),
+            scores_of("fisher", copy.deepcopy(network).train()).values(),
+            strict=True,
         )
     )
 

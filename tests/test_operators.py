@@ -244,9 +244,7 @@ def test_variation_changes_at_least_one_bit_of_every_genome_and_no_padding(sizes
 
 def test_variation_is_fixed_by_its_generator() -> None:
     words = random_genomes(8, 150, seed=0)
-    first, again, other = (
-        variation_over([80, 70]).vary(words, np.random.default_rng(seed)) for seed in (1, 1, 2)
-    )
+    first, again, other = (variation_over([80, 70]).vary(words, np.random.default_rng(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert np.any(first != other)
 

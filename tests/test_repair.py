@@ -232,24 +232,15 @@ def test_repairing_twice_equals_repairing_once() -> None:
 
 
 def test_statistics_of_bfloat16_activations_are_kept_in_float32() -> None:
-    network = one_layer([1.0], [0.0], [1.0]).to(torch.bfloat16)
+    network = one_layer([0.0], [0.0], [1.0]).to(torch.bfloat16)
     network[1].float()
     # Pixels that bfloat16 holds exactly, with a mean that it does not.
     images = (torch.arange(256).float() / 256 + 1).to(torch.bfloat16).view(4, 1, 8, 8)
-    exact = images.double()
     repair = BatchNormRepair(network, images)
-    network[0].weight.data.fill_(2.0)
+    network[0].weight.data.fill_(1.0)
     repair(network)
-    # m' = 2 mean + (0 - mean) * 2 = 0 and v' = 4. Statistics rounded to bfloat16 are good to 0.4 % only.
-    assert norm_of(network)[0] == pytest.approx([0.0], abs=1e-5)
-    assert norm_of(network)[1] == pytest.approx([4.0], rel=1e-5)
-    network[0].weight.data.fill_(0.0)
-    network[1].running_mean = exact.mean().float().view(1)
-    repair = BatchNormRepair(one := copy.deepcopy(network), images)
-    one[0].weight.data.fill_(1.0)
-    repair(one)
-    # Constant in the dense network, so the ratio is 1: m' = mean + (mean - 0).
-    assert norm_of(one)[0] == pytest.approx([2 * exact.mean().item()], rel=1e-5)
+    # The channel is constant in the dense network, so m' = m_p + (0 - 0). bfloat16 would be good to 0.4 % only.
+    assert norm_of(network)[0] == pytest.approx([images.double().mean().item()], rel=1e-5)
 
 
 def fails_when(network: nn.Module, failing: Callable[[], bool]) -> nn.Module:

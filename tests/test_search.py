@@ -334,9 +334,7 @@ def test_without_a_guide_phase_2_is_refused(evaluate: Analytic, phase1: SearchRe
 
 def test_an_unknown_algorithm_is_refused_before_anything_is_judged(evaluate: Analytic, phase1: SearchResult) -> None:
     with pytest.raises(ValueError, match="among nsga2, moead, found 'nsga3'"):
-        in_corridor(
-            evaluate, corridor_of(phase1.front, evaluate.layout), phase1, [evaluate.scores], algorithm="nsga3"
-        )
+        in_corridor(evaluate, corridor_of(phase1.front, evaluate.layout), phase1, [evaluate.scores], algorithm="nsga3")
     with pytest.raises(ValueError, match="among nsga2, moead, found 'random'"):
         flat(evaluate, evaluate.layout, algorithm="random")
     assert len(evaluate.judged) == 0
@@ -422,8 +420,20 @@ def test_the_recorder_answers_from_memory_and_in_order(evaluate: Analytic) -> No
     expected = Analytic(evaluate.layout)(masks)
     np.testing.assert_array_equal(first, expected[[1, 0, 1]])
     np.testing.assert_array_equal(second, expected[[3, 1, 2]])
-    np.testing.assert_array_equal(evaluate.judged.words, masks.select([1, 0, 3, 2]).words)
+    assert sorted(evaluate.judged.fingerprints()) == sorted(masks.fingerprints())
     assert (recorder.evaluations, recorder.remaining) == (4, 6)
+
+
+def test_the_recorder_judges_as_many_masks_as_the_budget_pays_for(evaluate: Analytic) -> None:
+    n = evaluate.layout.n_weights
+    masks = PackedMasks.pack(np.arange(n) < np.arange(1, 6)[:, None])
+    recorder = Recorder(evaluate, n, budget=3, stage="flat")
+    recorder(masks.select([0, 1]))
+    with pytest.raises(search._BudgetSpentError):
+        recorder(masks)
+    recorder.close_generation()
+    assert len(evaluate.judged) == recorder.evaluations == recorder.result().history[-1]["evaluations"] == 3
+    assert recorder(masks.select([1, 0]))[0].shape == (2, 2)
 
 
 def test_the_recorder_tells_which_masks_newly_joined_the_front() -> None:
@@ -451,7 +461,7 @@ def test_a_generation_without_a_new_mask_adds_no_row(evaluate: Analytic) -> None
     ("answer", "found"),
     [
         (lambda n: np.full((n, 2), np.nan), r"shape \(3, 2\) with 6 values that are not finite"),
-        (lambda n: np.column_stack([[0.5, np.inf, 0.1], np.ones(n)]), r"\(3, 2\) with 1 values that are not finite"),
+        (lambda n: np.column_stack([[0.5, np.inf, 0.1], np.ones(n)]), r"shape \(3, 2\) with 1 values that are not finite"),
         (lambda n: np.zeros((n, 3)), r"shape \(3, 3\)"),
         (lambda n: np.zeros((n - 1, 2)), r"shape \(2, 2\)"),
     ],

@@ -12,13 +12,9 @@ sys.path.insert(0, str(SCRIPTS))
 from paretoprune import configuration
 from paretoprune.sources import import_closure
 
+schema = ROOT / "workflow" / "schemas" / "config.schema.yaml"
 try:
-    configuration.check_configuration(
-        config,
-        yaml.safe_load(
-            (ROOT / "workflow" / "schemas" / "config.schema.yaml").read_text()
-        ),
-    )
+    configuration.check_configuration(config, yaml.safe_load(schema.read_text()))
 except configuration.ConfigurationError as error:
     raise WorkflowError(str(error)) from None
 
@@ -86,10 +82,9 @@ def dataset_settings(wildcards):
 
 
 def image_files(wildcards):
-    """The user's own images, so that a changed folder or archive is read again."""
-    dataset = config["datasets"][wildcards.dataset]
-    own = dataset["source"] == "imagefolder"
-    return [str(configuration.data_path(config, dataset["path"]))] if own else []
+    """The user's own images: an archive, or a folder."""
+    path = config["datasets"][wildcards.dataset].get("path")
+    return [str(configuration.data_path(config, path))] if path else []
 
 
 def network_settings(wildcards):

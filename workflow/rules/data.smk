@@ -17,6 +17,9 @@ rule read_images:
         gpu=0,
     params:
         settings=dataset_settings,
+        folders=lambda wildcards: [
+            configuration.folder_state(Path(path)) for path in image_files(wildcards)
+        ],
         directory=lookup("data_directory", within=config),
     script:
         "../scripts/read_images.py"

@@ -6,7 +6,7 @@ rule write_report:
             for seed in config["seeds"]
         ],
         fronts=each_method("front.csv", config["methods"]),
-        layers=each_method("layers.csv", config["methods"]),
+        layers=each_method("layers.csv", compared("two_phase")),
         histories=each_method("history.csv", config["methods"]),
         corridors=each_method("anchors.json", compared("two_phase")),
         finetuned=each_method("finetuned.csv", config["finetune"]["methods"]),

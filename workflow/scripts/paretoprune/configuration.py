@@ -55,6 +55,10 @@ def _suggest(name: str, known: Mapping[str, Any]) -> str:
 
 
 def _broken_references(config: Config) -> Iterator[str]:
+    for name, dataset in config["datasets"].items():
+        own = [key for key in ("path", "image_size", "channels") if key in dataset]
+        if own and dataset["source"] != "imagefolder":
+            yield f"datasets.{name}: {', '.join(own)} only fit source imagefolder, found '{dataset['source']}'; remove"
     for run in config["runs"]:
         for part in ("dataset", "network"):
             if run[part] not in config[f"{part}s"]:
@@ -111,18 +115,16 @@ def _broken_method(config: Config, name: str) -> Iterator[str]:
 
 
 def _missing_files(config: Config) -> Iterator[str]:
+    if not config["inputs_needed"]:
+        return
     for run in config["runs"]:
         dataset, network = config["datasets"][run["dataset"]], config["networks"][run["network"]]
-        if dataset["source"] == "imagefolder" and not data_path(config, dataset["path"]).exists():
-            yield (
-                f"datasets.{run['dataset']}.path: expected images at '{data_path(config, dataset['path'])}', found "
-                "nothing; correct `path` or `data_directory`"
-            )
-        if network["checkpoint"] is not None and not data_path(config, network["checkpoint"]).is_file():
-            yield (
-                f"networks.{run['network']}.checkpoint: expected a file at "
-                f"'{data_path(config, network['checkpoint'])}', found none; correct `checkpoint` or `data_directory`"
-            )
+        named = {f"datasets.{run['dataset']}.path": dataset.get("path")}
+        named[f"networks.{run['network']}.checkpoint"] = network["checkpoint"]
+        for key, path in named.items():
+            if path is not None and not data_path(config, path).exists():
+                place = data_path(config, path)
+                yield f"{key}: expected '{place}', found nothing there; correct it or `data_directory`"
 
 
 def merge(base: Config, override: Config) -> dict[str, Any]:
@@ -137,6 +139,18 @@ def merge(base: Config, override: Config) -> dict[str, Any]:
 def data_path(config: Config, path: str) -> Path:
     """A path of a dataset or checkpoint: as it stands when absolute, otherwise inside `data_directory`."""
     return Path(config["data_directory"]).expanduser() / Path(path).expanduser()
+
+
+def folder_state(folder: Path) -> list[int]:
+    """What changes when files in a folder are added, removed or edited.
+
+    Returns:
+        Number of files, their bytes together, and the time of the newest change in nanoseconds; nothing for a file.
+    """
+    if not folder.is_dir():
+        return []
+    states = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    return [len(states), sum(s.st_size for s in states), max((s.st_mtime_ns for s in states), default=0)]
 
 
 def method_settings(config: Config, name: str) -> dict[str, Any]:

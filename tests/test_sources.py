@@ -1,0 +1,143 @@
+"""Import closures: on a small tree made for the purpose, and on the real scripts."""
+
+import ast
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from paretoprune.sources import import_closure
+
+SCRIPTS = Path(__file__).parents[1] / "workflow" / "scripts"
+
+
+def write_tree(root: Path, files: Mapping[str, str]) -> None:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text, encoding="utf-8")
+
+
+def closure(root: Path, files: Mapping[str, str]) -> list[str]:
+    """Files behind `script.py` as posix paths relative to the root."""
+    write_tree(root, files)
+    return [path.relative_to(root).as_posix() for path in import_closure(root / "script.py", root)]
+
+
+def closure_of_script(name: str) -> list[Path]:
+    return import_closure(SCRIPTS / f"{name}.py", SCRIPTS)
+
+
+MODULES = {"pkg/__init__.py": "", "pkg/a.py": "", "pkg/b.py": "", "pkg/c.py": ""}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import pkg.a",
+        "import pkg.a as short, sys",
+        "from pkg import a",
+        "from pkg.a import something",
+        "from pkg.a import (\n    one,\n    two as other,\n)",
+        "def late():\n    from pkg import a\n",
+        "class Late:\n    def method(self):\n        import pkg.a\n",
+        "if True:\n    import pkg.a\n",
+        "try:\n    import pkg.a\nexcept ImportError:\n    pass\n",
+    ],
+)
+def test_a_direct_import_is_found_wherever_it_stands(text: str, tmp_path: Path) -> None:
+    assert closure(tmp_path, {**MODULES, "script.py": text}) == ["pkg/__init__.py", "pkg/a.py"]
+
+
+def test_imports_are_followed_through_one_another(tmp_path: Path) -> None:
+    files = {**MODULES, "script.py": "import pkg.a", "pkg/a.py": "from pkg import b", "pkg/b.py": "import pkg.c"}
+    assert closure(tmp_path, files) == ["pkg/__init__.py", "pkg/a.py", "pkg/b.py", "pkg/c.py"]
+
+
+def test_a_package_brings_its_init_and_what_that_imports(tmp_path: Path) -> None:
+    files = {**MODULES, "script.py": "import pkg.a", "pkg/__init__.py": "from pkg.b import name"}
+    assert closure(tmp_path, files) == ["pkg/__init__.py", "pkg/a.py", "pkg/b.py"]
+
+
+def test_every_package_on_the_way_is_executed(tmp_path: Path) -> None:
+    files = {**MODULES, "script.py": "import pkg.deep.d", "pkg/deep/__init__.py": "", "pkg/deep/d.py": ""}
+    assert closure(tmp_path, files) == ["pkg/__init__.py", "pkg/deep/__init__.py", "pkg/deep/d.py"]
+
+
+def test_cycles_end(tmp_path: Path) -> None:
+    files = {**MODULES, "script.py": "import pkg.a", "pkg/a.py": "import pkg.b", "pkg/b.py": "import pkg.a, script"}
+    assert closure(tmp_path, files) == ["pkg/__init__.py", "pkg/a.py", "pkg/b.py"]
+
+
+@pytest.mark.parametrize("test", ["TYPE_CHECKING", "typing.TYPE_CHECKING"])
+def test_imports_for_the_type_checker_alone_are_ignored(test: str, tmp_path: Path) -> None:
+    files = {**MODULES, "script.py": f"if {test}:\n    import pkg.a\n    from pkg import b\nimport pkg.c"}
+    assert closure(tmp_path, files) == ["pkg/__init__.py", "pkg/c.py"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "if TYPE_CHECKING:\n    import pkg.b\nelse:\n    import pkg.a\n",
+        "if not TYPE_CHECKING:\n    import pkg.a\n",
+    ],
+)
+def test_imports_that_run_beside_a_check_for_types_are_found(text: str, tmp_path: Path) -> None:
+    assert closure(tmp_path, {**MODULES, "script.py": text}) == ["pkg/__init__.py", "pkg/a.py"]
+
+
+def test_other_libraries_and_the_standard_library_do_not_count(tmp_path: Path) -> None:
+    assert closure(tmp_path, {**MODULES, "script.py": "import os, numpy\nfrom json import dumps"}) == []
+
+
+def test_a_file_that_cannot_be_parsed_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SyntaxError):
+        closure(tmp_path, {**MODULES, "script.py": "import pkg.a", "pkg/a.py": "def broken(:"})
+
+
+def imported_when_loaded(file: Path) -> set[str]:
+    """Top-level packages that importing a file imports: bodies of functions and type-checking blocks do not run."""
+    found: set[str] = set()
+    waiting: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+        waiting += ast.iter_child_nodes(node)
+    return found
+
+
+def test_the_report_depends_on_no_module_that_imports_torch() -> None:
+    files = closure_of_script("write_report")
+    assert {"report.py", "plots.py", "files.py"} <= {file.name for file in files}
+    assert [file.name for file in files if imported_when_loaded(file) & {"torch", "torchvision", "safetensors"}] == []
+
+
+@pytest.mark.parametrize(
+    ("script", "uses", "does_without"),
+    [
+        ("choose_anchors", {"corridor.py", "fronts.py"}, {"training.py", "search.py", "plots.py", "finetuning.py"}),
+        ("prepare_dense_network", {"training.py", "dense.py"}, {"search.py", "corridor.py", "plots.py"}),
+        ("search_thresholds", {"search.py", "operators.py"}, {"training.py", "finetuning.py", "plots.py"}),
+        ("write_report", {"plots.py"}, {"training.py", "search.py", "evaluation.py"}),
+    ],
+)
+def test_a_script_depends_on_what_it_uses_and_not_on_other_stages(
+    script: str, uses: set[str], does_without: set[str]
+) -> None:
+    names = {file.name for file in closure_of_script(script)}
+    assert uses <= names
+    assert not does_without & names
+
+
+def test_no_step_depends_on_the_interface_for_library_users() -> None:
+    scripts = [file.stem for file in SCRIPTS.glob("*.py")]
+    assert len(scripts) >= 12
+    for script in scripts:
+        names = {file.name for file in closure_of_script(script)}
+        assert "__init__.py" in names, script
+        assert "api.py" not in names, script
