@@ -23,7 +23,7 @@ demo: .venv/run.stamp
 	@echo "The report is at results/report/index.html"
 
 figures: .venv/run.stamp
-	$(BIN)/snakemake figures --cores 1 --workflow-profile profiles/figures
+	$(BIN)/snakemake figures --workflow-profile profiles/figures
 
 test: .venv/dev.stamp lint
 	$(BIN)/pytest
