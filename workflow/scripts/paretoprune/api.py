@@ -118,7 +118,7 @@ def pareto_prune(
         )
         chance = 1 - 1 / evaluate.n_classes
         light, heavy = choose_anchors(
-            found.front, float(evaluate.dense.error[0]), chance, light_tolerance=0.01, heavy_tolerance=0.6
+            found.front, float(evaluate.dense.error[0]), chance, light_tolerance=0.01, heavy_tolerance=0.8
         )
         corridor = Corridor.between(found.front.masks.unpack(light), found.front.masks.unpack(heavy), layout)
         found = search_corridor(
@@ -131,7 +131,7 @@ def pareto_prune(
             population=population,
             softness=0.05,
             first_rate=0.02,
-            crossover_probability=0.5,
+            crossover_probability=0.3,
             seed=seed,
             progress=show,
         )
