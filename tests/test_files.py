@@ -17,20 +17,24 @@ def umask() -> Iterator[Callable[[int], int]]:
     os.umask(before)
 
 
+def write_half(path: Path, error: BaseException) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text("half of the new")
+        raise error
+
+
 def test_an_error_leaves_the_old_content_and_no_temporary_file(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     path.write_text("old")
-    with pytest.raises(RuntimeError, match="half way"), atomic_path(path) as temporary:
-        temporary.write_text("half of the new")
-        raise RuntimeError("half way")
+    with pytest.raises(RuntimeError, match="half way"):
+        write_half(path, RuntimeError("half way"))
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_an_error_where_there_was_no_file_leaves_none(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "new.json") as temporary:
-        temporary.write_text("half of the new")
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        write_half(tmp_path / "new.json", KeyboardInterrupt())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -52,9 +56,7 @@ def test_missing_folders_are_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
-def test_permissions_follow_the_umask(
-    mask: int, mode: int, tmp_path: Path, umask: Callable[[int], int]
-) -> None:
+def test_permissions_follow_the_umask(mask: int, mode: int, tmp_path: Path, umask: Callable[[int], int]) -> None:
     umask(mask)
     write_json(tmp_path / "a.json", {})
     assert stat.S_IMODE((tmp_path / "a.json").stat().st_mode) == mode

@@ -157,7 +157,7 @@ def test_of_two_equally_close_members_the_one_with_less_error_is_chosen() -> Non
 
 @pytest.mark.parametrize("sparsity", [-0.1, 80])
 def test_a_sparsity_that_is_no_share_is_refused(sparsity: float) -> None:
-    with pytest.raises(ValueError, match="expected a sparsity between 0 and 1, found .*; 80 % is 0.8"):
+    with pytest.raises(ValueError, match=r"expected a sparsity between 0 and 1, found .*; 80 % is 0\.8"):
         front_of([(0.5, 0.5)]).closest(sparsity=sparsity)
 
 
@@ -197,6 +197,6 @@ def test_a_front_from_a_file_builds_no_networks() -> None:
 def test_a_front_hands_the_mask_of_the_member_to_its_builder() -> None:
     asked: list[np.ndarray] = []
     front = front_of([(0.6, 0.2), (0.1, 0.9)], first_mask=4)
-    front.builder = asked.append  # type: ignore[assignment, return-value]
+    front.builder = asked.append  # type: ignore[assignment]
     front.select(np.array([1])).network(0)
     np.testing.assert_array_equal(asked[0], front.masks.unpack(1))

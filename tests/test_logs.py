@@ -122,5 +122,6 @@ def test_the_log_file_is_closed_when_the_block_ends(tmp_path: Path) -> None:
     with logged("digits", str(tmp_path / "step.log")) as log:
         (to_file,) = [handler for handler in log.handlers if isinstance(handler, logging.FileHandler)]
         stream = to_file.stream
+        assert stream is not None
         assert not stream.closed
     assert stream.closed

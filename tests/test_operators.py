@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def padding_is_zero(words: np.ndarray, n_bits: int) -> bool:
     return words.dtype == np.uint64 and np.array_equal(pack_rows(booleans(words, n_bits)), words)
 
 
-def variation_over(sizes: list[int], seed: int = 0, n_coordinates: int = 2, **settings: float) -> AdaptiveVariation:
+def variation_over(sizes: list[int], seed: int = 0, n_coordinates: int = 2, **settings: Any) -> AdaptiveVariation:
     rng = np.random.default_rng(seed)
     coordinates = [rng.random(sum(sizes)).astype(np.float32) for _ in range(n_coordinates)]
     return AdaptiveVariation(coordinates, offsets_of(sizes), **settings)

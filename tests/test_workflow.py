@@ -79,8 +79,10 @@ def test_every_promised_file_is_there_with_its_columns(finished: Path) -> None:
         history = rows(seed / method / "history.csv")
         assert {"generation", "evaluations", "seconds", "hypervolume"} <= set(history[0])
         assert int(history[-1]["evaluations"]) == (6 if method == "global_magnitude" else 48)
-    (finetuned,) = rows(seed / "two_phase_moead/finetuned.csv")
-    assert (seed / f"two_phase_moead/finetuned/member{finetuned['id']}.safetensors").is_file()
+    finetuned = rows(seed / "two_phase_moead/finetuned.csv")
+    assert "sparsity 0.5" in finetuned[0]["target"]
+    members = {f"member{row['id']}.safetensors" for row in finetuned}
+    assert {path.name for path in (seed / "two_phase_moead/finetuned").iterdir()} == members
     summary = rows(finished / "results/report/summary.csv")
     assert [row["method"] for row in summary] == [
         "two_phase_nsga2",

@@ -1,16 +1,13 @@
 """Baseline: search whole masks in a single phase."""
 
-from paretoprune.checkpoints import DenseNetwork
-from paretoprune.files import write_csv
-from paretoprune.search import HISTORY_COLUMNS, finish_front, search_flat
-from paretoprune.steps import log_progress, make_evaluator, read_splits, step
+from paretoprune.search import search_flat
+from paretoprune.search_steps import log_progress, make_search_evaluator, publish
+from paretoprune.steps import step
 
 name = "{dataset} {network} seed {seed}: {method}".format(**snakemake.wildcards)
 with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as (log, device):
     settings = snakemake.params.settings
-    dense = DenseNetwork.load(snakemake.input.network)
-    search, calibration = read_splits(snakemake.input.images, snakemake.input.splits, dense, "search", "calibration")
-    evaluate = make_evaluator(dense, search, calibration, settings, device)
+    evaluate = make_search_evaluator(snakemake.input, settings, device)
     found = search_flat(
         evaluate,
         evaluate.layout,
@@ -18,6 +15,4 @@ with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as
         seed=int(snakemake.wildcards.seed),
         progress=log_progress(log, settings["algorithm"]["evaluations"]),
     )
-    publish = make_evaluator(dense, search, calibration, settings, device, precision="float32")
-    finish_front(found, publish, settings["front_size"]).save(snakemake.output.masks)
-    write_csv(snakemake.output.history, found.history, HISTORY_COLUMNS)
+    publish(found, snakemake.input, snakemake.output, settings, device)

@@ -1,19 +1,17 @@
-"""What every workflow step that computes does the same way: choose the device, read its inputs, show progress."""
+"""What every workflow step that computes does the same way: choose the device, read its inputs."""
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from paretoprune.checkpoints import DenseNetwork, load_tensors
+from paretoprune.checkpoints import DenseNetwork
 from paretoprune.datasets import ImageSet
 from paretoprune.evaluation import PopulationEvaluator
-from paretoprune.importance import flat_scores
 from paretoprune.logs import logged
 from paretoprune.masks import MaskLayout
 from paretoprune.splits import LabelledImages, Splits
@@ -67,28 +65,3 @@ def make_evaluator(
         device=device,
         **{key: settings[key] for key in keys} | changed,
     )
-
-
-def read_scores(files: Sequence[str], layout: MaskLayout) -> dict[str, np.ndarray]:
-    """Importance scores by the names of their files, each float32 (n_weights,) in mask order."""
-    return {Path(file).stem: flat_scores(load_tensors(file), layout) for file in files}
-
-
-def log_progress(logger: logging.Logger, budget: int) -> Callable[[dict[str, Any]], None]:
-    """A progress callback for searches that writes about ten lines until `budget` evaluations are done."""
-    next_at = 0
-
-    def show(row: dict[str, Any]) -> None:
-        nonlocal next_at
-        if row["evaluations"] >= min(next_at, budget):
-            next_at = row["evaluations"] + max(1, budget // 10)
-            logger.info(
-                "%s: %d of %d evaluations, hypervolume %.4f, %.0f s",
-                row["stage"],
-                row["evaluations"],
-                budget,
-                row["hypervolume"],
-                row["seconds"],
-            )
-
-    return show
