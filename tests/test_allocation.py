@@ -70,10 +70,12 @@ def test_global_ranking_follows_the_scores_across_layers() -> None:
 def test_erdos_renyi_kernel_follows_the_paper_where_a_layer_is_capped_at_one() -> None:
     # Evci et al.: density of layer l is eps * (sum of its dimensions) / (their product), and 1 where that exceeds 1.
     # Ratios: (2+3+3+3)/54 = 0.2037, (8+8+3+3)/576 = 0.0382, (4+8)/32 = 0.375; the sums are 11, 22 and 12.
-    # 200 of 662 weights: eps = 200/45 = 4.44 would give densities 0.905, 0.170 and 1.67, so the third layer stays
-    # dense; the others share 168: eps = 168/33 = 5.09, densities 1.037 and 0.194, so the first stays dense as well;
-    # the second gets what is left, 200 - 54 - 32 = 114.
+    # 164 of 662 weights: eps = 164/45 = 3.64 would give densities 0.742, 0.139 and 1.37, so the third layer stays
+    # dense; the others share 132: eps = 132/33 = 4, which gives 4 * 11 and 4 * 22 weights.
     several = layout_of([(2, 3, 3, 3), (8, 8, 3, 3), (4, 8)])
+    assert allocate("erdos_renyi_kernel", np.zeros(662), several, 164 / 662).tolist() == [44, 88, 32]
+    # 200 weights: eps = 4.44 caps the third; the others share 168: eps = 168/33 = 5.09 gives densities 1.037 and
+    # 0.194, so the first stays dense as well and the second gets what is left, 200 - 54 - 32 = 114.
     assert allocate("erdos_renyi_kernel", np.zeros(662), several, 200 / 662).tolist() == [54, 114, 32]
 
 

@@ -133,6 +133,7 @@ def test_a_lower_end_outside_the_upper_one_is_refused(layout: MaskLayout) -> Non
     ("light_tolerance", "heavy_tolerance", "expected"),
     [
         pytest.param(0.05, 0.6, (3, 1), id="both rules find a member"),
+        pytest.param(0.05, 0.45, (3, 2), id="tolerances are shares of the way to guessing"),
         pytest.param(0.05, 1.0, (3, 0), id="everything is within the heavy tolerance"),
         pytest.param(0.05, 0.06, (3, 2), id="no heavy member beyond light: the next sparser one"),
         pytest.param(1.0, 1.0, (1, 0), id="everything is light: one is left for heavy"),

@@ -12,6 +12,7 @@ from paretoprune.corridor import Corridor, choose_anchors
 from paretoprune.files import write_csv
 from paretoprune.fronts import Front, hypervolume
 from paretoprune.masks import MaskLayout, PackedMasks, keep_top, pack_rows, ranks_within_layers
+from paretoprune.operators import AdaptiveVariation
 from paretoprune.search import (
     HISTORY_COLUMNS,
     Evaluate,
@@ -405,6 +406,32 @@ def test_equal_packed_genomes_are_eliminated() -> None:
     against = elimination.do(candidates, search.Population.new("X", words[1:3]))
     np.testing.assert_array_equal(against.get("X"), np.concatenate([words[:1], near]))
     assert len(elimination.do(candidates, candidates)) == 0
+
+
+def test_nsga2_starts_with_genomes_that_differ_in_one_bit_only(layout: MaskLayout) -> None:
+    first = pack_rows(np.random.default_rng(0).random((4, layout.n_weights)) < 0.5)
+    first[1], first[2] = first[0], first[0]
+    first[2, 0] ^= np.uint64(1)
+    recorder = Recorder(Analytic(layout), layout.n_weights, budget=10, stage="flat")
+    problem = search.PruningProblem(first.shape[1], Corridor.everything(layout).expand, recorder)
+    algorithm = search._packed_algorithm("nsga2", 4, first, lambda a, b, rng: a, lambda words, rng: words, 0.5)
+    algorithm.setup(problem, seed=0)
+    np.testing.assert_array_equal(algorithm.ask().get("X"), first[[0, 2, 3]])
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_phase_2_tells_its_variation_what_became_of_each_genome(
+    algorithm: str, layout: MaskLayout, phase1: SearchResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[bool] = []
+    monkeypatch.setattr(AdaptiveVariation, "reward", lambda self, genome, success: told.append(success))
+    evaluate = Analytic(layout)
+    in_corridor(
+        evaluate, corridor_of(phase1.front, layout), phase1, [evaluate.importance], algorithm=algorithm, evaluations=60
+    )
+    # All but a last generation that the budget cuts short.
+    assert len(told) >= 48
+    assert 0 < sum(told) < len(told)
 
 
 # The recorder

@@ -84,6 +84,10 @@ def test_imports_that_run_beside_a_check_for_types_are_found(text: str, tmp_path
     assert closure(tmp_path, {**MODULES, "script.py": text}) == ["pkg/__init__.py", "pkg/a.py"]
 
 
+def test_relative_imports_are_not_taken_for_absolute_ones(tmp_path: Path) -> None:
+    assert closure(tmp_path, {**MODULES, "script.py": "from .pkg import a\nfrom . import pkg"}) == []
+
+
 def test_other_libraries_and_the_standard_library_do_not_count(tmp_path: Path) -> None:
     assert closure(tmp_path, {**MODULES, "script.py": "import os, numpy\nfrom json import dumps"}) == []
 

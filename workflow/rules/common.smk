@@ -33,7 +33,7 @@ wildcard_constraints:
     network="[A-Za-z0-9_.-]+",
     seed="[0-9]+",
     score="[a-z]+",
-    method="[A-Za-z0-9_-]+",
+    method="[A-Za-z0-9_.-]+",
 
 
 def code(script):

@@ -40,7 +40,7 @@ def _describe(error: jsonschema.ValidationError) -> Iterator[str]:
     instance: Any = error.instance
     if error.validator == "additionalProperties":
         known = list(rule.get("properties", {}))
-        for key in sorted(set(dict(instance)) - set(known)):
+        for key in sorted(set(dict(instance)) - set(known), key=str):
             close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             hint = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(known)}"
             yield f"unknown key '{f'{where}.' if where else ''}{key}'; {hint}"
@@ -81,6 +81,8 @@ def _broken_method(config: Config, name: str) -> Iterator[str]:
     if own["kind"] == "allocation" and "allocation" not in own:
         yield f"method_settings.{name}: a method of kind 'allocation' needs `allocation`, the rule"
     merged = method_settings(config, name)
+    if merged["ladder"]["lowest"] >= merged["ladder"]["highest"]:
+        yield f"method_settings.{name}: ladder.lowest must be smaller than ladder.highest"
     if own["kind"] != "allocation":
         smallest = merged["population"] * (1 if own["kind"] == "flat" else 4)
         if merged["evaluations"] < smallest:
@@ -99,6 +101,8 @@ def _broken_method(config: Config, name: str) -> Iterator[str]:
                 f"{needed} ({starts} starting allocations and a population of {merged['population']}); raise "
                 "`evaluations` or `phase1.share`, or start from fewer densities"
             )
+        if phase1_evaluations(merged) >= merged["evaluations"]:
+            yield f"method_settings.{name}: phase1.share leaves Phase 2 no evaluations; lower it"
         if merged["anchors"]["light_tolerance"] >= merged["anchors"]["heavy_tolerance"]:
             yield f"method_settings.{name}: anchors.light_tolerance must be smaller than anchors.heavy_tolerance"
     if source is None:
@@ -119,12 +123,14 @@ def _missing_files(config: Config) -> Iterator[str]:
         return
     for run in config["runs"]:
         dataset, network = config["datasets"][run["dataset"]], config["networks"][run["network"]]
-        named = {f"datasets.{run['dataset']}.path": dataset.get("path")}
-        named[f"networks.{run['network']}.checkpoint"] = network["checkpoint"]
-        for key, path in named.items():
-            if path is not None and not data_path(config, path).exists():
-                place = data_path(config, path)
-                yield f"{key}: expected '{place}', found nothing there; correct it or `data_directory`"
+        images, checkpoint = dataset.get("path"), network["checkpoint"]
+        remedy = "correct it or `data_directory`"
+        if images is not None and not data_path(config, images).exists():
+            place = data_path(config, images)
+            yield f"datasets.{run['dataset']}.path: expected '{place}', found nothing there; {remedy}"
+        if checkpoint is not None and not data_path(config, checkpoint).is_file():
+            place = data_path(config, checkpoint)
+            yield f"networks.{run['network']}.checkpoint: expected '{place}', found nothing that is a file; {remedy}"
 
 
 def merge(base: Config, override: Config) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 import io
 import json
+import lzma
 import os
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -168,7 +170,7 @@ def _image_files(path: Path) -> Iterator[tuple[str, str, str, BinaryIO]]:
     if path.is_dir():
         for file in sorted(path.glob("*/*/*")):
             part, label = file.relative_to(path).parts[:2]
-            if part in ("train", "test") and not file.name.startswith(".") and file.is_file():
+            if part in ("train", "test") and label[0] != "." and file.name[0] != "." and file.is_file():
                 with file.open("rb") as handle:
                     yield part, label, str(file), handle
         return
@@ -177,20 +179,29 @@ def _image_files(path: Path) -> Iterator[tuple[str, str, str, BinaryIO]]:
             # In the order of the archive: sorting would decompress a compressed one again and again.
             for member in archive:
                 parts = PurePosixPath(member.name).parts[-3:]
-                if member.isfile() and len(parts) == 3 and parts[0] in ("train", "test") and parts[2][0] != ".":
+                hidden = any(part.startswith(".") for part in parts)
+                if member.isfile() and len(parts) == 3 and parts[0] in ("train", "test") and not hidden:
                     content = archive.extractfile(member)
                     assert content is not None  # only for members that are no files
                     yield parts[0], parts[1], member.name, io.BytesIO(content.read())
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error) as error:
+        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"expected a directory or a tar archive at '{path}', but: {error}; give another `path`"
+            f"expected a directory or a tar archive at '{path}', but: {reason}; give another `path`"
         ) from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The image with 8 bits a channel; Pillow's own conversion would clip 16-bit grey to white."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray(np.clip(np.asarray(image, dtype=np.float64) * (255 / 65535), 0, 255).astype(np.uint8))
 
 
 def _decode(handle: BinaryIO, image_size: int | None, channels: int) -> np.ndarray:
     """One image as uint8 (channels, height, width)."""
     with Image.open(handle) as opened:
-        image = opened.convert("RGB" if channels == 3 else "L")
+        image = _eight_bits(opened).convert("RGB" if channels == 3 else "L")
     if image_size is not None and image.size != (image_size, image_size):
         scale = image_size / min(image.size)
         width, height = (max(image_size, round(side * scale)) for side in image.size)

@@ -10,6 +10,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from paretoprune.masks import MaskLayout, PackedMasks
+from paretoprune.networks import to_channels_last
 from paretoprune.repair import make_repair
 
 OBJECTIVES = ("error", "divergence")
@@ -111,7 +112,6 @@ class PopulationEvaluator:
         self._dtype, self._device = PRECISIONS[precision], torch.device(device)
 
         def place(tensor: Tensor) -> Tensor:
-            # Channels last is the layout that convolutions are fastest in, on CPUs and GPUs alike.
             placed = tensor.to(self._device, self._dtype)
             return placed.contiguous(memory_format=torch.channels_last) if placed.ndim == 4 else placed
 
@@ -121,7 +121,7 @@ class PopulationEvaluator:
             if isinstance(module, _BatchNorm):
                 # Statistics rounded to bfloat16 would shift every activation; normalisation mixes the two types.
                 module.float()
-        self._work = self._work.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        to_channels_last(self._work)
         parameters = dict(self._work.named_parameters())
         self._weights = [parameters[name] for name in layout.names]
         self._dense_weights = [weight.detach().clone() for weight in self._weights]

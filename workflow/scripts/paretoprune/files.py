@@ -75,7 +75,7 @@ def write_npz(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) ->
         if np.asarray(array).dtype == object:
             raise TypeError(f"array '{name}' has dtype object, which only pickle can store; give it a plain dtype")
     with atomic_path(path) as temporary, temporary.open("wb") as handle:
-        np.savez_compressed(handle, allow_pickle=False, **dict(arrays))
+        np.savez_compressed(handle, **dict[str, Any](arrays))
 
 
 def read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:

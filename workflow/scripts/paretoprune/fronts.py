@@ -94,7 +94,7 @@ def knee(objectives: np.ndarray) -> int:
     low, high = objectives.min(axis=0), objectives.max(axis=0)
     scaled = (objectives - low) / np.where(high > low, high - low, 1.0)
     # The line joins (0, 1) and (1, 0), so the distance below it grows with -(x + y).
-    return int(np.argmin(scaled.sum(axis=1)))
+    return int(np.lexsort((objectives[:, 1], scaled.sum(axis=1)))[0])
 
 
 @dataclass

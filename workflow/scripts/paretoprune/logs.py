@@ -39,3 +39,8 @@ def logged(name: str, log_file: str) -> Iterator[logging.Logger]:
         logger.handlers = [to_file]
         logger.exception("an unexpected error; please report it with this log")
         raise
+    finally:
+        logging.captureWarnings(False)
+        logger.handlers = []
+        logging.getLogger("py.warnings").handlers = []
+        to_file.close()

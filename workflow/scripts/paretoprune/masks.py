@@ -209,7 +209,9 @@ class PackedMasks:
 
     def select(self, indices: np.ndarray | Sequence[int]) -> "PackedMasks":
         """The masks at `indices` (integers or booleans), in that order."""
-        return PackedMasks(self.words[np.asarray(indices)], self.n_weights)
+        rows = np.asarray(indices)
+        # An empty list has no integer type of its own.
+        return PackedMasks(self.words[rows if rows.size else rows.astype(np.int64)], self.n_weights)
 
     def concatenate(self, other: "PackedMasks") -> "PackedMasks":
         """These masks followed by the other's.

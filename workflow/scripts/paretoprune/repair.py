@@ -27,7 +27,9 @@ def _norms(network: nn.Module) -> dict[str, _BatchNorm]:
 def _channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per channel of activations (n, channels, ...), in float32."""
     # The kernel of batch norm's own training mode: ten times faster on a CPU than torch.var_mean.
-    mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
+    # Running statistics, though not updated, make it answer in their type rather than in that of the activations.
+    unused = torch.zeros(2, x.shape[1], device=x.device)
+    mean, variance = torch.batch_norm_update_stats(x, unused[0], unused[1], 0.0)
     return mean, variance
 
 

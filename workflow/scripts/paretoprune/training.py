@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from paretoprune.checkpoints import save_tensors
 from paretoprune.files import atomic_path
+from paretoprune.networks import to_channels_last
 from paretoprune.splits import LabelledImages
 
 TRAINING_COLUMNS = ("epoch", "learning_rate", "loss", "train_error")
@@ -142,11 +143,9 @@ def train(
         raise ValueError("a recipe with distillation needs a teacher, found none; give one or set distillation to 0")
     if not len(data):
         raise ValueError("expected training images, found none")
-    network = copy.deepcopy(network).to(device).train()
-    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = to_channels_last(copy.deepcopy(network).to(device).train())
     if teacher is not None:
-        teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
-        teacher = teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        teacher = to_channels_last(copy.deepcopy(teacher).to(device).eval().requires_grad_(False))
     parameters = dict(network.named_parameters())
     kept = {parameters[name]: mask.to(device) for name, mask in (masks or {}).items()}
     optimiser = torch.optim.SGD(
