@@ -3,6 +3,7 @@
 import copy
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -111,3 +112,9 @@ def states_equal(a: nn.Module, b: nn.Module) -> bool:
     """Whether two networks have the same keys and the same values, bit for bit."""
     first, second = a.state_dict(), b.state_dict()
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def numpy_state() -> list[int]:
+    """numpy's global random state, which nothing here may touch."""
+    state: Any = np.random.get_state(legacy=False)  # noqa: NPY002
+    return [*state["state"]["key"].tolist(), state["state"]["pos"]]

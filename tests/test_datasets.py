@@ -243,7 +243,9 @@ def test_a_missing_path_is_named(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_archive_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_text("no archive")
-    with pytest.raises(ValueError, match=r"(?s)expected a directory or a tar archive at '.*a\.tar', but: .*give another"):
+    with pytest.raises(
+        ValueError, match=r"(?s)expected a directory or a tar archive at '.*a\.tar', but: .*give another"
+    ):
         read(tmp_path, "a.tar")
 
 

@@ -19,7 +19,7 @@ def some_images(n: int = 12) -> tuple[Tensor, Tensor]:
     return images[1000 : 1000 + n], labels[1000 : 1000 + n]
 
 
-def small_network() -> nn.Module:
+def small_network() -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return nn.Sequential(
@@ -216,7 +216,7 @@ def test_an_infinite_weight_is_found_in_its_own_tensor() -> None:
 
 
 def test_an_unknown_score_is_an_error() -> None:
-    with pytest.raises(ValueError, match="expected an importance score among magnitude, taylor, .*, found 'hessian'"):
+    with pytest.raises(ValueError, match=r"expected an importance score among magnitude, taylor, .*, found 'hessian'"):
         scores_of("hessian", small_network())
 
 

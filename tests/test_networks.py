@@ -3,14 +3,13 @@
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from paretoprune.networks import CIFAR_RESNET_DEPTHS, Architecture, BasicBlock, CifarResNet
-from small_networks import states_equal
+from small_networks import numpy_state, states_equal
 from torch import nn
 
-FACTORIES = '''
+FACTORIES = """
 import torch
 from torch import nn
 
@@ -24,7 +23,7 @@ def no_network():
     return "a network"
 
 THING = 3
-'''
+"""
 
 
 @pytest.fixture
@@ -107,11 +106,11 @@ def test_a_seed_fixes_the_weights() -> None:
 
 def test_building_leaves_global_random_state_as_it_was() -> None:
     torch.manual_seed(5)
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]  # noqa: NPY002
+    states = torch.get_rng_state(), random.getstate(), numpy_state()
     Architecture("resnet8", 10, 1).build(3)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
-    assert np.array_equal(np.random.get_state()[1], states[2])  # type: ignore[arg-type]  # noqa: NPY002
+    assert numpy_state() == states[2]
 
 
 def test_building_leaves_global_random_state_as_it_was_after_an_error_too() -> None:
@@ -162,7 +161,9 @@ def test_torchvision_classifiers_are_built_by_name(prefix: str) -> None:
 
 def test_a_name_that_nobody_knows_is_refused_with_some_that_are_known() -> None:
     for name in ("resnet21", "torchvision:resnet20", "nonsense", ""):
-        with pytest.raises(ValueError, match=rf"found '{name.removeprefix('torchvision:')}'; give one of resnet8, .*fact"):
+        with pytest.raises(
+            ValueError, match=rf"found '{name.removeprefix('torchvision:')}'; give one of resnet8, .*fact"
+        ):
             Architecture(name, 10, 3).build()
 
 
@@ -172,5 +173,7 @@ def test_names_that_both_know_mean_the_cifar_network_unless_prefixed() -> None:
 
 
 def test_arguments_that_a_cifar_network_does_not_take_are_named() -> None:
-    with pytest.raises(ValueError, match=r"network 'resnet20' cannot be built with .*'width': 3.*correct its `arguments`"):
+    with pytest.raises(
+        ValueError, match=r"network 'resnet20' cannot be built with .*'width': 3.*correct its `arguments`"
+    ):
         Architecture("resnet20", 10, 3, {"width": 3}).build()

@@ -40,7 +40,7 @@ def test_statistics_follow_the_formula_by_hand() -> None:
     images = torch.tensor([1.0, 3.0, 3.0, 1.0]).view(2, 1, 1, 2)
     network = one_layer([2.0, -1.0], [5.0, 0.5], [9.0, 4.0])
     repair = BatchNormRepair(network, images)
-    network[0].weight.data = torch.tensor([1.0, -3.0]).view(2, 1, 1, 1)
+    network.get_parameter("0.weight").data = torch.tensor([1.0, -3.0]).view(2, 1, 1, 1)
     repair(network)
     means, variances = norm_of(network)
     # m' = m_p + (m - m_d) sqrt(v_p/v_d): 2 + (5 - 4)/2, and -6 + (0.5 - (-2)) * 3.
@@ -51,9 +51,9 @@ def test_statistics_follow_the_formula_by_hand() -> None:
 
 def test_statistics_after_a_linear_layer_follow_the_formula_too() -> None:
     network = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1)).eval()
-    network[0].weight.data.fill_(2.0)
+    network.get_parameter("0.weight").data.fill_(2.0)
     repair = BatchNormRepair(network, torch.tensor([[1.0], [3.0]]))
-    network[0].weight.data.fill_(1.0)
+    network.get_parameter("0.weight").data.fill_(1.0)
     repair(network)
     # Trained 0 and 1, dense 4 and 4, pruned 2 and 1: 2 + (0 - 4)/2 = 0 and 1 * 1/4.
     assert norm_of(network)[0] == pytest.approx([0.0], abs=1e-6)
@@ -75,9 +75,9 @@ def test_layers_are_corrected_on_inputs_from_corrected_layers() -> None:
     norms = [nn.BatchNorm2d(1, affine=False, eps=1e-12) for _ in range(2)]
     network = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), norms[0], nn.Conv2d(1, 1, 1, bias=False), norms[1]).eval()
     for i in (0, 2):
-        network[i].weight.data.fill_(1.0)
+        network.get_parameter(f"{i}.weight").data.fill_(1.0)
     repair = BatchNormRepair(network, calibration())
-    network[0].weight.data.fill_(0.25)
+    network.get_parameter("0.weight").data.fill_(0.25)
     repair(network)
     # The first norm undoes the scaling, so the second sees what it always saw.
     assert norm_of(network, "1")[1] == pytest.approx([0.0625], rel=1e-5)
@@ -113,7 +113,7 @@ def test_a_channel_that_is_constant_in_the_pruned_network_gives_its_bias() -> No
     network = one_layer([1.0, 1.0], [0.3, 0.3], [1.0, 2.0])
     network[1].bias.data = torch.tensor([0.7, 0.0])
     repair = BatchNormRepair(network, calibration())
-    network[0].weight.data[0] = 0.0
+    network.get_parameter("0.weight").data[0] = 0.0
     repair(network)
     output = predict(network, calibration(), 64)
     assert bool(output.isfinite().all())
@@ -127,7 +127,7 @@ def test_a_channel_that_is_constant_in_the_dense_network_keeps_its_trained_varia
     repair = BatchNormRepair(network, calibration())
     repair(network)
     torch.testing.assert_close(predict(network, calibration(), 64), before, rtol=0, atol=1e-6)
-    network[0].weight.data[0] = 5.0
+    network.get_parameter("0.weight").data[0] = 5.0
     repair(network)
     assert norm_of(network)[1][0] == 1.0
     assert bool(predict(network, calibration(), 64).isfinite().all())
@@ -237,7 +237,7 @@ def test_statistics_of_bfloat16_activations_are_kept_in_float32() -> None:
     # Pixels that bfloat16 holds exactly, with a mean that it does not.
     images = (torch.arange(256).float() / 256 + 1).to(torch.bfloat16).view(4, 1, 8, 8)
     repair = BatchNormRepair(network, images)
-    network[0].weight.data.fill_(1.0)
+    network.get_parameter("0.weight").data.fill_(1.0)
     repair(network)
     # The channel is constant in the dense network, so m' = m_p + (0 - 0). bfloat16 would be good to 0.4 % only.
     assert norm_of(network)[0] == pytest.approx([images.double().mean().item()], rel=1e-5)

@@ -1,0 +1,313 @@
+"""pareto_prune on a network that is not the project's: what a library user is promised, and every refusal."""
+
+import copy
+import pickle
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from paretoprune import Front, pareto_prune
+from paretoprune.evaluation import PopulationEvaluator, predict, top1_error
+from paretoprune.fronts import non_dominated
+from paretoprune.masks import MaskLayout, PackedMasks
+from small_networks import digits, magnitude_mask, n_hooks, numpy_state, states_equal, trained
+from torch import Tensor, nn
+
+EVALUATIONS = 80
+
+
+def part(start: int, stop: int) -> tuple[Tensor, Tensor]:
+    images, labels = digits()
+    return images[start:stop], labels[start:stop]
+
+
+def prune(network: nn.Module | None = None, /, **changed: Any) -> Front:
+    """The search on the trained foreign network, with a search split of its own."""
+    images, labels = part(0, 400)
+    search_images, search_labels = part(1000, 1200)
+    options: dict[str, Any] = {
+        "images": images,
+        "labels": labels,
+        "search_images": search_images,
+        "search_labels": search_labels,
+        "evaluations": EVALUATIONS,
+        "device": "cpu",
+        "progress": False,
+    }
+    options |= changed
+    return pareto_prune(trained("foreign") if network is None else network, **options)
+
+
+@lru_cache
+def pruned() -> Front:
+    """One search that many tests look at."""
+    return prune()
+
+
+def test_the_front_is_consistent() -> None:
+    front = pruned()
+    assert len(front) >= 5
+    assert front.error.shape == front.sparsity.shape == front.density.shape == (len(front),)
+    np.testing.assert_allclose(front.sparsity, 1 - front.masks.density, rtol=0, atol=1e-12)
+    assert np.all((front.error >= 0) & (front.error <= 1))
+    assert np.all((front.sparsity >= 0) & (front.sparsity <= 1))
+    # Sparsest first, and none better than another in both.
+    assert np.all(np.diff(front.sparsity) < 0)
+    assert np.all(np.diff(front.error) < 0)
+    assert np.array_equal(non_dominated(front.objectives), np.arange(len(front)))
+    assert 0 < front.hypervolume() < 1
+    assert set(front.stages) <= {"start", "phase1", "phase2"}
+
+
+def test_the_front_is_no_worse_than_the_classical_allocations() -> None:
+    front, network, (images, labels) = pruned(), trained("foreign"), part(1000, 1200)
+    layout = MaskLayout.of(network)
+    judge = PopulationEvaluator(network, layout, images, labels, repair="batchnorm", calibration_images=part(0, 400)[0])
+    parameters = dict(network.named_parameters())
+    sizes = np.abs(layout.flatten({name: parameters[name].detach().numpy() for name in layout.names}))
+    for density in (0.8, 0.5, 0.2):
+        n_keep = round(density * layout.n_weights)
+        everywhere = np.zeros(layout.n_weights, dtype=bool)
+        everywhere[np.argsort(-sizes, kind="stable")[:n_keep]] = True
+        for mask in (everywhere, magnitude_mask(network, layout, density)):
+            error, found = judge(PackedMasks.pack(mask))[0]
+            # One weight a layer for rounding, one image of 200 for calibration images in another order.
+            able = front.density <= found + layout.n_layers / layout.n_weights
+            assert front.error[able].min() <= error + 1.01 / 200
+
+
+def test_phase_2_looks_beyond_phase_1() -> None:
+    assert "phase2" in pruned().stages
+
+
+def test_the_member_closest_to_a_sparsity_is_found() -> None:
+    front = pruned()
+    i = front.closest(sparsity=0.8)
+    assert abs(front.sparsity[i] - 0.8) == np.abs(front.sparsity - 0.8).min()
+    with pytest.raises(ValueError, match=r"80 % is 0\.8"):
+        front.closest(sparsity=80)
+
+
+def test_every_network_has_the_promised_sparsity_and_error() -> None:
+    front, (images, labels) = pruned(), part(1000, 1200)
+    layout = MaskLayout.of(trained("foreign"))
+    for i in range(len(front)):
+        network = front.network(i)
+        parameters = dict(network.named_parameters())
+        n_kept = sum(int(torch.count_nonzero(parameters[name])) for name in layout.names)
+        assert 1 - n_kept / layout.n_weights == pytest.approx(front.sparsity[i], abs=1e-12)
+        # The judge runs in another memory layout: one image of 200 on the edge may turn.
+        assert top1_error(predict(network, images, 50), labels) == pytest.approx(front.error[i], abs=1.01 / 200)
+
+
+def test_a_network_of_the_front_is_the_user_s_own_kind_and_needs_nothing_of_this_package() -> None:
+    network, original = pruned().network(0), trained("foreign")
+    assert type(network) is type(original)
+    assert network.state_dict().keys() == original.state_dict().keys()
+    assert n_hooks(network) == 0
+    assert not network.training
+    assert {p.device.type for p in network.parameters()} == {"cpu"}
+    stored = pickle.dumps(network)
+    assert b"paretoprune" not in stored
+    copies = [pickle.loads(stored), copy.deepcopy(network)]
+    for other in copies:
+        assert states_equal(other, network)
+        assert torch.equal(predict(other, part(0, 20)[0], 20), predict(network, part(0, 20)[0], 20))
+    fresh_copy = trained("foreign")
+    fresh_copy.load_state_dict(network.state_dict())
+    assert states_equal(fresh_copy, network)
+
+
+def test_the_same_seed_gives_the_same_front_and_another_seed_another() -> None:
+    first, second, third = pruned(), prune(), prune(seed=1)
+    assert first.masks.fingerprints() == second.masks.fingerprints()
+    assert np.array_equal(first.objectives, second.objectives)
+    assert first.stages == second.stages
+    assert first.masks.fingerprints() != third.masks.fingerprints()
+
+
+def test_inputs_and_global_random_state_stay_as_they_were() -> None:
+    network = trained("foreign").train()
+    before, (images, labels) = copy.deepcopy(network), part(0, 400)
+    kept = images.clone(), labels.clone()
+    states = torch.get_rng_state(), numpy_state()
+    prune(network, images=images, labels=labels, evaluations=60)
+    assert states_equal(network, before)
+    assert network.training
+    assert n_hooks(network) == 0
+    assert torch.equal(images, kept[0])
+    assert torch.equal(labels, kept[1])
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert numpy_state() == states[1]
+
+
+def test_without_search_images_a_fifth_is_held_out() -> None:
+    images, labels = part(0, 400)
+    front = prune(search_images=None, search_labels=None)
+    # 80 images are held out, so that every error is a number of eightieths.
+    np.testing.assert_allclose(front.error * 80, np.rint(front.error * 80), rtol=0, atol=1e-9)
+    assert np.any(np.abs(front.error * 40 - np.rint(front.error * 40)) > 1e-6)
+    again = prune(search_images=None, search_labels=None)
+    assert np.array_equal(again.objectives, front.objectives)
+    assert top1_error(predict(front.network(len(front) - 1), images, 64), labels) < 0.5
+
+
+def test_the_smallest_share_held_out_has_an_image_of_every_class() -> None:
+    images, labels = digits()
+    few = torch.cat([torch.nonzero(labels == c)[:3, 0] for c in range(10)])
+    front = prune(images=images[few], labels=labels[few], search_images=None, search_labels=None)
+    # A fifth of 30 images is six, less than the ten classes.
+    np.testing.assert_allclose(front.error * 10, np.rint(front.error * 10), rtol=0, atol=1e-9)
+
+
+def test_without_repair_the_bare_masks_are_judged() -> None:
+    front = prune(repair="none")
+    network, original = front.network(0), trained("foreign")
+    assert torch.equal(network.get_buffer("line_norm.running_mean"), original.get_buffer("line_norm.running_mean"))
+    repaired = pruned().network(0)
+    assert not torch.equal(repaired.get_buffer("line_norm.running_mean"), original.get_buffer("line_norm.running_mean"))
+
+
+def test_images_and_labels_may_be_of_other_types() -> None:
+    images, labels = part(0, 400)
+    front = prune(images=images.double().requires_grad_(), labels=labels.to(torch.int32))
+    assert np.array_equal(front.objectives, pruned().objectives)
+
+
+def test_without_progress_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    prune(evaluations=60)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_with_progress_a_bar_shows_all_evaluations(capfd: pytest.CaptureFixture[str]) -> None:
+    prune(evaluations=60, progress=True)
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "60/60" in captured.err
+    assert "hypervolume" in captured.err
+
+
+def test_no_more_networks_are_judged_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from paretoprune import api
+
+    judged: list[int] = []
+
+    class Counting(api.PopulationEvaluator):
+        def __call__(self, masks: Any) -> np.ndarray:
+            judged.append(len(masks))
+            return super().__call__(masks)
+
+    monkeypatch.setattr(api, "PopulationEvaluator", Counting)
+    front = prune(evaluations=70)
+    # The front is judged once more at the end.
+    assert sum(judged[:-1]) == 70
+    assert judged[-1] >= len(front)
+
+
+def test_a_front_read_from_a_file_says_that_it_knows_no_network(tmp_path: Any) -> None:
+    pruned().save(tmp_path / "front.npz")
+    loaded = Front.load(tmp_path / "front.npz")
+    assert np.array_equal(loaded.objectives, pruned().objectives)
+    with pytest.raises(RuntimeError, match="read from a file and knows no network"):
+        loaded.network(0)
+
+
+@pytest.mark.parametrize("evaluations", [0, 1, 40, 55])
+def test_too_few_evaluations_are_refused(evaluations: int) -> None:
+    with pytest.raises(ValueError, match=r"Phase 1 needs at least 28 evaluations .*raise `evaluations`"):
+        prune(evaluations=evaluations)
+
+
+@pytest.mark.parametrize("name", ["images", "search_images"])
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (
+            torch.zeros(30, 1, 8, 8, dtype=torch.uint8),
+            r"as normalised floats \(n, c, h, w\), found torch\.uint8 of shape",
+        ),
+        (torch.zeros(30, 64), r"as normalised floats \(n, c, h, w\), found torch\.float32 of shape \(30, 64\)"),
+        (torch.full((30, 1, 8, 8), torch.nan), "expected whole-number labels and finite"),
+        (torch.zeros(29, 1, 8, 8), r"expected one label for each of 29 \w+, found shape \(30,\)"),
+    ],
+)
+def test_images_that_cannot_be_used_are_refused(name: str, images: Tensor, message: str) -> None:
+    labels = {"images": "labels", "search_images": "search_labels"}[name]
+    with pytest.raises(ValueError, match=message) as caught:
+        prune(**{name: images, labels: torch.arange(30) % 10})
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["labels", "search_labels"])
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.zeros(30), "expected whole-number labels"),
+        (torch.zeros(30, 1, dtype=torch.int64), r"expected one label for each of 30 \w+, found shape \(30, 1\)"),
+    ],
+)
+def test_labels_that_cannot_be_used_are_refused(name: str, labels: Tensor, message: str) -> None:
+    images = {"labels": "images", "search_labels": "search_images"}[name]
+    with pytest.raises(ValueError, match=message):
+        prune(**{name: labels, images: torch.zeros(30, 1, 8, 8)})
+
+
+@pytest.mark.parametrize("name", ["labels", "search_labels"])
+@pytest.mark.parametrize("label", [10, -1])
+def test_labels_that_the_network_has_no_answer_for_are_refused(name: str, label: int) -> None:
+    labels = part(0, 400)[1].clone() if name == "labels" else part(1000, 1200)[1].clone()
+    labels[3] = label
+    with pytest.raises(ValueError, match=r"label.*10"):
+        prune(**{name: labels})
+
+
+def test_images_that_the_network_cannot_run_on_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(3, 8, 8\)"):
+        prune(images=torch.zeros(400, 3, 8, 8), search_images=torch.zeros(200, 3, 8, 8))
+
+
+def test_search_images_and_their_labels_belong_together() -> None:
+    for name in ("search_images", "search_labels"):
+        with pytest.raises(ValueError, match="search_images and search_labels belong together; give both or neither"):
+            prune(**{name: None})
+
+
+def test_search_images_of_one_class_are_refused() -> None:
+    images, labels = digits()
+    with pytest.raises(ValueError, match="expected search images of at least two classes, found one"):
+        prune(search_images=images[labels == 3], search_labels=labels[labels == 3])
+
+
+def test_too_few_images_to_hold_some_out_name_the_class() -> None:
+    images, labels = part(0, 400)
+    chosen = torch.cat([torch.nonzero(labels < 9)[:, 0], torch.nonzero(labels == 9)[:1, 0]])
+    with pytest.raises(ValueError, match="class 9 has 1"):
+        prune(images=images[chosen], labels=labels[chosen], search_images=None, search_labels=None)
+
+
+def test_no_images_at_all_are_refused() -> None:
+    nothing = {"images": torch.zeros(0, 1, 8, 8), "labels": torch.zeros(0, dtype=torch.int64)}
+    with pytest.raises(ValueError, match="found none"):
+        prune(**nothing)
+    with pytest.raises(ValueError, match="at least two classes"):
+        prune(**nothing, search_images=None, search_labels=None)
+
+
+def test_an_unknown_repair_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected a repair mode among none, batchnorm, found 'magic'"):
+        prune(repair="magic")
+
+
+def test_a_network_with_nothing_to_prune_is_refused() -> None:
+    network = nn.Sequential(nn.AdaptiveAvgPool2d((1, 10)), nn.Flatten())
+    with pytest.raises(ValueError, match="expected at least one convolution or linear layer to prune, found none"):
+        prune(network)
+
+
+def test_a_network_that_answers_nan_is_refused() -> None:
+    network = trained("foreign")
+    network.get_parameter("head.bias").data[0] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        prune(network)
