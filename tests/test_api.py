@@ -11,6 +11,7 @@ import torch
 from paretoprune import Front, pareto_prune
 from paretoprune.evaluation import PopulationEvaluator, predict, top1_error
 from paretoprune.fronts import non_dominated
+from paretoprune.importance import compute_importance
 from paretoprune.masks import MaskLayout, PackedMasks
 from small_networks import digits, magnitude_mask, n_hooks, numpy_state, states_equal, trained
 from torch import Tensor, nn
@@ -152,6 +153,35 @@ def test_without_search_images_a_fifth_is_held_out() -> None:
     again = prune(search_images=None, search_labels=None)
     assert np.array_equal(again.objectives, front.objectives)
     assert top1_error(predict(front.network(len(front) - 1), images, 64), labels) < 0.5
+
+
+def test_images_that_are_held_out_are_used_for_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    from paretoprune import api
+
+    images, labels = part(0, 400)
+    images = images.clone()
+    images[:, 0, 0, 0] = torch.arange(400.0) / 400  # tells which image it is
+    given: dict[str, set[float]] = {}
+
+    class Recording(api.PopulationEvaluator):
+        def __init__(self, network: nn.Module, layout: MaskLayout, images: Tensor, *rest: Any, **options: Any) -> None:
+            given["search"] = set(images[:, 0, 0, 0].tolist())
+            given["calibration"] = set(options["calibration_images"][:, 0, 0, 0].tolist())
+            super().__init__(network, layout, images, *rest, **options)
+
+    def recording(score: str, network: nn.Module, layout: MaskLayout, images: Tensor, *rest: Any) -> dict[str, Tensor]:
+        given[score] = set(images[:, 0, 0, 0].tolist())
+        return compute_importance(score, network, layout, images, *rest)
+
+    monkeypatch.setattr(api, "PopulationEvaluator", Recording)
+    monkeypatch.setattr(api, "compute_importance", recording)
+    prune(images=images, labels=labels, search_images=None, search_labels=None, evaluations=60)
+    assert {name: len(seen) for name, seen in given.items() if name in ("search", "calibration", "fisher")} == {
+        "search": 80,
+        "calibration": 320,
+        "fisher": 256,
+    }
+    assert all(given["search"].isdisjoint(seen) for name, seen in given.items() if name != "search")
 
 
 def test_the_smallest_share_held_out_has_an_image_of_every_class() -> None:

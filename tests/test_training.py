@@ -163,6 +163,25 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others() -> None:
     assert not states_equal(first[0], third[0])
 
 
+def test_every_epoch_sees_every_image_once_and_in_an_order_of_its_own() -> None:
+    seen: list[int] = []
+
+    class Recording(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(1, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.extend(x.flatten().long().tolist())
+            return self.linear(x.flatten(1) / 30)
+
+    data = LabelledImages(torch.arange(30.0).view(30, 1, 1, 1), torch.arange(30) % 3)
+    train(Recording(), data, Recipe(epochs=3, batch_size=10), seed=0)
+    orders = [seen[:30], seen[30:60], seen[60:]]
+    assert all(sorted(order) == list(range(30)) for order in orders)
+    assert len({tuple(order) for order in [*orders, range(30)]}) == 4
+
+
 def test_dropout_is_fixed_by_the_seed_too() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 3))
     recipe = Recipe(epochs=1, batch_size=20)
