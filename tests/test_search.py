@@ -18,7 +18,7 @@ from paretoprune.search import (
     Evaluate,
     Recorder,
     SearchResult,
-    finish_front,
+    judge_again,
     read_history,
     search_corridor,
     search_flat,
@@ -535,9 +535,7 @@ def test_the_published_front_is_judged_again_and_keeps_only_the_non_dominated() 
     masks = PackedMasks.pack(np.arange(70) < np.array([[7], [14], [35]]))
     rough = Front(masks, np.array([[0.6, 0.1], [0.5, 0.2], [0.1, 0.5]]), ["start", "phase1", "phase2"])
     # In full precision the second member is worse than the first.
-    published = finish_front(
-        SearchResult(rough, []), lambda m: np.column_stack([np.array([0.55, 0.58, 0.2]), m.density]), None
-    )
+    published = judge_again(rough, lambda m: np.column_stack([np.array([0.55, 0.58, 0.2]), m.density]))
     assert published.objectives.tolist() == [[0.55, 0.1], [0.2, 0.5]]
     assert published.stages == ["start", "phase2"]
     np.testing.assert_array_equal(published.masks.n_kept, [7, 35])
@@ -546,7 +544,8 @@ def test_the_published_front_is_judged_again_and_keeps_only_the_non_dominated() 
 def test_the_published_front_is_thinned_to_what_keeps_most_hypervolume(
     layout: MaskLayout, phase1: SearchResult
 ) -> None:
-    whole = finish_front(phase1, Analytic(layout), None)
-    small = finish_front(phase1, Analytic(layout), 5)
-    assert len(whole) == len(phase1.front) > 5
-    np.testing.assert_array_equal(small.objectives, whole.thinned(5).objectives)
+    judged = judge_again(phase1.front, Analytic(layout))
+    np.testing.assert_array_equal(judged.objectives, phase1.front.objectives)
+    small = judged.thinned(5)
+    assert len(judged) > len(small) == 5
+    assert 0.95 * judged.hypervolume() < small.hypervolume() < judged.hypervolume()

@@ -19,10 +19,8 @@ from paretoprune.training import (
     augment,
     check_mask,
     learning_rate,
-    save_network,
     train,
 )
-from safetensors.torch import load_file
 from small_networks import fresh, states_equal
 from torch import Tensor, nn
 from torch.nn import functional
@@ -265,7 +263,7 @@ def test_weight_decay_shrinks_weights_and_spares_biases_and_norms() -> None:
     recipe = Recipe(epochs=2, batch_size=60, learning_rate=0.5, momentum=0.0, weight_decay=0.1, warmup_epochs=0)
     trained, _ = train(network, blobs(), recipe, seed=0)
     # Two steps an epoch: w loses 0.1 times the rate of each step.
-    expected = math.prod(1 - 0.1 * learning_rate(recipe, e) for e in (0.5, 1.0, 1.5, 2.0))
+    expected = math.prod(1 - 0.1 * learning_rate(recipe, e) for e in (0.25, 0.75, 1.25, 1.75))
     for name, parameter in trained.named_parameters():
         wanted = expected if parameter.ndim > 1 else 1.0
         torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, wanted), rtol=1e-6, atol=0, msg=name)
@@ -433,11 +431,3 @@ def test_a_network_that_is_not_ours_trains_with_its_shared_weight() -> None:
     trained, _ = train(network, blobs(), Recipe(epochs=1, batch_size=20, learning_rate=0.01), seed=0)
     assert trained.get_submodule("second").weight is trained.get_parameter("first.weight")
     assert not torch.equal(trained.get_parameter("first.weight"), network.get_parameter("first.weight"))
-
-
-def test_a_saved_network_can_be_loaded_by_anyone(tmp_path: Path) -> None:
-    network = residual()
-    save_network(tmp_path / "network.safetensors", network, {"note": "hello"})
-    state = load_file(tmp_path / "network.safetensors")
-    assert state.keys() == network.state_dict().keys()
-    assert all(torch.equal(state[name], tensor) for name, tensor in network.state_dict().items())

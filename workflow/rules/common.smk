@@ -50,9 +50,7 @@ def any_of(names):
 def settings_of(wildcards):
     """The settings of a method, with the objective that its network calls for."""
     settings = configuration.method_settings(config, wildcards.method)
-    settings["objective"] = configuration.objective(
-        config, wildcards.network, settings["objective"]
-    )
+    settings["objective"] = configuration.objective(config, wildcards.network)
     return settings
 
 

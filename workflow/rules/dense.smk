@@ -25,9 +25,6 @@ rule prepare_dense_network:
             "search_memorised": configuration.search_is_memorised(
                 config, wildcards.network
             ),
-            "objective": configuration.objective(
-                config, wildcards.network, config["search"]["objective"]
-            ),
             "source": Path(
                 config["networks"][wildcards.network]["checkpoint"] or "trained"
             ).name,

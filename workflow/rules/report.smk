@@ -28,7 +28,10 @@ rule write_report:
         runtime=30,
         gpu=0,
     params:
-        runs=config["runs"],
+        runs=[
+            run | {"objective": configuration.objective(config, run["network"])}
+            for run in config["runs"]
+        ],
         seeds=config["seeds"],
         methods=config["methods"],
         settings={

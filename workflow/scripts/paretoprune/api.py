@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 from paretoprune.allocation import STARTS, starting_allocations
 from paretoprune.corridor import Corridor, choose_anchors
-from paretoprune.evaluation import PopulationEvaluator
+from paretoprune.evaluation import PopulationEvaluator, predict
 from paretoprune.fronts import Front
 from paretoprune.importance import compute_importance, flat_scores
 from paretoprune.masks import MaskLayout
-from paretoprune.search import finish_front, search_corridor, search_thresholds
+from paretoprune.search import search_corridor, search_thresholds
 from paretoprune.splits import split_images
 
 START_DENSITIES = (0.8, 0.5, 0.3, 0.2, 0.1)
@@ -80,18 +80,22 @@ def pareto_prune(
     order = np.random.default_rng(seed).permutation(len(images))
     calibration = images[order[:N_CALIBRATION]]
 
-    def evaluator() -> PopulationEvaluator:
-        return PopulationEvaluator(
-            network,
-            layout,
-            search_images,
-            search_labels,
-            repair=repair,
-            calibration_images=calibration,
-            device=device,
-        )
-
-    evaluate = evaluator()
+    n_answers = _check_answers(network, images)
+    for name, given in (("labels", labels), ("search_labels", search_labels)):
+        if not 0 <= int(given.min()) <= int(given.max()) < n_answers:
+            raise ValueError(
+                f"expected {name} from 0 to {n_answers - 1}, as the network has {n_answers} answers, found "
+                f"{int(given.min())} to {int(given.max())}"
+            )
+    evaluate = PopulationEvaluator(
+        network,
+        layout,
+        search_images,
+        search_labels,
+        repair=repair,
+        calibration_images=calibration,
+        device=device,
+    )
     sample = order[:N_GRADIENT_IMAGES]
     scores = {
         score: flat_scores(compute_importance(score, network, layout, images[sample], labels[sample], seed), layout)
@@ -135,9 +139,23 @@ def pareto_prune(
             seed=seed,
             progress=show,
         )
-    front = finish_front(found, evaluate, None)
-    front.builder = evaluate.build
-    return front
+    found.front.builder = evaluate.build
+    return found.front
+
+
+def _check_answers(network: nn.Module, images: Tensor) -> int:
+    """Number of classes that a network tells apart on such images, or an error that says why it cannot."""
+    try:
+        answers = predict(network, images[:2], 2)
+    except (RuntimeError, AssertionError, AttributeError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"the network cannot run on images of shape {tuple(images.shape[1:])}: {reason}; give images as it "
+            "expects them"
+        ) from error
+    if answers.ndim != 2:
+        raise ValueError(f"expected logits (n, n_classes) from the network, found shape {tuple(answers.shape)}")
+    return answers.shape[1]
 
 
 def _checked(images: Tensor, labels: Tensor, name: str) -> tuple[Tensor, Tensor]:

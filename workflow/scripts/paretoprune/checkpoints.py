@@ -57,7 +57,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             content: Any = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
             f"'{path}' cannot be read as plain weights ({reason[0]}); a checkpoint must hold tensors only: save it "
@@ -72,9 +72,9 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             f"'{path}' holds no state dict (names to tensors); save it with torch.save(network.state_dict(), path)"
         )
     state = {str(name): tensor for name, tensor in content.items()}
-    for prefix in ("module.", "_orig_mod."):
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    # A compiled network inside a parallel wrapper has both, in either order.
+    while prefix := next((p for p in ("module.", "_orig_mod.") if all(name.startswith(p) for name in state)), None):
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return state
 
 

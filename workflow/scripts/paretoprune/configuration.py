@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,8 @@ def _broken_method(config: Config, name: str) -> Iterator[str]:
     own = settings[name]
     if own["kind"] == "allocation" and "allocation" not in own:
         yield f"method_settings.{name}: a method of kind 'allocation' needs `allocation`, the rule"
+    if "objective" in own:
+        yield f"method_settings.{name}: hypervolumes on different objectives cannot be compared; set search.objective"
     merged = method_settings(config, name)
     if merged["ladder"]["lowest"] >= merged["ladder"]["highest"]:
         yield f"method_settings.{name}: ladder.lowest must be smaller than ladder.highest"
@@ -147,16 +150,13 @@ def data_path(config: Config, path: str) -> Path:
     return Path(config["data_directory"]).expanduser() / Path(path).expanduser()
 
 
-def folder_state(folder: Path) -> list[int]:
-    """What changes when files in a folder are added, removed or edited.
-
-    Returns:
-        Number of files, their bytes together, and the time of the newest change in nanoseconds; nothing for a file.
-    """
+def folder_state(folder: Path) -> str:
+    """A digest that changes when files in a folder are added, removed, moved or edited; empty for a file."""
     if not folder.is_dir():
-        return []
-    states = [path.stat() for path in folder.rglob("*") if path.is_file()]
-    return [len(states), sum(s.st_size for s in states), max((s.st_mtime_ns for s in states), default=0)]
+        return ""
+    files = sorted((path.relative_to(folder).as_posix(), path.stat()) for path in folder.rglob("*") if path.is_file())
+    states = repr([(name, state.st_size, state.st_mtime_ns) for name, state in files])
+    return hashlib.blake2b(states.encode(), digest_size=16).hexdigest()
 
 
 def method_settings(config: Config, name: str) -> dict[str, Any]:
@@ -203,10 +203,10 @@ def search_is_memorised(config: Config, network: str) -> bool:
     return own["checkpoint"] is not None and not own.get("search_held_out", False)
 
 
-def objective(config: Config, network: str, wanted: str) -> str:
-    """The objective behind `auto`: the divergence where the search images are memorised, the error elsewhere."""
-    if wanted != "auto":
-        return wanted
+def objective(config: Config, network: str) -> str:
+    """What is minimised; behind `auto` the divergence where the search images are memorised, the error elsewhere."""
+    if config["search"]["objective"] != "auto":
+        return str(config["search"]["objective"])
     return "divergence" if search_is_memorised(config, network) else "error"
 
 

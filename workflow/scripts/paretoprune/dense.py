@@ -65,17 +65,17 @@ def prepare_dense(
     log.info("%s: %d prunable weights in %d layers", architecture.name, layout.n_weights, layout.n_layers)
     data = LabelledImages.of(image_set, indices.train, mean, std)
     try:
-        n_answers = predict(module, data.images[:2], 2).shape[-1]
-    except RuntimeError as error:
+        answers = predict(module, data.images[:2], 2)
+    except (RuntimeError, AssertionError, AttributeError, TypeError, ValueError) as error:
         shape = tuple(data.images.shape[1:])
         raise ValueError(
             f"network '{architecture.name}' cannot run on images of shape {shape}: {str(error).splitlines()[0]}; give "
             "the dataset another `image_size` or `channels`, or choose another network"
         ) from error
-    if n_answers != len(image_set.classes):
+    if answers.shape[1:] != (len(image_set.classes),):
         raise ValueError(
-            f"network '{architecture.name}' gives {n_answers} answers, expected one for each of "
-            f"{len(image_set.classes)} classes; correct its `arguments`"
+            f"network '{architecture.name}' gives answers of shape {tuple(answers.shape[1:])} for an image, expected "
+            f"one for each of {len(image_set.classes)} classes; correct its `arguments`"
         )
     if network["checkpoint"] is not None:
         load_weights(module, read_state_dict(network["checkpoint"]), f"checkpoint '{network['checkpoint']}'")

@@ -117,10 +117,10 @@ class PopulationEvaluator:
 
         self._images, self._labels = place(images), labels.to(self._device)
         self._work = copy.deepcopy(self._original).to(self._device, self._dtype)
-        for module in self._work.modules():
+        for module, trained in zip(self._work.modules(), self._original.modules(), strict=True):
             if isinstance(module, _BatchNorm):
                 # Statistics rounded to bfloat16 would shift every activation; normalisation mixes the two types.
-                module.float()
+                module.float().load_state_dict(trained.state_dict())
         to_channels_last(self._work)
         parameters = dict(self._work.named_parameters())
         self._weights = [parameters[name] for name in layout.names]

@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from paretoprune.checkpoints import save_tensors
 from paretoprune.evaluation import PopulationEvaluator, predict, top1_error
 from paretoprune.fronts import Front
 from paretoprune.splits import LabelledImages
-from paretoprune.training import Recipe, check_mask, save_network, train
+from paretoprune.training import Recipe, check_mask, train
 
 FINETUNED_COLUMNS = (
     "id",
     "target",
     "density",
     "sparsity",
-    "search_error",
+    "search_top1_error",
     "test_error_pruned",
     "test_error",
     "dense_test_error",
@@ -88,13 +89,13 @@ def finetune_members(
         before = _error(start, test, device)
         trained, _ = train(start, data, recipe, seed=seed, device=device, masks=masks, teacher=dense)
         check_mask(trained, masks)
-        save_network(folder / f"member{member}.safetensors", trained)
+        save_tensors(folder / f"member{member}.safetensors", trained.state_dict())
         row: dict[str, Any] = {
             "id": member,
             "target": target,
             "density": float(front.density[member]),
             "sparsity": float(front.sparsity[member]),
-            "search_error": _error(trained, search, device),
+            "search_top1_error": _error(trained, search, device),
             "test_error_pruned": before,
             "test_error": _error(trained, test, device),
             "dense_test_error": float(test.dense.error[0]),

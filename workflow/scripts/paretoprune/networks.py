@@ -120,7 +120,8 @@ class Architecture:
         factory, known = _factory(self.name)
         arguments = {**{k: getattr(self, k) for k in known}, **self.arguments}
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            # Weights are drawn on the CPU; torch.manual_seed would reseed GPUs too and not put them back.
+            torch.default_generator.manual_seed(seed)
             try:
                 network = factory(**arguments)
             except TypeError as error:

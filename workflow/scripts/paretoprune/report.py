@@ -95,7 +95,7 @@ def write_report(
 
     Args:
         results: Folder that holds {dataset}/{network}/seed{seed}/.
-        runs: `dataset` and `network` of each run, in the order of the page.
+        runs: `dataset`, `network` and `objective` of each run, in the order of the page.
         seeds: Seeds of every run.
         methods: Methods of every run, in the order of tables and legends.
         output: Folder of the report.
@@ -112,7 +112,9 @@ def write_report(
             raise ValueError(f"expected at least one of {name}, found none; name what the report is about")
     kinds = method_kinds(methods, settings["method_kinds"])
     finetuned = settings["finetuned_methods"]
-    read = [read_run(results, run["dataset"], run["network"], seeds, kinds, finetuned) for run in runs]
+    read = [
+        read_run(results, run["dataset"], run["network"], seeds, kinds, finetuned, run["objective"]) for run in runs
+    ]
     summaries = [summarise(run) for run in read]
 
     styles = plots.method_styles(kinds)

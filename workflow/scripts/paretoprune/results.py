@@ -55,7 +55,7 @@ _FINETUNED = {
     "target": "text",
     "density": "share",
     "sparsity": "share",
-    "search_error": "unread",
+    "search_top1_error": "unread",
     "test_error_pruned": "share",
     "test_error": "share",
     "dense_test_error": "share",
@@ -66,7 +66,6 @@ _DENSE_KEYS = (
     "n_prunable",
     "n_parameters",
     "n_classes",
-    "objective",
     "search_memorised",
     "source",
 )
@@ -93,6 +92,7 @@ class RunResults:
         layers: layers.csv likewise, two-phase methods only.
         finetuned: finetuned.csv likewise, fine-tuned methods only.
         anchors: Content of anchors.json per (method, seed), two-phase methods only.
+        objective: What the search minimised beside density: "error" or "divergence".
     """
 
     dataset: str
@@ -105,11 +105,7 @@ class RunResults:
     layers: pd.DataFrame
     finetuned: pd.DataFrame
     anchors: dict[tuple[str, int], dict[str, Any]]
-
-    @property
-    def objective(self) -> str:
-        """What the search minimised beside density: "error" or "divergence"."""
-        return str(self.dense[self.seeds[0]]["objective"])
+    objective: str
 
     @property
     def dense_test_error(self) -> float:
@@ -129,6 +125,7 @@ def read_run(
     seeds: Sequence[int],
     kinds: Mapping[str, str],
     finetuned_methods: Iterable[str],
+    objective: str,
 ) -> RunResults:
     """Read and check every result file of one dataset and network.
 
@@ -139,11 +136,14 @@ def read_run(
         seeds: Seeds to read.
         kinds: Methods to read, with the kind of each.
         finetuned_methods: Methods that have a finetuned.csv; others than in `kinds` are ignored.
+        objective: What the search minimised beside density: "error" or "divergence".
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: A file lacks a column or a key, or holds something impossible.
+        ValueError: A file lacks a column or a key, or holds something impossible; or the objective is unknown.
     """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"{dataset}/{network}: expected objective 'error' or 'divergence', found {objective!r}")
     dense: dict[int, dict[str, Any]] = {}
     anchors: dict[tuple[str, int], dict[str, Any]] = {}
     tables: dict[str, list[pd.DataFrame]] = {"front": [], "history": [], "layers": [], "finetuned": []}
@@ -162,15 +162,10 @@ def read_run(
                 tables["layers"].append(layers.assign(method=method, seed=seed))
                 anchors[method, seed] = _read_anchors(folder / method / "anchors.json")
             if method in finetuned_methods:
-                tables["finetuned"].append(
-                    _read_table(folder / method / "finetuned.csv", _FINETUNED).assign(method=method, seed=seed)
-                )
-    objectives = {seed: metrics["objective"] for seed, metrics in dense.items()}
-    if len(set(objectives.values())) > 1:
-        raise ValueError(
-            f"{dataset}/{network}: expected one objective over all seeds, found {objectives}; "
-            "their errors cannot be averaged, report them as separate runs"
-        )
+                table = _read_table(folder / method / "finetuned.csv", _FINETUNED).assign(method=method, seed=seed)
+                # A member chosen for several targets stands for each of them, or means would mix up the seeds.
+                table = table.assign(target=table["target"].astype(str).str.split(", ")).explode("target")
+                tables["finetuned"].append(table)
     none = {"layers": [*_LAYERS, "method", "seed"], "finetuned": [*_FINETUNED, "method", "seed"]}
     joined = {
         name: pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=none[name])
@@ -187,6 +182,7 @@ def read_run(
         joined["layers"],
         joined["finetuned"],
         anchors,
+        objective,
     )
 
 
@@ -320,11 +316,6 @@ def _read_dense(path: Path) -> dict[str, Any]:
     _require_keys(path, metrics, _DENSE_KEYS, "the file")
     _require_keys(path, metrics["accuracy"], SPLITS, "'accuracy'")
     _require_keys(path, metrics["n_images"], SPLITS, "'n_images'")
-    if metrics["objective"] not in OBJECTIVES:
-        raise ValueError(
-            f"{path}: expected objective 'error' or 'divergence', found {metrics['objective']!r}; "
-            "delete the file and run the step of the workflow that writes it"
-        )
     return metrics
 
 

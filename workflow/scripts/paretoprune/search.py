@@ -474,14 +474,12 @@ def sweep_allocation(
     return recorder.result()
 
 
-def finish_front(result: SearchResult, evaluate: Evaluate, size: int | None) -> Front:
-    """The front to publish: judged again by `evaluate` (in float32), and thinned to `size` members.
+def judge_again(front: Front, evaluate: Evaluate) -> Front:
+    """The same masks judged by another evaluator, without those that others now dominate.
 
     Args:
-        result: A search, perhaps judged in reduced precision.
+        front: A front, perhaps judged in reduced precision.
         evaluate: Masks to objectives (n, 2), in full precision.
-        size: Largest number of members, None for all.
     """
-    found = result.front
-    judged = Front(found.masks, evaluate(found.masks), found.stages)
-    return Front.empty(found.masks.n_weights).merge(judged).thinned(size)
+    judged = Front(front.masks, evaluate(front.masks), front.stages)
+    return Front.empty(front.masks.n_weights).merge(judged)

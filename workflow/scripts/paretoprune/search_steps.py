@@ -13,7 +13,7 @@ from paretoprune.evaluation import PopulationEvaluator
 from paretoprune.files import write_csv
 from paretoprune.importance import flat_scores
 from paretoprune.masks import MaskLayout
-from paretoprune.search import HISTORY_COLUMNS, SearchResult, finish_front
+from paretoprune.search import HISTORY_COLUMNS, SearchResult, judge_again
 from paretoprune.steps import make_evaluator, read_splits
 
 
@@ -61,7 +61,12 @@ def publish(
     settings: Mapping[str, Any],
     device: torch.device,
 ) -> None:
-    """Judge a front again in float32, thin it to `front_size`, and write the output files `masks` and `history`."""
-    judge = make_search_evaluator(inputs, settings, device, precision="float32")
-    finish_front(found, judge, settings["front_size"]).save(outputs["masks"])
+    """Thin a front to `front_size` and write the output files `masks` and `history`.
+
+    A front that was searched in another precision than float32 is judged again in float32 first.
+    """
+    front = found.front
+    if settings["precision"] != "float32":
+        front = judge_again(front, make_search_evaluator(inputs, settings, device, precision="float32"))
+    front.thinned(settings["front_size"]).save(outputs["masks"])
     write_csv(outputs["history"], found.history, HISTORY_COLUMNS)

@@ -79,8 +79,14 @@ def split_images(
         n = int(wanted[name])
         if n < len(names) or n > len(rest) - len(names):
             raise ValueError(
-                f"expected a {name} split of {len(names)} to {len(rest) - len(names)} images (one per class in it and "
-                f"in what is left for the others), found {n}; change `{name}` of the dataset"
+                f"expected a {name} split of {len(names)} to {len(rest) - len(names)} images, found {n}; "
+                f"change `{name}` of the dataset"
+            )
+        left, n_left = np.unique(labels[rest], return_counts=True)
+        if n_left.min() < 2:
+            raise ValueError(
+                f"expected at least two images of class {left[n_left.argmin()]} to take the {name} split from, found "
+                f"{n_left.min()}; add images of it, leave the class out, or change `{name}` to take fewer"
             )
         rest, taken[name] = train_test_split(rest, test_size=n, stratify=labels[rest], random_state=seed)
     taken.setdefault("test", own_test)

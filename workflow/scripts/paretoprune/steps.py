@@ -35,6 +35,10 @@ def step(name: str, log_file: str, threads: int = 1, gpus: int = 0) -> Iterator[
         device = torch.device("cuda" if gpus and torch.cuda.is_available() else "cpu")
         if gpus and device.type == "cpu":
             logger.warning("a GPU was granted but torch finds none; computing on the CPU")
+        if device.type == "cuda":
+            # Otherwise convolutions round to TF32 where float32 is asked for, and trainings cannot be repeated.
+            torch.backends.cudnn.allow_tf32 = False
+            torch.backends.cudnn.deterministic = True
         # User factories are imported from the folder where the workflow runs.
         sys.path.append(str(Path.cwd()))
         yield logger, device

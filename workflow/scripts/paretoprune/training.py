@@ -1,8 +1,8 @@
 """One training loop: for dense networks from scratch, and for pruned ones with their mask held fixed."""
 
 import copy
+import hashlib
 import math
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from paretoprune.checkpoints import save_tensors
 from paretoprune.files import atomic_path
 from paretoprune.networks import to_channels_last
 from paretoprune.splits import LabelledImages
@@ -141,8 +140,11 @@ def train(
     """
     if recipe.distillation > 0 and teacher is None:
         raise ValueError("a recipe with distillation needs a teacher, found none; give one or set distillation to 0")
-    if not len(data):
-        raise ValueError("expected training images, found none")
+    if len(data) < 2 or recipe.batch_size < 2:
+        raise ValueError(
+            f"expected at least two training images and a batch_size of at least 2, which batch norm needs, found "
+            f"{len(data)} images and batch_size {recipe.batch_size}"
+        )
     network = to_channels_last(copy.deepcopy(network).to(device).train())
     if teacher is not None:
         teacher = to_channels_last(copy.deepcopy(teacher).to(device).eval().requires_grad_(False))
@@ -151,7 +153,8 @@ def train(
     optimiser = torch.optim.SGD(
         _parameter_groups(network, recipe.weight_decay), lr=0.0, momentum=recipe.momentum, nesterov=recipe.momentum > 0
     )
-    history = _resume(resume, network, optimiser, recipe, seed) if resume else []
+    origin = _origin(network, data, recipe, seed) if resume else ""
+    history = _resume(resume, network, optimiser, origin) if resume else []
     images, labels = data.images.to(device), data.labels.to(device)
     mixed = torch.device(device).type == "cuda"
 
@@ -162,49 +165,80 @@ def train(
 
     apply_masks()
     for epoch in range(len(history), recipe.epochs):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(len(data), generator=generator)
-        batches = [batch for batch in order.split(recipe.batch_size) if len(batch) > 1]  # batch norm needs two
-        total_loss, n_wrong, n_seen, rate = 0.0, 0, 0, 0.0
-        for step, batch in enumerate(batches):
-            rate = learning_rate(recipe, epoch + (step + 1) / len(batches))
-            for group in optimiser.param_groups:
-                group["lr"] = rate
-            indices = batch.to(device)
-            x = augment(images[indices], recipe.crop, recipe.flip, generator)
-            x, y = x.contiguous(memory_format=torch.channels_last), labels[indices]
-            with torch.autocast("cuda", torch.bfloat16, enabled=mixed):
-                logits = network(x)
-                loss = _loss(logits.float(), y, x, recipe, teacher)
-            total_loss += float(loss.detach()) * len(batch)
-            if not math.isfinite(total_loss):
+        # Dropout draws from the global generators, which are put back afterwards.
+        with torch.random.fork_rng(devices=[device] if mixed else []):
+            try:
+                row = _train_epoch(network, optimiser, images, labels, recipe, epoch, seed, apply_masks, teacher)
+            except TrainingDivergedError:
                 if resume:
                     resume.unlink(missing_ok=True)
-                raise TrainingDivergedError(
-                    f"the loss became {float(loss.detach())} in epoch {epoch + 1} of {recipe.epochs}, step {step + 1}; "
-                    f"lower the learning_rate (now {recipe.learning_rate}), lengthen the warm-up, or check the images"
-                )
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            apply_masks()
-            n_wrong += int((logits.argmax(dim=1) != y).sum())
-            n_seen += len(batch)
-        row = {
-            "epoch": epoch + 1,
-            "learning_rate": rate,
-            "loss": total_loss / max(n_seen, 1),
-            "train_error": n_wrong / max(n_seen, 1),
-        }
+                raise
         history.append(row)
         if resume:
-            _save_state(resume, network, optimiser, recipe, seed, history)
+            _save_state(resume, network, optimiser, origin, history)
         if progress:
             progress(row)
     if resume:
         resume.unlink(missing_ok=True)
     finished = network.to("cpu").to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return finished.eval(), history
+
+
+def _train_epoch(
+    network: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    epoch: int,
+    seed: int,
+    apply_masks: Callable[[], None],
+    teacher: nn.Module | None,
+) -> dict[str, Any]:
+    """One pass over the images in an order that depends on seed and epoch only; a row of the history."""
+    epoch_seed = seed * 1_000_003 + epoch
+    generator = torch.Generator().manual_seed(epoch_seed)
+    torch.default_generator.manual_seed(epoch_seed)
+    mixed = images.device.type == "cuda"
+    if mixed:
+        torch.cuda.manual_seed(epoch_seed)
+    order = torch.randperm(len(images), generator=generator)
+    batches = [batch for batch in order.split(recipe.batch_size) if len(batch) > 1]  # batch norm needs two
+    total_loss, n_wrong, n_seen, rate = 0.0, 0, 0, 0.0
+    for step, batch in enumerate(batches):
+        # The middle of the step: at its ends the rate would be 0 in the first or in the last one.
+        rate = learning_rate(recipe, epoch + (step + 0.5) / len(batches))
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        indices = batch.to(images.device)
+        x = augment(images[indices], recipe.crop, recipe.flip, generator)
+        x, y = x.contiguous(memory_format=torch.channels_last), labels[indices]
+        with torch.autocast("cuda", torch.bfloat16, enabled=mixed):
+            logits = network(x)
+            if not isinstance(logits, Tensor):
+                raise ValueError(
+                    f"expected a tensor of logits from the network in training, found {type(logits).__name__}; a "
+                    "torchvision network with auxiliary heads needs `arguments: {aux_logits: false}`"
+                )
+            loss = _loss(logits.float(), y, x, recipe, teacher)
+        total_loss += float(loss.detach()) * len(batch)
+        if not math.isfinite(total_loss):
+            raise TrainingDivergedError(
+                f"the loss became {float(loss.detach())} in epoch {epoch + 1} of {recipe.epochs}, step {step + 1}; "
+                f"lower the learning_rate (now {recipe.learning_rate}), lengthen the warm-up, or check the images"
+            )
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        apply_masks()
+        n_wrong += int((logits.argmax(dim=1) != y).sum())
+        n_seen += len(batch)
+    return {
+        "epoch": epoch + 1,
+        "learning_rate": rate,
+        "loss": total_loss / n_seen,
+        "train_error": n_wrong / n_seen,
+    }
 
 
 def _loss(logits: Tensor, labels: Tensor, images: Tensor, recipe: Recipe, teacher: nn.Module | None) -> Tensor:
@@ -224,29 +258,40 @@ def _loss(logits: Tensor, labels: Tensor, images: Tensor, recipe: Recipe, teache
     return (1 - recipe.distillation) * loss + recipe.distillation * apart
 
 
+def _origin(network: nn.Module, data: LabelledImages, recipe: Recipe, seed: int) -> str:
+    """A digest of everything that a training starts from: only an equal one may be resumed.
+
+    Without it, a training interrupted before the splits changed would go on from weights that have seen test images.
+    """
+    digest = hashlib.blake2b(repr((asdict(recipe), seed)).encode(), digest_size=16)
+    for name, tensor in [*network.state_dict().items(), ("images", data.images), ("labels", data.labels)]:
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _save_state(
-    path: Path, network: nn.Module, optimiser: torch.optim.Optimizer, recipe: Recipe, seed: int, history: list[Any]
+    path: Path, network: nn.Module, optimiser: torch.optim.Optimizer, origin: str, history: list[Any]
 ) -> None:
     state = {
         "network": network.state_dict(),
         "optimiser": optimiser.state_dict(),
-        "recipe": asdict(recipe),
-        "seed": seed,
+        "origin": origin,
         "history": history,
     }
     with atomic_path(path) as temporary:
         torch.save(state, temporary)
 
 
-def _resume(
-    path: Path, network: nn.Module, optimiser: torch.optim.Optimizer, recipe: Recipe, seed: int
-) -> list[dict[str, Any]]:
+def _resume(path: Path, network: nn.Module, optimiser: torch.optim.Optimizer, origin: str) -> list[dict[str, Any]]:
     """Fill network and optimiser from a saved state; an empty history where there is none that fits."""
     if not path.is_file():
         return []
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if state["recipe"] != asdict(recipe) or state["seed"] != seed:
-        warnings.warn(f"'{path}' belongs to another recipe or seed; training starts afresh", stacklevel=3)
+    if state.get("origin") != origin:
+        warnings.warn(
+            f"'{path}' belongs to another recipe, seed, network or other images; training starts afresh", stacklevel=3
+        )
         return []
     network.load_state_dict(state["network"])
     optimiser.load_state_dict(state["optimiser"])
@@ -270,8 +315,3 @@ def check_mask(network: nn.Module, masks: Mapping[str, Tensor]) -> None:
             raise RuntimeError(
                 f"expected {int((~mask).sum())} pruned weights in '{name}' to be 0, found {n_alive} that are not"
             )
-
-
-def save_network(path: str | os.PathLike[str], network: nn.Module, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a network's state dict to a safetensors file."""
-    save_tensors(path, network.state_dict(), metadata)
