@@ -303,7 +303,6 @@ def test_phase_1_can_only_be_taken_from_a_method_that_has_one(settings: dict[str
         {"evaluations": 700},
         {"population": 32},
         {"repair": "none"},
-        {"objective": "error"},
         {"precision": "bfloat16"},
         {"phase1": {"share": 0.6}},
         {"phase1": {"starts": ["lamp"]}},
@@ -326,6 +325,11 @@ def test_methods_that_share_phase_1_must_agree_on_it(difference: dict[str, Any])
 )
 def test_methods_that_share_phase_1_may_differ_in_what_follows(difference: dict[str, Any]) -> None:
     assert problems(method("other", kind="two_phase", phase1_from="two_phase_nsga2", **difference)) == []
+
+
+def test_a_method_may_not_minimise_something_else_than_the_others() -> None:
+    problem = only_problem(method("other", kind="flat", objective="divergence"))
+    assert "hypervolumes on different objectives cannot be compared; set search.objective" in problem
 
 
 # Files

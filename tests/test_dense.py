@@ -210,7 +210,7 @@ def test_a_checkpoint_that_is_not_there_is_named(files: tuple[str, str], tmp_pat
 def test_a_network_with_another_number_of_answers_is_refused(files: tuple[str, str], tmp_path: Path) -> None:
     network = settings(arguments={"num_classes": 7})
     with pytest.raises(
-        ValueError, match=r"'resnet8' gives 7 answers, expected one for each of 10 classes; correct its"
+        ValueError, match=r"'resnet8' gives answers of shape \(7,\) for an image, expected one for each of 10 classes"
     ):
         prepare(files, tmp_path, network)
 

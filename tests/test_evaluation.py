@@ -272,6 +272,19 @@ def test_bfloat16_agrees_with_float32(kind: str, repair: str) -> None:
     np.testing.assert_allclose(rough.divergence, exact.divergence, rtol=0, atol=0.03)
 
 
+def test_trained_statistics_are_not_rounded_in_bfloat16() -> None:
+    network = trained("residual")
+    judge = evaluator(network, precision="bfloat16")
+    exact = dict(network.named_buffers())
+    statistics = {
+        name: buffer
+        for name, buffer in judge._work.named_buffers()
+        if name.split(".")[-1] in ("running_mean", "running_var")
+    }
+    assert len(statistics) >= 4
+    assert all(torch.equal(buffer, exact[name]) for name, buffer in statistics.items())
+
+
 def test_networks_to_keep_are_not_built_from_rounded_weights() -> None:
     evaluate = evaluator(trained("residual"), precision="bfloat16")
     with pytest.raises(ValueError, match="only an evaluator with precision 'float32' builds networks"):

@@ -121,7 +121,7 @@ def test_chosen_members_are_trained_with_their_masks_and_measured(
         n_alive = sum(int(torch.count_nonzero(parameters[name])) for name in layout.names)
         assert n_alive == front.masks.n_kept[i]
         # Batches of another size: at most one image on the edge.
-        for key, data in (("test_error", test), ("search_error", search)):
+        for key, data in (("test_error", test), ("search_top1_error", search)):
             found = top1_error(predict(finished, data.images, 64), data.labels)
             assert row[key] == pytest.approx(found, abs=1.01 / len(data)), key
         pruned = evaluate.score(front.masks.select([i])).error[0]

@@ -18,7 +18,7 @@ import pytest
 from paretoprune import plots
 from paretoprune.files import write_csv, write_json
 from paretoprune.report import write_report
-from paretoprune.results import SUMMARY_COLUMNS
+from paretoprune.results import SUMMARY_COLUMNS, read_run
 
 SEEDS = [0, 1]
 KINDS = {"pareto": "two_phase", "nsga2": "flat", "uniform": "allocation"}
@@ -181,7 +181,10 @@ def test_summary_has_the_documented_columns_and_rows(report: Path) -> None:
     assert tuple(rows[0]) == SUMMARY_COLUMNS
     places = [(row["dataset"], row["network"], row["seed"], row["method"]) for row in rows]
     assert places == [
-        (*run.values(), str(seed), method) for run in (ERRORS, DIVERGENCE) for seed in SEEDS for method in KINDS
+        (run["dataset"], run["network"], str(seed), method)
+        for run in (ERRORS, DIVERGENCE)
+        for seed in SEEDS
+        for method in KINDS
     ]
     assert [row["objective"] for row in rows] == ["error"] * 6 + ["divergence"] * 6
 
@@ -479,3 +482,16 @@ def test_every_method_looks_different() -> None:
     styles = plots.method_styles(kinds)
     assert len({(style.color, str(style.dashes)) for style in styles.values()}) == len(kinds)
     assert plots.method_styles({"a": "two_phase"})["a"] == styles["a"]
+
+
+def test_a_member_fine_tuned_for_several_targets_counts_for_each_of_them(results: Path) -> None:
+    folder = results / "digits" / "resnet8" / "seed1" / "pareto"
+    write_finetuned(folder, [("sparsity 0.5, knee", 0.5, 0.12, 0.115, 0.11)])
+    run = read_run(results, "digits", "resnet8", SEEDS, KINDS, FINETUNED, "error")
+    pareto = run.finetuned[run.finetuned["method"] == "pareto"]
+    assert sorted(zip(pareto["target"], pareto["seed"], strict=True)) == [
+        ("knee", 0),
+        ("knee", 1),
+        ("sparsity 0.5", 0),
+        ("sparsity 0.5", 1),
+    ]

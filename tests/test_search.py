@@ -548,4 +548,6 @@ def test_the_published_front_is_thinned_to_what_keeps_most_hypervolume(
     np.testing.assert_array_equal(judged.objectives, phase1.front.objectives)
     small = judged.thinned(5)
     assert len(judged) > len(small) == 5
-    assert 0.95 * judged.hypervolume() < small.hypervolume() < judged.hypervolume()
+    random = np.random.default_rng(0)
+    others = [judged.select(random.choice(len(judged), 5, replace=False)).hypervolume() for _ in range(50)]
+    assert max(others) <= small.hypervolume() < judged.hypervolume()

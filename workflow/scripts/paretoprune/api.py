@@ -60,6 +60,13 @@ def pareto_prune(
     Raises:
         ValueError: Images, labels, options or network cannot be used; the message says what was expected.
     """
+    population = int(np.clip(evaluations // 20, 8, 40))
+    needed = 2 * (len(STARTS) * len(START_DENSITIES) + population)
+    if evaluations < needed:
+        raise ValueError(
+            f"expected at least {needed} evaluations, half of them for the classical allocations and one population of "
+            f"Phase 1, found {evaluations}"
+        )
     images, labels = _checked(images, labels, "images")
     if (search_images is None) != (search_labels is None):
         raise ValueError("search_images and search_labels belong together; give both or neither")
@@ -102,7 +109,6 @@ def pareto_prune(
         for score in ("magnitude", "lamp", "fisher")
     }
     starts = starting_allocations(list(STARTS), START_DENSITIES, scores, layout)
-    population = int(np.clip(evaluations // 20, 8, 40))
     first_half = evaluations // 2
     with tqdm(total=evaluations, desc="pareto_prune", unit="network", disable=not progress) as bar:
 
@@ -165,6 +171,8 @@ def _checked(images: Tensor, labels: Tensor, name: str) -> tuple[Tensor, Tensor]
             f"expected {name} as normalised floats (n, c, h, w), found {images.dtype} of shape {tuple(images.shape)}; "
             "convert and normalise them as for the network"
         )
+    if not len(images):
+        raise ValueError(f"expected at least one image in {name}, found none")
     if labels.shape != images.shape[:1]:
         raise ValueError(f"expected one label for each of {len(images)} {name}, found shape {tuple(labels.shape)}")
     if labels.is_floating_point() or not bool(torch.isfinite(images).all()):

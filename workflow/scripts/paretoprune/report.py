@@ -320,7 +320,8 @@ def _finetuned_table(run: RunResults) -> Table:
         groups = [(method, members) for method, members in groups if len(members)]
         sparsity = [members["sparsity"].mean() for _, members in groups]
         errors = [members["test_error"].mean() for _, members in groups]
-        comparable = len(groups) > 1 and max(sparsity) - min(sparsity) <= _COMPARABLE_SPARSITY
+        all_seeds = all(len(members) == len(run.seeds) for _, members in groups)
+        comparable = len(groups) > 1 and all_seeds and max(sparsity) - min(sparsity) <= _COMPARABLE_SPARSITY
         for (method, members), error in zip(groups, errors, strict=True):
             rows.append(
                 [
