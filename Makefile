@@ -13,7 +13,7 @@ export OMP_NUM_THREADS := 1
 
 help:
 	@echo "make demo     run the whole chain on handwritten digits (config.yaml)"
-	@echo "make figures  draw the report again from result files, without computing anything else"
+	@echo "make figures  draw the report of the measured results in docs/results, without computing anything else"
 	@echo "make test     lint, type check and tests"
 	@echo "make format   format the code"
 	@echo "make lock     resolve the dependencies of pyproject.toml again"
@@ -24,7 +24,9 @@ demo: .venv/run.stamp
 	@echo "The report is at results/report/index.html"
 
 figures: .venv/run.stamp
-	$(BIN)/snakemake figures --workflow-profile profiles/figures
+	$(BIN)/snakemake figures --workflow-profile profiles/figures \
+		--configfile experiments/cifar10-sample-resnet20.yaml --config inputs_needed=False results_directory=docs/results
+	@echo "The report is at docs/results/report/index.html"
 
 # Runs again only when a file of the project has changed since everything passed; .venv/bin/pytest always runs.
 test: .venv/test.stamp
