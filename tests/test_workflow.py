@@ -82,7 +82,7 @@ def test_every_promised_file_is_there_with_its_columns(finished: Path) -> None:
     finetuned = rows(seed / "two_phase_moead/finetuned.csv")
     assert "sparsity 0.5" in finetuned[0]["target"]
     members = {f"member{row['id']}.safetensors" for row in finetuned}
-    assert {path.name for path in (seed / "two_phase_moead/finetuned").iterdir()} == members
+    assert {path.name for path in (seed / "two_phase_moead/finetuned").glob("*.safetensors")} == members
     summary = rows(finished / "results/report/summary.csv")
     assert [row["method"] for row in summary] == [
         "two_phase_nsga2",
