@@ -1,4 +1,4 @@
-"""The corridor: genomes against boolean masks, and which members of a front become its anchors."""
+"""The corridor: packed ends against boolean masks, and which members of a front become its anchors."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paretoprune.corridor import Corridor, choose_anchors, describe_corridor
 from paretoprune.fronts import Front
-from paretoprune.masks import MaskLayout, PackedMasks, pack_rows
+from paretoprune.masks import MaskLayout, PackedMasks, pack_rows, unpack_row
 
 # Sparsest first; with a dense error of 0.1 and guessing at 0.9, a tolerance t allows errors up to 0.1 + 0.8 t.
 ERRORS = [0.80, 0.50, 0.20, 0.12, 0.10]
@@ -27,9 +27,10 @@ SIZES = st.lists(st.integers(1, 90), min_size=1, max_size=4)
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-def padding_is_zero(words: np.ndarray, n_bits: int) -> bool:
-    used = n_bits % 64
-    return not used or not np.any(words[:, -1] >> np.uint64(used))
+def ends(corridor: Corridor) -> tuple[np.ndarray, np.ndarray]:
+    """The lower and the upper end as booleans (n_weights,)."""
+    n = corridor.layout.n_weights
+    return unpack_row(corridor.lower, n), unpack_row(corridor.upper, n)
 
 
 def front_of(errors: list[float], densities: list[float], order: list[int] | None = None) -> Front:
@@ -46,75 +47,42 @@ def test_anchors_that_do_not_nest_both_lie_in_the_corridor(sizes: list[int], see
     light[0] = not heavy[0]
     layout = MaskLayout(tuple(map(str, range(len(sizes)))), tuple((size,) for size in sizes))
     corridor = Corridor.between(light, heavy, layout)
+    lower, upper = ends(corridor)
     for anchor in (light, heavy):
-        assert not np.any(corridor.lower & ~anchor)
-        assert not np.any(anchor & ~corridor.upper)
+        assert not np.any(lower & ~anchor)
+        assert not np.any(anchor & ~upper)
+    np.testing.assert_array_equal(unpack_row(corridor.searched, sum(sizes)), light != heavy)
     assert corridor.n_searched == int((light != heavy).sum())
-
-
-@given(SIZES, SEEDS)
-def test_expanded_genomes_never_leave_the_corridor(sizes: list[int], seed: int) -> None:
-    corridor = random_corridor(sizes, seed)
-    bits = np.random.default_rng(seed).random((3, corridor.n_searched)) < 0.5
-    masks = corridor.expand(pack_rows(bits))
-    for i in range(3):
-        mask = masks.unpack(i)
-        np.testing.assert_array_equal(mask[corridor.upper & ~corridor.lower], bits[i])
-        assert mask[corridor.lower].all()
-        assert not mask[~corridor.upper].any()
-    assert padding_is_zero(masks.words, corridor.layout.n_weights)
-
-
-@given(SIZES, SEEDS)
-def test_restricting_undoes_expanding(sizes: list[int], seed: int) -> None:
-    corridor = random_corridor(sizes, seed)
-    genomes = pack_rows(np.random.default_rng(seed).random((3, corridor.n_searched)) < 0.5)
-    np.testing.assert_array_equal(corridor.restrict(corridor.expand(genomes)), genomes)
 
 
 @given(SIZES, SEEDS)
 def test_masks_outside_move_to_the_nearest_mask_in_the_corridor(sizes: list[int], seed: int) -> None:
     corridor = random_corridor(sizes, seed)
+    lower, upper = ends(corridor)
     masks = np.random.default_rng(seed).random((3, sum(sizes))) < 0.5
-    genomes = corridor.restrict(PackedMasks.pack(masks))
-    assert padding_is_zero(genomes, corridor.n_searched)
-    moved = corridor.expand(genomes)
+    # What a PackedMasks accepts has no padding bits.
+    moved = corridor.restrict(PackedMasks.pack(masks))
     for i, mask in enumerate(masks):
-        np.testing.assert_array_equal(moved.unpack(i), (mask | corridor.lower) & corridor.upper)
+        np.testing.assert_array_equal(moved.unpack(i), (mask | lower) & upper)
+    np.testing.assert_array_equal(corridor.restrict(moved).words, moved.words)
 
 
-def test_no_genomes_are_no_masks_and_the_other_way_round() -> None:
-    corridor = random_corridor([50, 40], seed=0)
-    assert len(corridor.expand(np.zeros((0, 2), dtype=np.uint64))) == 0
-    assert len(corridor.restrict(PackedMasks.empty(90))) == 0
-
-
-def test_the_corridor_of_everything_searches_every_weight(layout: MaskLayout) -> None:
-    everything = Corridor.everything(layout)
-    assert everything.n_searched == layout.n_weights
-    np.testing.assert_array_equal(everything.layer_offsets, layout.offsets)
+def test_no_masks_move_to_no_masks() -> None:
+    assert len(random_corridor([50, 40], seed=0).restrict(PackedMasks.empty(90))) == 0
 
 
 @given(SIZES, SEEDS)
-def test_layer_offsets_count_the_searched_weights_of_each_layer(sizes: list[int], seed: int) -> None:
-    corridor = random_corridor(sizes, seed)
-    searched = corridor.layout.split(corridor.upper & ~corridor.lower)
-    assert np.diff(corridor.layer_offsets).tolist() == [int(part.sum()) for part in searched.values()]
-    assert corridor.layer_offsets[0] == 0
-    assert corridor.layer_offsets[-1] == corridor.n_searched
-
-
-@given(SIZES, SEEDS)
-def test_coordinates_rise_with_importance_inside_each_layer(sizes: list[int], seed: int) -> None:
+def test_the_layers_and_their_rankings_cover_what_is_searched_once(sizes: list[int], seed: int) -> None:
     corridor = random_corridor(sizes, seed)
     scores = np.random.default_rng(seed).random(sum(sizes))
-    coordinates = corridor.coordinates(scores)
-    assert coordinates.dtype == np.float32
-    for k in range(len(sizes)):
-        inside = slice(corridor.layer_offsets[k], corridor.layer_offsets[k + 1])
-        n = inside.stop - inside.start
-        expected = (scores[corridor.positions[inside]].argsort().argsort() + 0.5) / max(n, 1)
-        np.testing.assert_allclose(coordinates[inside], expected, rtol=1e-6)
+    ranking = corridor.rank(scores)
+    lower, upper = ends(corridor)
+    per_layer = [part.sum() for part in corridor.layout.split(upper & ~lower).values()]
+    assert [layer.n_searched for layer in corridor.layers] == [n for n in per_layer if n]
+    bits = [layer.at.start * 64 + order for layer, order in zip(corridor.layers, ranking, strict=True)]
+    np.testing.assert_array_equal(np.sort(np.concatenate(bits)), np.flatnonzero(upper & ~lower))
+    assert corridor.n_searched == sum(per_layer)
+    assert all(np.all(np.diff(scores[order]) > 0) for order in bits)
 
 
 def test_identical_anchors_are_refused(layout: MaskLayout) -> None:
@@ -126,7 +94,12 @@ def test_identical_anchors_are_refused(layout: MaskLayout) -> None:
 def test_a_lower_end_outside_the_upper_one_is_refused(layout: MaskLayout) -> None:
     upper = np.arange(layout.n_weights) % 2 == 0
     with pytest.raises(ValueError, match="must lie inside its upper end"):
-        Corridor(~upper, upper, layout)
+        Corridor(pack_rows(~upper[None])[0], pack_rows(upper[None])[0], layout)
+
+
+def test_ends_of_another_length_are_refused(layout: MaskLayout) -> None:
+    with pytest.raises(ValueError, match="expected uint64 words of shape"):
+        Corridor(pack_rows(np.zeros((1, 70), dtype=bool))[0], pack_rows(np.ones((1, 70), dtype=bool))[0], layout)
 
 
 @pytest.mark.parametrize(

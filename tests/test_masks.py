@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from paretoprune.masks import (
+    Genome,
     MaskLayout,
     PackedMasks,
     fingerprint,
@@ -131,6 +132,50 @@ def test_equal_masks_have_equal_fingerprints_and_others_do_not() -> None:
     wide = np.repeat(PackedMasks.pack(masks).words[0], 2)
     assert fingerprint(wide[::2]) == keys[0]
     assert len(keys[0]) == 16
+
+
+@given(n_masks=st.integers(0, 4), n_weights=st.integers(1, 200))
+def test_masks_packed_one_by_one_are_those_packed_at_once(n_masks: int, n_weights: int) -> None:
+    masks = random_masks(n_masks, n_weights)
+    one_by_one = PackedMasks.pack_each(iter(masks), n_weights)
+    np.testing.assert_array_equal(one_by_one.words, PackedMasks.pack(masks).words)
+    assert one_by_one.n_weights == n_weights
+
+
+@pytest.mark.parametrize("n", [0, 3])
+def test_the_masks_of_genomes_are_in_their_order(n: int) -> None:
+    packed = PackedMasks.pack(random_masks(3, 70))
+    masks = PackedMasks.of_genomes([Genome(row) for row in packed.words[:n][::-1]], 70)
+    np.testing.assert_array_equal(masks.words, packed.words[:n][::-1])
+
+
+def test_a_genome_owns_its_words_and_nobody_can_change_them() -> None:
+    words = PackedMasks.pack(random_masks(3, 70)).words
+    genome = Genome(words[1])
+    # A view into the masks of a generation would keep all of them in memory.
+    assert genome.words.base is None
+    assert genome.fingerprint == fingerprint(words[1])
+    with pytest.raises(ValueError, match="read-only"):
+        genome.words[0] = 0
+    own = words[2].copy()
+    assert Genome(own).words is own
+
+
+def test_a_genome_is_edited_in_a_copy_and_a_draft_in_place() -> None:
+    words = PackedMasks.pack(random_masks(1, 70)).words[0].copy()
+    draft = Genome(words.copy(), draft=True)
+    assert draft.edit() is draft.words
+    genome = Genome(words)
+    edited = genome.edit()
+    edited[0] ^= np.uint64(1)
+    assert genome.fingerprint == fingerprint(genome.words) != Genome(edited).fingerprint
+
+
+def test_a_fingerprint_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    genome = Genome(np.zeros(3, dtype=np.uint64))
+    first = genome.fingerprint
+    monkeypatch.setattr("paretoprune.masks.fingerprint", lambda words: b"again")
+    assert genome.fingerprint == first
 
 
 def test_saved_masks_load_as_they_were(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The searches on a cheap analytic evaluator: budgets, determinism, what a front may not lose, and errors."""
 
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,16 @@ from paretoprune.allocation import allocate, starting_allocations
 from paretoprune.corridor import Corridor, choose_anchors
 from paretoprune.files import write_csv
 from paretoprune.fronts import Front, hypervolume
-from paretoprune.masks import MaskLayout, PackedMasks, keep_top, pack_rows, ranks_within_layers
+from paretoprune.masks import (
+    Genome,
+    MaskLayout,
+    PackedMasks,
+    fingerprint,
+    keep_top,
+    pack_rows,
+    ranks_within_layers,
+    unpack_row,
+)
 from paretoprune.operators import AdaptiveVariation
 from paretoprune.search import (
     HISTORY_COLUMNS,
@@ -262,8 +272,9 @@ def test_the_evaluator_never_sees_a_mask_outside_the_corridor(
     corridor = corridor_of(phase1.front, evaluate.layout)
     in_corridor(evaluate, corridor, phase1, [evaluate.scores], algorithm=algorithm, seed=seed)
     masks = evaluate.booleans()
-    assert masks[:, corridor.lower].all()
-    assert not masks[:, ~corridor.upper].any()
+    n = evaluate.layout.n_weights
+    assert masks[:, unpack_row(corridor.lower, n)].all()
+    assert not masks[:, ~unpack_row(corridor.upper, n)].any()
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -376,35 +387,48 @@ def test_rungs_that_round_to_the_same_counts_are_judged_once(evaluate: Analytic)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_pymoo_leaves_packed_genomes_as_words(
+def test_pymoo_hands_genomes_on_as_they_are(
     algorithm: str, evaluate: Analytic, phase1: SearchResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[np.dtype, bool]] = []
-    expand = Corridor.expand
+    seen: list[Genome] = []
+    stack = PackedMasks.of_genomes
 
-    def watched(corridor: Corridor, genomes: np.ndarray) -> PackedMasks:
-        # Through a float, words of more than 53 bits would lose their low bits and padding would appear.
-        masks = expand(corridor, genomes)
-        seen.append((genomes.dtype, np.array_equal(corridor.restrict(masks), genomes)))
-        return masks
+    def watched(genomes: Iterable[Genome], n_weights: int) -> PackedMasks:
+        listed = list(genomes)
+        seen.extend(listed)
+        return stack(listed, n_weights)
 
-    monkeypatch.setattr(Corridor, "expand", watched)
+    monkeypatch.setattr(PackedMasks, "of_genomes", watched)
     corridor = corridor_of(phase1.front, evaluate.layout)
     in_corridor(evaluate, corridor, phase1, [evaluate.scores], algorithm=algorithm)
     flat(evaluate, evaluate.layout, algorithm=algorithm)
-    assert len(seen) > 10
-    assert set(seen) == {(np.dtype(np.uint64), True)}
+    assert len(seen) > 100
+    for genome in seen:
+        assert type(genome) is Genome
+        assert genome.words.dtype == np.uint64
+        # Neither a draft, nor changed after others have learnt its fingerprint, nor a part of something larger.
+        assert not genome.words.flags.writeable
+        assert genome.fingerprint == fingerprint(genome.words)
+        assert genome.words.base is None
 
 
-def test_equal_packed_genomes_are_eliminated() -> None:
+def genomes_of(words: np.ndarray) -> np.ndarray:
+    return search._individuals([Genome(row) for row in words])
+
+
+def words_of(population: Any) -> np.ndarray:
+    return np.array([genome.words for (genome,) in population.get("X")])
+
+
+def test_equal_genomes_are_eliminated() -> None:
     words = pack_rows(np.random.default_rng(0).random((4, 130)) < 0.5)
     # They differ in the lowest bit only, which a distance of floats would not see.
     near = words[:1] ^ np.array([1, 0, 0], dtype=np.uint64)
     elimination = search._PackedDuplicates()
-    candidates = search.Population.new("X", np.concatenate([words[:2], words[:1], near]))
-    np.testing.assert_array_equal(elimination.do(candidates).get("X"), np.concatenate([words[:2], near]))
-    against = elimination.do(candidates, search.Population.new("X", words[1:3]))
-    np.testing.assert_array_equal(against.get("X"), np.concatenate([words[:1], near]))
+    candidates = search.Population.new("X", genomes_of(np.concatenate([words[:2], words[:1], near])))
+    np.testing.assert_array_equal(words_of(elimination.do(candidates)), np.concatenate([words[:2], near]))
+    against = elimination.do(candidates, search.Population.new("X", genomes_of(words[1:3])))
+    np.testing.assert_array_equal(words_of(against), np.concatenate([words[:1], near]))
     assert len(elimination.do(candidates, candidates)) == 0
 
 
@@ -413,10 +437,98 @@ def test_nsga2_starts_with_genomes_that_differ_in_one_bit_only(layout: MaskLayou
     first[1], first[2] = first[0], first[0]
     first[2, 0] ^= np.uint64(1)
     recorder = Recorder(Analytic(layout), layout.n_weights, budget=10, stage="flat")
-    problem = search.PruningProblem(first.shape[1], Corridor.everything(layout).expand, recorder)
-    algorithm = search._packed_algorithm("nsga2", 4, first, lambda a, b, rng: a, lambda words, rng: words, 0.5)
-    algorithm.setup(problem, seed=0)
-    np.testing.assert_array_equal(algorithm.ask().get("X"), first[[0, 2, 3]])
+    given = [Genome(row) for row in first]
+    algorithm = search._packed_algorithm("nsga2", 4, given, lambda a, b, rng: a.copy(), lambda g, rng: g, 0.5)
+    algorithm.setup(search.PruningProblem.packed(layout.n_weights, recorder), seed=0)
+    np.testing.assert_array_equal(words_of(algorithm.ask()), first[[0, 2, 3]])
+    # Whoever dies out must not be held by the list it came from.
+    assert not given
+
+
+def test_crossover_crosses_as_often_as_it_should_and_passes_either_parent_on_otherwise() -> None:
+    zero, one = Genome(np.zeros(3, dtype=np.uint64)), Genome(np.ones(3, dtype=np.uint64))
+    crossover = search._PackedCrossover(lambda first, second, rng: first | (second << np.uint64(1)), 0.3)
+    pairs = np.array([zero, one], dtype=object)[:, None, None].repeat(1000, axis=1)
+    (children,) = crossover._do(None, pairs, random_state=np.random.default_rng(0))
+    n_crossed = sum(child not in (zero, one) for (child,) in children)
+    assert n_crossed == pytest.approx(300, abs=45)
+    for parent in (zero, one):
+        assert sum(child is parent for (child,) in children) == pytest.approx(350, abs=45)
+
+
+def guided(layout: MaskLayout, corridor: Corridor, algorithm: str, population: int) -> tuple[Any, AdaptiveVariation]:
+    guides = [np.random.default_rng(i).random(layout.n_weights) for i in range(2)]
+    return search.guided_algorithm(
+        algorithm,
+        corridor,
+        [corridor.rank(scores) for scores in guides],
+        PackedMasks.empty(layout.n_weights),
+        population=population,
+        softness=0.05,
+        first_rate=0.02,
+        crossover_probability=0.5,
+        rng=np.random.default_rng(0),
+    )
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_children_share_their_layers_up_to_some_boundary_with_a_parent(algorithm: str) -> None:
+    layout = MaskLayout(tuple("abcdef"), ((100,),) * 6)
+    chosen, variation = guided(
+        layout, Corridor.between(np.ones(600, dtype=bool), np.zeros(600, dtype=bool), layout), algorithm, 20
+    )
+    problem = search.PruningProblem.packed(
+        600, lambda m: (np.column_stack([1 - m.density**2, m.density]), m.density > 2), variation.reward
+    )
+    chosen.setup(problem, termination=search.NoTermination(), seed=0)
+    n_shared: list[int] = []
+    for generation in range(6):
+        parents = np.array([unpack_row(row, 600) for row in words_of(chosen.pop)]) if generation else None
+        children = chosen.ask()
+        if parents is not None:
+            for row in words_of(children):
+                differs = (parents != unpack_row(row, 600)).reshape(-1, 6, 100).any(axis=2)
+                n_shared.append(int(np.where(differs.any(axis=1), differs.argmax(axis=1), 6).max()))
+        chosen.evaluator.eval(problem, children)
+        chosen.tell(infills=children)
+    # The first touched layer is one of six, so that on average at least some layers before it are a parent's.
+    assert np.mean(n_shared) > 1.5
+    assert np.mean(np.array(n_shared) >= 4) > 0.1
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_large_population_takes_little_more_memory_than_its_bits(algorithm: str) -> None:
+    n, population = 1_000_000, 100
+    layout = MaskLayout(tuple(map(str, range(40))), ((n // 40,),) * 40)
+    scores = np.random.default_rng(5).random(n)
+    corridor = Corridor.between(scores > 0.25, scores > 0.75, layout)
+    masks = population * n / 8
+    rankings = 2 * 4 * corridor.n_searched
+
+    tracemalloc.start()
+    try:
+        chosen, variation = guided(layout, corridor, algorithm, population)
+
+        def judge(masks: PackedMasks) -> tuple[np.ndarray, np.ndarray]:
+            words = np.bitwise_count(masks.words[:, ::1000]).sum(axis=1)
+            return np.column_stack([1 - words / words.max(), masks.density]), words % 2 == 0
+
+        problem = search.PruningProblem.packed(n, judge, variation.reward)
+        chosen.setup(problem, termination=search.NoTermination(), seed=0)
+        tracemalloc.reset_peak()
+        for _ in range(5):
+            children = chosen.ask()
+            chosen.evaluator.eval(problem, children)
+            chosen.tell(infills=children)
+            # pymoo remembers its last offspring, most of which are dead by now.
+            children = chosen.off = None
+        retained, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # Parents, children, and the children's masks as the evaluator is given them; one float a weight would be 8 more.
+    assert peak < 3.2 * masks + rankings
+    # Survivors of five generations hold on to nobody who died out.
+    assert retained < 1.15 * masks + rankings
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -1,25 +1,23 @@
-"""The corridor: the part of all masks that lies between two anchors, and the genome that spells a mask in it."""
+"""The corridor: the part of all masks that lies between two anchors."""
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from paretoprune.fronts import Front
-from paretoprune.masks import MaskLayout, PackedMasks, pack_rows, unpack_row
+from paretoprune.masks import MaskLayout, PackedMasks, pack_rows
+from paretoprune.operators import Ranking, SearchedLayer, searched_layers
 
 
 @dataclass(frozen=True)
 class Corridor:
     """Masks that keep every weight of `lower` and none outside `upper`.
 
-    A genome has one bit for each weight in between, in mask order, packed like a mask.
-
     Attributes:
-        lower: bool (n_weights,), always kept.
-        upper: bool (n_weights,), may be kept; contains `lower`.
+        lower: uint64 (n_words,), always kept; packed like a mask.
+        upper: uint64 (n_words,), may be kept; contains `lower`.
         layout: The layers.
     """
 
@@ -28,6 +26,8 @@ class Corridor:
     layout: MaskLayout
 
     def __post_init__(self) -> None:
+        # Checks shape, type and padding of both.
+        PackedMasks(np.stack([self.lower, self.upper]), self.layout.n_weights)
         if np.any(self.lower & ~self.upper):
             raise ValueError("the lower end of a corridor must lie inside its upper end")
         if not self.n_searched:
@@ -35,11 +35,6 @@ class Corridor:
                 "the light and the heavy anchor have the same mask, so there is nothing between them to search; "
                 "choose `anchors` further apart (a smaller light_tolerance or a larger heavy_tolerance)"
             )
-
-    @cached_property
-    def positions(self) -> np.ndarray:
-        """Where the searched weights lie in the mask, int64 (n_searched,)."""
-        return np.flatnonzero(self.upper & ~self.lower)
 
     @classmethod
     def between(cls, light: np.ndarray, heavy: np.ndarray, layout: MaskLayout) -> "Corridor":
@@ -53,52 +48,36 @@ class Corridor:
             heavy: bool (n_weights,).
             layout: The layers.
         """
-        return cls(light & heavy, light | heavy, layout)
+        return cls(pack_rows((light & heavy)[None])[0], pack_rows((light | heavy)[None])[0], layout)
 
-    @classmethod
-    def everything(cls, layout: MaskLayout) -> "Corridor":
-        """All 2^n masks, for searches without anchors."""
-        return cls(np.zeros(layout.n_weights, dtype=bool), np.ones(layout.n_weights, dtype=bool), layout)
+    @cached_property
+    def searched(self) -> np.ndarray:
+        """The weights that a mask in the corridor decides about, uint64 (n_words,)."""
+        return self.upper & ~self.lower
 
-    @property
+    @cached_property
     def n_searched(self) -> int:
-        """Number of weights that a genome decides about."""
-        return len(self.positions)
+        """How many they are."""
+        return int(np.bitwise_count(self.searched).sum())
 
-    @property
-    def layer_offsets(self) -> np.ndarray:
-        """Start of each layer in a genome and, last, its end; int64 (n_layers + 1,)."""
-        return np.searchsorted(self.positions, self.layout.offsets)
+    def restrict(self, masks: PackedMasks) -> PackedMasks:
+        """Each mask moved to the nearest one in the corridor."""
+        return PackedMasks((masks.words & self.upper) | self.lower, masks.n_weights)
 
-    def expand(self, genomes: np.ndarray) -> PackedMasks:
-        """Masks of genomes uint64 (n, n_words)."""
-        rows = np.repeat(self.lower[None], len(genomes), axis=0)
-        for row, genome in zip(rows, genomes, strict=True):
-            row[self.positions] = unpack_row(genome, self.n_searched)
-        return PackedMasks.pack(rows) if len(genomes) else PackedMasks.empty(self.layout.n_weights)
+    @cached_property
+    def layers(self) -> list[SearchedLayer]:
+        """The layers in which there is something to search."""
+        return searched_layers(self.layout.offsets, self.searched)
 
-    def restrict(self, masks: PackedMasks) -> np.ndarray:
-        """Genomes uint64 (n, n_words) of the masks, each moved to the nearest mask in the corridor."""
-        rows = [masks.unpack(i)[self.positions] for i in range(len(masks))]
-        return pack_rows(np.array(rows, dtype=bool).reshape(len(masks), self.n_searched))
+    def rank(self, scores: np.ndarray) -> Ranking:
+        """The searched weights of each of `layers` from the least to the most important.
 
-    def coordinates(self, scores: np.ndarray) -> np.ndarray:
-        """Where each searched weight stands among those of its own layer.
-
-        It is the axis along which a layer crosses the corridor from the heavy to the light anchor.
+        It is the order in which a layer crosses the corridor from the light to the heavy anchor.
 
         Args:
             scores: float (n_weights,), higher = keep.
-
-        Returns:
-            float32 (n_searched,) in (0, 1): near 1 the most important of its layer, kept the longest.
         """
-        coordinates = np.empty(self.n_searched, dtype=np.float32)
-        searched, offsets = scores[self.positions], self.layer_offsets
-        for start, stop in pairwise(offsets):
-            order = np.argsort(searched[start:stop], kind="stable")
-            coordinates[start:stop][order] = (np.arange(stop - start) + 0.5) / max(stop - start, 1)
-        return coordinates
+        return [layer.rank(scores) for layer in self.layers]
 
 
 def choose_anchors(
@@ -151,13 +130,8 @@ def describe_corridor(front: Front, light: int, heavy: int, corridor: Corridor) 
         corridor: The corridor.
     """
     layout = corridor.layout
-    per_layer = zip(
-        layout.names,
-        layout.sizes.tolist(),
-        np.add.reduceat(corridor.lower, layout.offsets[:-1], dtype=np.int64).tolist(),
-        np.diff(corridor.layer_offsets).tolist(),
-        strict=True,
-    )
+    kept_and_searched = PackedMasks(np.stack([corridor.lower, corridor.searched]), layout.n_weights)
+    per_layer = zip(layout.names, layout.sizes.tolist(), *layout.n_kept(kept_and_searched).tolist(), strict=True)
     anchors = {
         name: {"id": i, "density": float(front.density[i]), "error": float(front.error[i])}
         for name, i in (("light", light), ("heavy", heavy))

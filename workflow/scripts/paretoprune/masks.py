@@ -1,7 +1,6 @@
 """Pruning masks: where each prunable weight lies in a flat mask, and many masks as packed bits."""
 
 import fnmatch
-import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
+import xxhash
 
 from paretoprune.files import read_npz, write_npz
 
@@ -150,8 +150,10 @@ def pack_rows(rows: np.ndarray) -> np.ndarray:
         uint64 (n, n_words).
     """
     n, n_bits = rows.shape
-    packed = np.zeros((n, n_words_for(n_bits) * 8), dtype=np.uint8)
-    packed[:, : -(-n_bits // 8)] = np.packbits(rows, axis=1, bitorder="little")
+    packed = np.packbits(rows, axis=1, bitorder="little")
+    if n_bits % WORD_BITS:
+        octets, packed = packed, np.zeros((n, n_words_for(n_bits) * 8), dtype=np.uint8)
+        packed[:, : octets.shape[1]] = octets
     return packed.view("<u8").astype(np.uint64, copy=False)
 
 
@@ -162,8 +164,45 @@ def unpack_row(words: np.ndarray, n_bits: int) -> np.ndarray:
 
 
 def fingerprint(words: np.ndarray) -> bytes:
-    """A 128-bit fingerprint of one row of words; equal rows have equal fingerprints."""
-    return hashlib.blake2b(np.ascontiguousarray(words).tobytes(), digest_size=16).digest()
+    """A 128-bit fingerprint of one row of words; equal rows have equal fingerprints.
+
+    It is no cryptographic hash, but among the millions of masks of a long search two different ones share a fingerprint
+    with a probability below 1e-24.
+    """
+    return xxhash.xxh3_128_digest(np.ascontiguousarray(words).data)
+
+
+class Genome:
+    """One mask as an individual of an evolutionary search, handed around by reference and never changed.
+
+    Attributes:
+        words: uint64 (n_words,), one row of `PackedMasks`; read-only, except in a draft.
+    """
+
+    __slots__ = ("_fingerprint", "words")
+
+    def __init__(self, words: np.ndarray, *, draft: bool = False) -> None:
+        """Take over `words`.
+
+        Args:
+            words: uint64 (n_words,). A view is copied: it would keep alive the whole array that it looks into, for
+                instance all masks of a generation of which only one survives.
+            draft: The words may still be changed by the next operator, see `edit`.
+        """
+        self.words = words if words.flags.owndata else words.copy()
+        self.words.flags.writeable = draft
+        self._fingerprint: bytes | None = None
+
+    def edit(self) -> np.ndarray:
+        """Words to change and to make a new genome of: a draft's own, which is then used up, otherwise a copy."""
+        return self.words if self.words.flags.writeable else self.words.copy()
+
+    @property
+    def fingerprint(self) -> bytes:
+        """Fingerprint of the words, computed once."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.words)
+        return self._fingerprint
 
 
 @dataclass(frozen=True)
@@ -197,6 +236,18 @@ class PackedMasks:
         """Pack boolean masks (n_masks, n_weights)."""
         masks = np.atleast_2d(np.asarray(masks, dtype=bool))
         return cls(pack_rows(masks), masks.shape[1])
+
+    @classmethod
+    def pack_each(cls, masks: Iterable[np.ndarray], n_weights: int) -> "PackedMasks":
+        """Pack boolean masks, each (n_weights,), one by one as they come: no more than one is ever held as booleans."""
+        rows = [pack_rows(mask[None])[0] for mask in masks]
+        return cls(np.array(rows, dtype=np.uint64).reshape(len(rows), n_words_for(n_weights)), n_weights)
+
+    @classmethod
+    def of_genomes(cls, genomes: Iterable[Genome], n_weights: int) -> "PackedMasks":
+        """The masks of genomes, in their order."""
+        rows = [genome.words for genome in genomes]
+        return cls(np.array(rows, dtype=np.uint64).reshape(len(rows), n_words_for(n_weights)), n_weights)
 
     @classmethod
     def empty(cls, n_weights: int) -> "PackedMasks":

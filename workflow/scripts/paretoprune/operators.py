@@ -1,175 +1,420 @@
-"""Sampling and variation of packed genomes: functions on arrays that take a random generator.
+"""Sampling and variation of packed masks: functions on words that take a random generator.
 
-A genome is a row of uint64 words (n_words,), see `paretoprune.masks.pack_rows`. A *coordinate* is a float per bit in
-(0, 1) that rises with the importance of the weight inside its layer, see `Corridor.coordinates`.
+Words are one row of `paretoprune.masks.pack_rows`, uint64 (n_words,), in mask order. What guides them is a *ranking*:
+the searched bits of each layer from the least to the most important, see `Corridor.rank`. Number i of the n searched
+bits of a layer has the *coordinate* (i + 0.5) / n in it, so that layers of different sizes can be compared.
 """
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import ceil, exp, log
 
 import numpy as np
 from numpy.random import Generator
 
-from paretoprune.masks import WORD_BITS, fingerprint, n_words_for, pack_rows, unpack_row
+from paretoprune.masks import WORD_BITS, Genome, n_words_for, pack_rows, unpack_row
+
+# Uniform noise of width sqrt(12) has standard deviation 1. It costs a fifth of normal noise, and has an end.
+UNIT_WIDTH = np.sqrt(12.0)
+# Precision of the probabilities in `random_words`, in binary digits.
+PROBABILITY_BITS = 24
 
 
-def keep_probabilities(coordinate: np.ndarray, density: float, softness: float) -> np.ndarray:
-    """Probability of each bit to be 1: a logistic step along the coordinate, placed so that the mean is `density`.
+@dataclass(frozen=True)
+class SearchedLayer:
+    """The searched bits of one layer, and which words hold them.
+
+    Attributes:
+        start: First bit of the layer in a mask.
+        at: The words that hold its bits; the outer two may be shared with the layers beside it.
+        searched: uint64 (n_words_of_the_layer,), its searched bits; those of other layers are 0.
+        n_searched: How many there are.
+    """
+
+    start: int
+    at: slice
+    searched: np.ndarray
+    n_searched: int
+
+    @property
+    def n_bits(self) -> int:
+        """Bits of the words that hold it, those of other layers included."""
+        return len(self.searched) * WORD_BITS
+
+    def select(self, words: np.ndarray, *, value: bool) -> np.ndarray:
+        """Which of its searched bits have the value, bool (n_bits,)."""
+        inside = words[self.at]
+        return unpack_row(self.searched & (inside if value else ~inside), self.n_bits)
+
+    def rank(self, scores: np.ndarray) -> np.ndarray:
+        """Its searched bits from the least to the most important; of equal ones the first comes first.
+
+        Args:
+            scores: float (n_weights,), higher = keep.
+
+        Returns:
+            int32 (n_searched,), counted from the first bit of the first word.
+        """
+        bits = np.flatnonzero(unpack_row(self.searched, self.n_bits))
+        order = np.argsort(scores[bits + self.at.start * WORD_BITS], kind="stable")
+        return bits[order].astype(np.int32)
+
+
+# One array per searched layer, see `SearchedLayer.rank`.
+Ranking = Sequence[np.ndarray]
+
+
+def searched_layers(layer_offsets: np.ndarray, searched: np.ndarray) -> list[SearchedLayer]:
+    """The layers that have bits to search.
 
     Args:
-        coordinate: float (n_bits,) in (0, 1).
+        layer_offsets: int (n_layers + 1,), where each layer starts in a mask and, last, where it ends.
+        searched: uint64 (n_words,), the bits to search.
+    """
+    layers = []
+    for start, stop in pairwise(layer_offsets.tolist()):
+        at = slice(start // WORD_BITS, n_words_for(stop))
+        inside = searched[at].copy()
+        if len(inside):
+            inside[0] &= ~np.uint64(0) << np.uint64(start % WORD_BITS)
+            inside[-1] &= ~np.uint64(0) >> np.uint64(-stop % WORD_BITS)
+        n_searched = int(np.bitwise_count(inside).sum())
+        if n_searched:
+            layers.append(SearchedLayer(start, at, inside, n_searched))
+    return layers
+
+
+# Sampling
+
+
+def keep_probabilities(n_bits: int, density: float, softness: float) -> np.ndarray:
+    """Probability of each bit of a layer to be 1: a logistic step along its ranking whose mean is `density`.
+
+    Args:
+        n_bits: Searched bits of the layer.
         density: Expected share of ones, 0 to 1.
-        softness: Width of the step; near 0 the best coordinates are kept for sure, large values ignore the coordinate.
+        softness: Width of the step in coordinates; near 0 the best are kept for sure, large values ignore the ranking.
 
     Returns:
-        float (n_bits,).
+        float32 (n_bits,), rising.
     """
-
-    def probabilities(centre: float) -> np.ndarray:
-        return 1.0 / (1.0 + np.exp(np.clip((centre - coordinate) / softness, -50, 50)))
-
-    # The mean falls as the centre rises. The far ends give densities of almost exactly 1 and 0.
-    low, high = -50 * softness, 1 + 50 * softness
-    for _ in range(40):
-        centre = (low + high) / 2
-        low, high = (centre, high) if probabilities(centre).mean() > density else (low, centre)
-    return probabilities((low + high) / 2)
+    density = float(np.clip(density, 1e-9, 1 - 1e-9))
+    # The centre c that solves: integral over x from 0 to 1 of 1 / (1 + exp((c - x) / softness)) = density.
+    centre = 1 - density + softness * np.log(np.expm1(-(1 - density) / softness) / np.expm1(-density / softness))
+    coordinate = (np.arange(n_bits, dtype=np.float32) + 0.5) / n_bits
+    return 1 / (1 + np.exp(np.clip((centre - coordinate) / softness, -50, 50)))
 
 
-def sample_bernoulli(coordinate: np.ndarray, densities: Sequence[float], softness: float, rng: Generator) -> np.ndarray:
-    """Draw one genome per density, each bit by its own probability, which rises with importance.
+def sample_bernoulli(
+    layers: Sequence[SearchedLayer],
+    ranking: Ranking,
+    lower: np.ndarray,
+    densities: Sequence[float],
+    softness: float,
+    rng: Generator,
+) -> Iterator[np.ndarray]:
+    """Draw one mask per density, each searched bit by its own probability, which rises with importance.
 
-    Returns:
-        uint64 (n, n_words).
+    Args:
+        layers: The layers with searched bits.
+        ranking: Of their bits.
+        lower: uint64 (n_words,), the bits that are 1 in any case.
+        densities: Expected share of ones among the searched bits, 0 to 1.
+        softness: Width of the step, see `keep_probabilities`.
+        rng: Random generator.
+
+    Yields:
+        uint64 (n_words,), one mask after the other.
     """
-    rows = [rng.random(len(coordinate)) < keep_probabilities(coordinate, d, softness) for d in densities]
-    return pack_rows(np.array(rows, dtype=bool).reshape(len(densities), len(coordinate)))
+    for density in densities:
+        words = lower.copy()
+        for layer, order in zip(layers, ranking, strict=True):
+            drawn = rng.random(len(order), dtype=np.float32) < keep_probabilities(len(order), density, softness)
+            words[layer.at] |= _spread(layer, order[drawn])
+        yield words
 
 
-def sample_blind(n_bits: int, densities: Sequence[float], rng: Generator) -> np.ndarray:
-    """Draw one genome per density, all bits alike; uint64 (n, n_words)."""
-    return pack_rows(np.array([rng.random(n_bits) < d for d in densities], dtype=bool).reshape(len(densities), n_bits))
+def _spread(layer: SearchedLayer, bits: np.ndarray) -> np.ndarray:
+    """Words of a layer in which the given bits are 1, counted from the first bit of the first word."""
+    marks = np.zeros((1, layer.n_bits), dtype=bool)
+    # numpy is slow at assigning by other integers than its own.
+    marks[0, bits.astype(np.intp)] = True
+    return pack_rows(marks)[0]
 
 
-def layer_words(layer_offsets: np.ndarray) -> np.ndarray:
-    """The bits of each layer as words; uint64 (n_layers, n_words)."""
-    n_bits = int(layer_offsets[-1])
-    words = np.zeros((len(layer_offsets) - 1, n_words_for(n_bits)), dtype=np.uint64)
-    for row, (start, stop) in zip(words, pairwise(layer_offsets), strict=True):
-        first, last = start // WORD_BITS, n_words_for(stop)
-        within = np.zeros((last - first) * WORD_BITS, dtype=bool)
-        within[start - first * WORD_BITS : stop - first * WORD_BITS] = True
-        row[first:last] = pack_rows(within[None])[0]
+def random_words(n_bits: int, probability: float, rng: Generator) -> np.ndarray:
+    """Words whose bits are 1 with `probability`, rounded to 24 binary digits; uint64 (n_words,), padding 0."""
+    digits = round(probability * 2**PROBABILITY_BITS)
+    if digits == 2**PROBABILITY_BITS:
+        words = np.full(n_words_for(n_bits), ~np.uint64(0))
+    else:
+        words = np.zeros(n_words_for(n_bits), dtype=np.uint64)
+        # From the lowest binary digit of the probability up, "or" halves the chance of a 0 and "and" that of a 1.
+        for place in range(PROBABILITY_BITS):
+            digit = digits >> place & 1
+            # Nothing to halve below the lowest 1.
+            if digits & ((2 << place) - 1):
+                coins = rng.integers(0, 2**64, size=len(words), dtype=np.uint64)
+                (np.bitwise_or if digit else np.bitwise_and)(words, coins, out=words)
+    words[-1] &= ~np.uint64(0) >> np.uint64(-n_bits % WORD_BITS)
     return words
 
 
-def exchange(first: np.ndarray, second: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """`first` with the bits in `where` taken from `second`; all uint64, shapes broadcast."""
-    return first ^ ((first ^ second) & where)
+def sample_blind(n_bits: int, densities: Sequence[float], rng: Generator) -> Iterator[np.ndarray]:
+    """Draw one mask per density, all bits alike; yields uint64 (n_words,)."""
+    return (random_words(n_bits, density, rng) for density in densities)
 
 
-def layer_crossover(first: np.ndarray, second: np.ndarray, layers: np.ndarray, rng: Generator) -> np.ndarray:
-    """Each layer as a whole from either parent, so that what was tuned inside a layer stays together.
-
-    Args:
-        first: uint64 (n, n_words), one parent a row.
-        second: uint64 (n, n_words), the other.
-        layers: uint64 (n_layers, n_words) from `layer_words`.
-        rng: Random generator.
-
-    Returns:
-        uint64 (n, n_words), one child a pair.
-    """
-    chosen = rng.random((len(first), len(layers))) < 0.5
-    where = np.stack([np.bitwise_or.reduce(layers[row], axis=0) for row in chosen])
-    return exchange(first, second, where)
+# Crossover and mutation without guidance
 
 
 def uniform_crossover(first: np.ndarray, second: np.ndarray, rng: Generator) -> np.ndarray:
-    """Each bit from either parent, uint64 (n, n_words)."""
-    return exchange(first, second, rng.integers(0, 2**64, size=first.shape, dtype=np.uint64))
+    """Each bit from either parent; all uint64 (n_words,)."""
+    child = rng.integers(0, 2**64, size=len(first), dtype=np.uint64)
+    child &= first ^ second
+    child ^= first
+    return child
 
 
-def flip_bits(words: np.ndarray, n_bits: int, rate: float, rng: Generator) -> np.ndarray:
-    """Flip each bit with probability `rate`, at least one a genome.
+def flip_bits(words: np.ndarray, n_bits: int, rate: float, rng: Generator) -> None:
+    """Flip each bit with probability `rate`, at least one of them, in place.
 
     Args:
-        words: uint64 (n, n_words).
+        words: uint64 (n_words,), changed in place.
         n_bits: Bits in use.
         rate: Probability, 0 to 1.
         rng: Random generator.
-
-    Returns:
-        uint64 (n, n_words), changed copies.
     """
-    flipped = words.copy()
-    for row in flipped:
+    # numpy draws few positions out of many without a pass over all of them, but only up to a fiftieth.
+    if rate <= 1 / WORD_BITS:
         n_flips = max(1, int(rng.binomial(n_bits, rate)))
         at = rng.choice(n_bits, size=n_flips, replace=False, shuffle=False)
-        np.bitwise_xor.at(row, at // WORD_BITS, np.uint64(1) << (at % WORD_BITS).astype(np.uint64))
-    return flipped
+        np.bitwise_xor.at(words, at // WORD_BITS, np.uint64(1) << (at % WORD_BITS).astype(np.uint64))
+        return
+    flips = random_words(n_bits, rate, rng)
+    words ^= flips
+    if not flips.any():
+        flip_bits(words, n_bits, 0.0, rng)
 
 
-def _lowest(keys: np.ndarray, n: int) -> np.ndarray:
-    """Positions of the `n` lowest keys, in no order."""
-    return np.argpartition(keys, n - 1)[:n] if n < len(keys) else np.arange(len(keys))
+# In a few layers
 
 
-def drop(bits: np.ndarray, coordinate: np.ndarray, where: np.ndarray, n: int, softness: float, rng: Generator) -> int:
-    """Clear up to `n` ones that matter least, in place.
+def one_point_crossover(
+    first: np.ndarray, second: np.ndarray, layers: Sequence[SearchedLayer], rng: Generator
+) -> np.ndarray:
+    """The layers before a random one from one parent, those from it on from the other; which is which is random too.
+
+    What was tuned inside a layer stays together, and an evaluator that has seen the one parent knows the child's
+    activations up to the boundary.
 
     Args:
-        bits: bool (n_bits,), changed in place.
-        coordinate: float (n_bits,), importance of each bit in its layer.
-        where: int (n_where,), the bits that may change.
-        n: How many.
-        softness: Scale of the noise on the coordinates, so that repeated drops differ.
+        first: uint64 (n_words,), a parent.
+        second: uint64 (n_words,), the other.
+        layers: The layers with searched bits, from `searched_layers`. With a single one the child is a parent.
         rng: Random generator.
 
     Returns:
-        How many were cleared; fewer than `n` when there were not as many ones.
+        uint64 (n_words,).
     """
-    return _move(bits, coordinate, where, n, softness, rng, value=True)
+    if rng.random() < 0.5:
+        first, second = second, first
+    if len(layers) < 2:
+        return first.copy()
+    word, bit = divmod(layers[int(rng.integers(1, len(layers)))].start, WORD_BITS)
+    child = np.concatenate([first[:word], second[word:]])
+    if bit:
+        child[word] ^= (first[word] ^ second[word]) & ((np.uint64(1) << np.uint64(bit)) - np.uint64(1))
+    return child
 
 
-def grow(bits: np.ndarray, coordinate: np.ndarray, where: np.ndarray, n: int, softness: float, rng: Generator) -> int:
-    """Set up to `n` zeros that matter most, in place; arguments and result as for `drop`."""
-    return _move(bits, -coordinate, where, n, softness, rng, value=False)
+def _lowest(keys: np.ndarray, n: int) -> np.ndarray:
+    """Marks exactly the `n` lowest keys, bool; of equal ones the first."""
+    if n >= len(keys):
+        return np.ones(len(keys), dtype=bool)
+    # To partition values and compare is faster than to partition positions.
+    limit = np.partition(keys, n - 1)[n - 1]
+    chosen = keys <= limit
+    surplus = int(np.count_nonzero(chosen)) - n
+    if surplus:
+        chosen[np.flatnonzero(keys == limit)[-surplus:]] = False
+    return chosen
 
 
-def _move(
-    bits: np.ndarray, key: np.ndarray, where: np.ndarray, n: int, softness: float, rng: Generator, *, value: bool
-) -> int:
-    candidates = where[bits[where] == value]
-    if not len(candidates) or n < 1:
-        return 0
-    noisy = key[candidates] + softness * rng.standard_normal(len(candidates), dtype=np.float32)
-    chosen = candidates[_lowest(noisy, n)]
-    bits[chosen] = not value
-    return len(chosen)
+class _Side:
+    """The bits that a move may flip in a few layers: ones, least important first, or zeros, most important first.
+
+    Args:
+        words: uint64 (n_words,).
+        layers: The layers with searched bits.
+        ranking: Of their bits.
+        chosen: Indices of the layers.
+        value: The ones (true) or the zeros.
+    """
+
+    def __init__(
+        self,
+        words: np.ndarray,
+        layers: Sequence[SearchedLayer],
+        ranking: Ranking,
+        chosen: Sequence[int],
+        *,
+        value: bool,
+    ) -> None:
+        self._layers = [layers[k] for k in chosen]
+        self._orders = [ranking[k] if value else ranking[k][::-1] for k in chosen]
+        self._bits = [layer.select(words, value=value) for layer in self._layers]
+        self._n_bits = sum(int(np.count_nonzero(bits)) for bits in self._bits)
+
+    @property
+    def limit(self) -> int:
+        """Half of the bits (rounded up), so that no move empties or fills its layers; one bit may always flip."""
+        return (self._n_bits + 1) // 2
+
+    def flip(self, words: np.ndarray, n: int, softness: float, rng: Generator) -> None:
+        """Flip the first `n` bits in the order of their coordinates with noise, in place."""
+        width = softness * UNIT_WIDTH
+        places = self._nearest(n, width)
+        sizes = [layer.n_searched for layer in self._layers]
+        low, high = self._bracket(places, n)
+        # Noise lies between 0 and `width`: what is more than that before the n-th coordinate is in, what is more than
+        # that after it is out, and only for what is between it must be drawn.
+        sure = [int(at.searchsorted((low - width) * size - 0.5)) for at, size in zip(places, sizes, strict=True)]
+        last = [int(at.searchsorted((high + width) * size - 0.5)) for at, size in zip(places, sizes, strict=True)]
+        between = [at[i:j] for at, i, j in zip(places, sure, last, strict=True)]
+        noisy = rng.random(sum(map(len, between)), dtype=np.float32)
+        noisy *= np.float32(width)
+        start = 0
+        for at, size in zip(between, sizes, strict=True):
+            noisy[start : start + len(at)] += (at + 0.5) * (1 / size)
+            start += len(at)
+        drawn = _lowest(noisy, n - sum(sure))
+        start = 0
+        for layer, order, at, i, some in zip(self._layers, self._orders, places, sure, between, strict=True):
+            marked = some.take(drawn[start : start + len(some)].nonzero()[0])
+            start += len(some)
+            words[layer.at] ^= _spread(layer, order.take(np.concatenate([at[:i], marked])))
+
+    def _bracket(self, places: Sequence[np.ndarray], n: int) -> tuple[float, float]:
+        """Two coordinates close to each other, between which the `n`-th of the bits lies."""
+        # Every so many bits of each layer stand for those before them: by the k-th of all such marks there are at least
+        # k steps of bits, and before it at most k - 1 steps and less than one more in each layer.
+        step = 1 + n // 256
+        marks = np.sort(
+            np.concatenate(
+                [(at[step - 1 : n : step] + 0.5) / len(order) for at, order in zip(places, self._orders, strict=True)]
+            )
+        )
+        above = -(-n // step) - 1
+        below = (n - 1 - (step - 1) * len(places)) // step
+        slack = 1e-9
+        return (
+            float(marks[below]) - slack if below >= 0 else 0.0,
+            float(marks[above]) + slack if above < len(marks) else 1.0,
+        )
+
+    def _nearest(self, n: int, margin: float) -> list[np.ndarray]:
+        """Where along the order of each layer the bits are: the first `n` of all, and what follows within `margin`."""
+        # As far as it would be if they were spread evenly, and farther where they are not.
+        far = margin + 2 * n / self._n_bits
+        while True:
+            places = [
+                bits.take(order[: ceil(far * len(order))]).nonzero()[0]
+                for bits, order in zip(self._bits, self._orders, strict=True)
+            ]
+            if far >= 1:
+                return places
+            near = far - margin
+            n_near = sum(
+                int(at.searchsorted(near * len(order) - 0.5)) for at, order in zip(places, self._orders, strict=True)
+            )
+            if n_near >= n:
+                return places
+            far *= 2
 
 
-def swap(
-    bits: np.ndarray,
-    coordinate: np.ndarray,
-    drop_where: np.ndarray,
-    grow_where: np.ndarray,
+def drop(
+    words: np.ndarray,
+    layers: Sequence[SearchedLayer],
+    ranking: Ranking,
+    chosen: Sequence[int],
     n: int,
     softness: float,
     rng: Generator,
 ) -> int:
-    """Clear up to `n` ones in `drop_where` and set as many zeros in `grow_where`, in place: the density stays.
+    """Clear the searched ones of some layers that matter least, in place.
+
+    Args:
+        words: uint64 (n_words,), changed in place.
+        layers: The layers with searched bits.
+        ranking: Of their bits.
+        chosen: Indices of the layers that may change.
+        n: How many to clear; never more than half of the ones there (rounded up), so that no move empties its layers.
+        softness: Standard deviation of the noise on the coordinates, in their unit, so that repeated drops differ. The
+            noise is uniform: no bit is dropped in place of one whose coordinate is 2 sqrt(3) = 3.5 of these below it.
+        rng: Random generator.
+
+    Returns:
+        How many were cleared; 0 where there was no one.
+    """
+    return _move(_Side(words, layers, ranking, chosen, value=True), words, n, softness, rng)
+
+
+def grow(
+    words: np.ndarray,
+    layers: Sequence[SearchedLayer],
+    ranking: Ranking,
+    chosen: Sequence[int],
+    n: int,
+    softness: float,
+    rng: Generator,
+) -> int:
+    """Set the searched zeros of some layers that matter most, in place; arguments and result as for `drop`."""
+    return _move(_Side(words, layers, ranking, chosen, value=False), words, n, softness, rng)
+
+
+def _move(side: _Side, words: np.ndarray, n: int, softness: float, rng: Generator) -> int:
+    n = min(n, side.limit)
+    if n > 0:
+        side.flip(words, n, softness, rng)
+    return n
+
+
+def swap(
+    words: np.ndarray,
+    layers: Sequence[SearchedLayer],
+    ranking: Ranking,
+    drop_in: Sequence[int],
+    grow_in: Sequence[int],
+    n: int,
+    softness: float,
+    rng: Generator,
+) -> int:
+    """Clear ones of the layers `drop_in` and set as many zeros of the layers `grow_in`, in place: the density stays.
+
+    No more than half of these ones and half of these zeros; other arguments as for `drop`.
 
     Returns:
         How many pairs were swapped.
     """
-    n = min(n, int(bits[drop_where].sum()), int((~bits[grow_where]).sum()))
-    before = bits.copy()
-    # Grow first: what drop clears must not be set again in the same move.
-    grown = grow(bits, coordinate, grow_where, n, softness, rng)
-    was_one = drop_where[before[drop_where]]
-    return drop(bits, coordinate, was_one, grown, softness, rng)
+    # Both are looked up before either moves: what is dropped is not grown again.
+    ones = _Side(words, layers, ranking, drop_in, value=True)
+    zeros = _Side(words, layers, ranking, grow_in, value=False)
+    n = min(n, ones.limit, zeros.limit)
+    if n > 0:
+        ones.flip(words, n, softness, rng)
+        zeros.flip(words, n, softness, rng)
+    return n
+
+
+def _draw(reach: Sequence[float], rng: Generator, first: int = 0) -> int:
+    """An index from `first` on, drawn with the weights whose cumulative sum is `reach`."""
+    before = reach[first - 1] if first else 0.0
+    drawn = before + rng.random() * (reach[-1] - before)
+    # Rounding must not carry it beyond either end.
+    return min(max(bisect_right(reach, drawn), first), len(reach) - 1)
 
 
 MOVES = ("drop", "grow", "swap")
@@ -180,7 +425,7 @@ class _Arm:
     """One kind of move along one importance score, with what is known of its success."""
 
     move: str
-    coordinate: np.ndarray
+    ranking: Ranking
     log_rate: float
     successes: float = 0.0
     trials: float = 0.0
@@ -190,16 +435,20 @@ class _Arm:
 class AdaptiveVariation:
     """Drop, grow and swap moves along importance, whose choice and size follow their success.
 
-    An *arm* is one move along one coordinate. An arm is drawn with probability proportional to its recent share of
+    An *arm* is one move along one ranking. An arm is drawn with probability proportional to its recent share of
     successes (Laplace-smoothed, never below `floor`); the share of bits that it moves is drawn log-normally around a
     rate that is pulled towards the rates that succeeded. Success is told afterwards, by genome, through `reward`, so
     that any algorithm can use the operator unmodified.
 
+    A move touches a layer and perhaps some later ones, and costs no more than these. Everything before its first layer
+    stays as it was, so that an evaluator can reuse the activations up to there.
+
     Attributes:
-        coordinates: One or more float (n_bits,), the importance scores to move along.
-        layer_offsets: int (n_layers + 1,), where each layer starts in a genome.
-        softness: Noise on coordinates.
-        first_rate: Share of all bits that a move changes, before anything is learnt.
+        layers: The layers with searched bits, from `searched_layers`.
+        rankings: One or more, to move along.
+        softness: Noise on coordinates, see `drop`.
+        first_rate: Share of all searched bits that a move changes, before anything is learnt. What the touched layers
+            have to offer caps it, see `drop`.
         floor: Smallest probability of an arm, as a share of the uniform one.
         memory: Factor by which older evidence fades with each further outcome of the same arm.
 
@@ -208,8 +457,8 @@ class AdaptiveVariation:
         arms, the success signal and the adaptation of rates are our own.
     """
 
-    coordinates: Sequence[np.ndarray]
-    layer_offsets: np.ndarray
+    layers: Sequence[SearchedLayer]
+    rankings: Sequence[Ranking]
     softness: float = 0.05
     first_rate: float = 0.02
     floor: float = 0.2
@@ -217,68 +466,69 @@ class AdaptiveVariation:
     _pending: dict[bytes, tuple[int, float]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        self._arms = [
-            _Arm(move, coordinate, float(np.log(self.first_rate))) for coordinate in self.coordinates for move in MOVES
-        ]
-
-    @property
-    def n_bits(self) -> int:
-        """Bits of a genome."""
-        return int(self.layer_offsets[-1])
+        first = log(self.first_rate)
+        self._arms = [_Arm(move, ranking, first) for ranking in self.rankings for move in MOVES]
+        self._n_searched = sum(layer.n_searched for layer in self.layers)
+        # Larger layers hold more of what there is to gain, but not in proportion.
+        self._reach = np.cumsum(np.sqrt([layer.n_searched for layer in self.layers])).tolist()
 
     def probabilities(self) -> np.ndarray:
         """Probability of each arm, float (n_arms,)."""
         quality = np.array([(arm.successes + 1) / (arm.trials + 2) for arm in self._arms])
         return self.floor / len(quality) + (1 - self.floor) * quality / quality.sum()
 
-    def vary(self, words: np.ndarray, rng: Generator) -> np.ndarray:
-        """Apply one move to each genome.
+    def vary(self, genomes: Sequence[Genome], rng: Generator) -> list[Genome]:
+        """Apply one move to each genome, which changes at least one bit; drafts are used up.
 
         Args:
-            words: uint64 (n, n_words).
+            genomes: What to vary.
             rng: Random generator.
-
-        Returns:
-            uint64 (n, n_words), changed copies.
         """
-        probabilities = self.probabilities()
-        changed = np.empty_like(words)
-        for i, row in enumerate(words):
-            index = int(rng.choice(len(self._arms), p=probabilities))
+        reach = np.cumsum(self.probabilities()).tolist()
+        children = []
+        for genome in genomes:
+            index = _draw(reach, rng)
             log_rate = self._arms[index].log_rate + 0.7 * rng.standard_normal()
-            bits = unpack_row(row, self.n_bits)
-            n_moves = int(np.clip(round(np.exp(log_rate) * self.n_bits), 1, self.n_bits))
-            self._apply(self._arms[index], bits, n_moves, rng)
-            changed[i] = pack_rows(bits[None])[0]
-            self._pending[fingerprint(changed[i])] = (index, log_rate)
-        return changed
+            words = genome.edit()
+            n = max(1, round(exp(log_rate) * self._n_searched))
+            self._apply(self._arms[index], words, n, rng)
+            child = Genome(words)
+            self._pending[child.fingerprint] = (index, log_rate)
+            children.append(child)
+        return children
 
-    def _apply(self, arm: _Arm, bits: np.ndarray, n: int, rng: Generator) -> None:
-        moves: dict[str, Callable[[], int]] = {
-            "drop": lambda: drop(bits, arm.coordinate, self._some_layers(rng), n, self.softness, rng),
-            "grow": lambda: grow(bits, arm.coordinate, self._some_layers(rng), n, self.softness, rng),
-            "swap": lambda: swap(
-                bits, arm.coordinate, self._some_layers(rng), self._some_layers(rng), n, self.softness, rng
-            ),
-        }
-        if not moves[arm.move]():
-            # The chosen layers had nothing to move; anywhere else there is at least one bit to drop or to grow.
-            everywhere = np.arange(self.n_bits)
-            (grow if not bits.any() else drop)(bits, arm.coordinate, everywhere, n, self.softness, rng)
+    def _apply(self, arm: _Arm, words: np.ndarray, n: int, rng: Generator) -> None:
+        chosen = self._some_layers(rng)
+        moved = 0
+        if arm.move == "swap":
+            other = self._some_layers(rng, chosen[0])
+            # Either side may be the earlier one, or kept weights would only ever wander to later layers.
+            sides = (chosen, other) if rng.random() < 0.5 else (other, chosen)
+            moved = swap(words, self.layers, arm.ranking, *sides, n, self.softness, rng)
+        elif arm.move == "drop":
+            moved = drop(words, self.layers, arm.ranking, chosen, n, self.softness, rng)
+        if not moved:
+            # A grow move, or nothing could be dropped: then there is something to grow.
+            moved = grow(words, self.layers, arm.ranking, chosen, n, self.softness, rng)
+        if not moved:
+            drop(words, self.layers, arm.ranking, chosen, n, self.softness, rng)
 
-    def _some_layers(self, rng: Generator) -> np.ndarray:
-        """Genome positions of a few layers: one with probability 1/2, two 1/4, and so on."""
-        sizes = np.diff(self.layer_offsets)
-        usable = np.flatnonzero(sizes)
-        n = min(int(rng.geometric(0.5)), len(usable))
-        # Larger layers hold more of what there is to gain, but not in proportion.
-        weight = np.sqrt(sizes[usable])
-        chosen = rng.choice(usable, size=n, replace=False, p=weight / weight.sum())
-        return np.concatenate([np.arange(self.layer_offsets[k], self.layer_offsets[k + 1]) for k in np.sort(chosen)])
+    def _some_layers(self, rng: Generator, earliest: int = 0) -> list[int]:
+        """Indices of a few layers in order: one with probability 1/2, two 1/4, and so on.
 
-    def reward(self, genome: np.ndarray, success: bool) -> None:
+        The first is drawn among all from `earliest` on, further ones among those after it, so that the first layer that
+        a move may touch is as likely an early as a late one however many follow.
+        """
+        first = _draw(self._reach, rng, earliest)
+        n = min(int(rng.geometric(0.5)), len(self.layers) - first)
+        chosen = {first}
+        while len(chosen) < n:
+            chosen.add(_draw(self._reach, rng, first + 1))
+        return sorted(chosen)
+
+    def reward(self, genome: Genome, success: bool) -> None:
         """Tell what became of a genome: whether it joined the front. Genomes made by nobody here are ignored."""
-        index, log_rate = self._pending.pop(fingerprint(genome), (None, 0.0))
+        index, log_rate = self._pending.pop(genome.fingerprint, (None, 0.0))
         if index is None:
             return
         arm = self._arms[index]
@@ -286,4 +536,4 @@ class AdaptiveVariation:
         arm.successes = self.memory * arm.successes + success
         # Towards what worked; after failures slowly towards smaller steps, which do less harm.
         target = arm.log_rate + 0.3 * (log_rate - arm.log_rate) if success else arm.log_rate - 0.02
-        arm.log_rate = float(np.clip(target, -np.log(self.n_bits), np.log(0.3)))
+        arm.log_rate = min(max(target, -log(self._n_searched)), log(0.3))

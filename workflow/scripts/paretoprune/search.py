@@ -7,10 +7,10 @@ and every judged mask passes a `Recorder`, which keeps the front of all of them 
 import csv
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from pymoo.algorithms.moo.moead import ParallelMOEAD
@@ -29,7 +29,8 @@ from pymoo.util.ref_dirs import get_reference_directions
 from paretoprune import operators
 from paretoprune.corridor import Corridor
 from paretoprune.fronts import Front
-from paretoprune.masks import MaskLayout, PackedMasks, fingerprint, keep_top, ranks_within_layers
+from paretoprune.masks import Genome, MaskLayout, PackedMasks, keep_top, ranks_within_layers
+from paretoprune.survival import Survival, survival_of
 
 HISTORY_COLUMNS = ("generation", "evaluations", "seconds", "hypervolume", "stage")
 ALGORITHMS = ("nsga2", "moead")
@@ -60,6 +61,29 @@ def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         return [{key: kinds[key](row[key]) for key in HISTORY_COLUMNS} for row in csv.DictReader(handle)]
 
 
+@runtime_checkable
+class BoundedEvaluate(Protocol):
+    """An evaluator that can stop judging a mask whose error is certain to lie above a bound."""
+
+    def __call__(self, masks: PackedMasks) -> np.ndarray:
+        """Masks to objectives (n, 2)."""
+        ...
+
+    def bounded(self, masks: PackedMasks, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Masks and bounds (n,) to objectives (n, 2) and whether each is complete, bool (n,); otherwise its error is a
+        lower bound, above the given one.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """Objectives (2,) of a mask; unless complete, the error is a lower bound."""
+
+    objectives: np.ndarray
+    complete: bool
+
+
 class _BudgetSpentError(Exception):
     """More masks were to be judged than the budget of a search allows."""
 
@@ -74,6 +98,10 @@ class Recorder:
         stage: Name given to what is found from now on; may be changed.
         before: A search that this one continues: its front is the first front, its history comes first.
         progress: Called with each new history row.
+
+    Attributes:
+        survival: What becomes of the masks judged next, so that judging those that it drops anyway may stop early;
+            None to judge all in full.
     """
 
     def __init__(
@@ -88,7 +116,7 @@ class Recorder:
     ) -> None:
         self._evaluate = evaluate
         self._progress = progress
-        self._known: dict[bytes, np.ndarray] = {}
+        self._known: dict[bytes, _Judged] = {}
         self._start = time.perf_counter()
         self.stage = stage
         self.budget = budget
@@ -100,7 +128,8 @@ class Recorder:
         self._generations = self._closed_at = 0
         if before:
             keys = before.front.masks.fingerprints()
-            self._known.update(zip(keys, before.front.objectives, strict=True))
+            self._known.update((key, _Judged(f, True)) for key, f in zip(keys, before.front.objectives, strict=True))
+        self.survival: Survival | None = None
 
     @property
     def remaining(self) -> int:
@@ -111,30 +140,62 @@ class Recorder:
         """Judge masks.
 
         Returns:
-            Objectives (n, 2), and whether each mask is new and on the front, bool (n,).
+            Objectives (n, 2), and whether each mask is new and on the front, bool (n,). Where `survival` is given, the
+            error of a mask that it drops in any case may be a lower bound.
 
         Raises:
             _BudgetSpentError: There are more new masks than the budget pays for; those that it does pay for are judged.
         """
-        keys = masks.fingerprints()
-        fresh = list({key: i for i, key in reversed(list(enumerate(keys))) if key not in self._known}.values())[::-1]
+        keys, density = masks.fingerprints(), masks.density
+        first_at = {key: i for i, key in reversed(list(enumerate(keys)))}
+        fresh = sorted(i for key, i in first_at.items() if key not in self._known)
         unpaid = len(fresh) - self.remaining
         fresh = fresh[: self.remaining]
-        if fresh:
-            chosen = masks.select(fresh)
-            objectives = np.asarray(self._evaluate(chosen), dtype=np.float64)
-            if objectives.shape != (len(fresh), 2) or not np.isfinite(objectives).all():
-                raise ValueError(
-                    f"expected finite objectives of shape ({len(fresh)}, 2) from the evaluator, found shape "
-                    f"{objectives.shape} with {int((~np.isfinite(objectives)).sum())} values that are not finite"
-                )
-            self.evaluations += len(fresh)
-            self._known.update(zip([keys[i] for i in fresh], objectives, strict=True))
-            self.front = self.front.merge(Front(chosen, objectives, [self.stage] * len(fresh)))
+        bounds = np.full(len(keys), np.inf)
+        if self.survival is not None:
+            bounds = self.survival.bounds(density, self.front.objectives)
+        self._judge(masks, keys, fresh, bounds)
+        self.evaluations += len(fresh)
+        # The others are dominated: that is why judging them stopped.
+        whole = [i for i in fresh if self._known[keys[i]].complete]
+        joined: set[bytes] = set()
+        if whole:
+            judged = np.array([self._known[keys[i]].objectives for i in whole])
+            self.front = self.front.merge(Front(masks.select(whole), judged, [self.stage] * len(whole)))
+            joined = {keys[i] for i in whole}.intersection(self.front.masks.fingerprints())
         if unpaid > 0:
             raise _BudgetSpentError
-        joined = {keys[i] for i in fresh}.intersection(self.front.masks.fingerprints()) if fresh else set()
-        return np.array([self._known[key] for key in keys]).reshape(-1, 2), np.array([key in joined for key in keys])
+        while self.survival is not None:
+            known = [self._known[key] for key in keys]
+            open_ = self.survival.undecided(
+                np.array([j.objectives for j in known]), np.array([j.complete for j in known])
+            )
+            again = sorted({first_at[keys[i]] for i in np.flatnonzero(open_)})
+            if not again:
+                break
+            self._judge(masks, keys, again, np.full(len(keys), np.inf))
+        return (
+            np.array([self._known[key].objectives for key in keys]).reshape(-1, 2),
+            np.array([key in joined for key in keys], dtype=bool),
+        )
+
+    def _judge(self, masks: PackedMasks, keys: list[bytes], which: list[int], bounds: np.ndarray) -> None:
+        """Have some masks judged, each up to its bound, and remember what came out."""
+        if not which:
+            return
+        chosen = masks if len(which) == len(masks) else masks.select(which)
+        complete = np.ones(len(which), dtype=bool)
+        if isinstance(self._evaluate, BoundedEvaluate):
+            objectives, complete = self._evaluate.bounded(chosen, bounds[which])
+        else:
+            objectives = np.asarray(self._evaluate(chosen), dtype=np.float64)
+        if objectives.shape != (len(which), 2) or not np.isfinite(objectives).all():
+            raise ValueError(
+                f"expected finite objectives of shape ({len(which)}, 2) from the evaluator, found shape "
+                f"{objectives.shape} with {int((~np.isfinite(objectives)).sum())} values that are not finite"
+            )
+        for i, values, whole in zip(which, objectives, complete, strict=True):
+            self._known[keys[i]] = _Judged(values, bool(whole))
 
     def close_generation(self) -> None:
         """Add a row to the history, unless nothing was judged since the last one."""
@@ -159,42 +220,59 @@ class Recorder:
 
 
 class PruningProblem(Problem):
-    """pymoo's view of pruning: a genome decodes to a mask, and the recorder judges it.
+    """pymoo's view of pruning: individuals decode to masks, and the recorder judges them.
 
     Args:
-        n_var: Length of a genome.
-        decode: Genomes (n, n_var) to masks.
+        n_var: Variables of an individual.
+        decode: Individuals (n, n_var) to masks.
         recorder: Judges masks.
-        reward: Told of each genome (n_var,) whether its mask joined the front.
-        bounds: Lower and upper bound of real-valued genomes; packed genomes have none, or pymoo would touch them.
+        reward: Told of each packed genome whether its mask joined the front.
+        bounds: Lower and upper bound of real-valued individuals; packed genomes have none, or pymoo would touch them.
     """
 
     def __init__(
         self,
         n_var: int,
         decode: Callable[[np.ndarray], PackedMasks],
-        recorder: Recorder,
-        reward: Callable[[np.ndarray, bool], None] | None = None,
+        recorder: Callable[[PackedMasks], tuple[np.ndarray, np.ndarray]],
+        reward: Callable[[Genome, bool], None] | None = None,
         bounds: tuple[float, float] | None = None,
     ) -> None:
         low, high = bounds or (None, None)
         super().__init__(n_var=n_var, n_obj=2, xl=low, xu=high)
         self._decode, self._recorder, self._reward = decode, recorder, reward
 
+    @classmethod
+    def packed(
+        cls,
+        n_weights: int,
+        recorder: Callable[[PackedMasks], tuple[np.ndarray, np.ndarray]],
+        reward: Callable[[Genome, bool], None] | None = None,
+    ) -> "PruningProblem":
+        """The problem whose individuals are genomes: object arrays (n, 1), of which pymoo copies the pointers only."""
+        return cls(1, lambda x: PackedMasks.of_genomes(x[:, 0], n_weights), recorder, reward)
+
     def _evaluate(self, x: np.ndarray, out: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         out["F"], joined = self._recorder(self._decode(x))
         if self._reward:
-            for genome, success in zip(x, joined, strict=True):
+            for (genome,), success in zip(x, joined, strict=True):
                 self._reward(genome, bool(success))
 
 
+def _individuals(genomes: Sequence[Genome]) -> np.ndarray:
+    """Genomes as pymoo's variables: an object array (n, 1)."""
+    x = np.empty((len(genomes), 1), dtype=object)
+    x[:, 0] = genomes
+    return x
+
+
 class _PackedDuplicates(DuplicateElimination):
-    """Finds equal packed genomes by fingerprint, where pymoo's default would compute a float distance of all pairs."""
+    """Finds equal genomes by fingerprint, where pymoo's default would compute a float distance of all pairs."""
 
     def _do(self, pop: Population, other: Population | None, is_duplicate: np.ndarray) -> np.ndarray:
-        seen = {fingerprint(x) for x in other.get("X")} if other is not None else set()
-        for i, x in enumerate(pop.get("X")):
-            key = fingerprint(x)
+        seen = {individual.X[0].fingerprint for individual in other} if other is not None else set()
+        for i, individual in enumerate(pop):
+            key = individual.X[0].fingerprint
             is_duplicate[i] = key in seen
             if other is None:
                 seen.add(key)
@@ -202,28 +280,37 @@ class _PackedDuplicates(DuplicateElimination):
 
 
 class _PackedCrossover(Crossover):
-    """Two packed parents to one child, by a function (first, second, rng) -> children."""
+    """Two genomes to one draft of a child by a function (first, second, rng) -> words, or one parent as it is."""
 
-    def __init__(self, cross: Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray], prob: float) -> None:
-        super().__init__(n_parents=2, n_offsprings=1, prob=prob)
-        self._cross = cross
+    def __init__(
+        self, cross: Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray], probability: float
+    ) -> None:
+        # pymoo would have all pairs crossed, and then take no notice of those that its own probability spares.
+        super().__init__(n_parents=2, n_offsprings=1, prob=1.0)
+        self._cross, self._probability = cross, probability
 
     def _do(self, problem: Problem, x: np.ndarray, *args: Any, random_state: Any = None, **kwargs: Any) -> np.ndarray:
-        return self._cross(x[0], x[1], random_state)[None]
+        pairs = zip(x[0, :, 0], x[1, :, 0], strict=True)
+        return _individuals([self._child(first, second, random_state) for first, second in pairs])[None]
+
+    def _child(self, first: Genome, second: Genome, rng: np.random.Generator) -> Genome:
+        if rng.random() < self._probability:
+            return Genome(self._cross(first.words, second.words, rng), draft=True)
+        return first if rng.random() < 0.5 else second
 
 
 class _PackedMutation(Mutation):
-    """Changes packed genomes by a function (words, rng) -> words."""
+    """Changes genomes by a function (genomes, rng) -> genomes."""
 
-    def __init__(self, vary: Callable[[np.ndarray, np.random.Generator], np.ndarray]) -> None:
+    def __init__(self, vary: Callable[[Sequence[Genome], np.random.Generator], Sequence[Genome]]) -> None:
         super().__init__()
         self._vary = vary
 
     def _do(self, problem: Problem, x: np.ndarray, *args: Any, random_state: Any = None, **kwargs: Any) -> np.ndarray:
-        return self._vary(x, random_state)
+        return _individuals(self._vary(x[:, 0].tolist(), random_state))
 
 
-def _run(algorithm: Algorithm, problem: PruningProblem, recorder: Recorder, seed: int) -> None:
+def run_algorithm(algorithm: Algorithm, problem: PruningProblem, recorder: Recorder, seed: int) -> None:
     """Let a pymoo algorithm ask and tell until the budget is spent, exactly."""
     algorithm.setup(problem, termination=NoTermination(), seed=seed)
     dry = 0
@@ -232,12 +319,15 @@ def _run(algorithm: Algorithm, problem: PruningProblem, recorder: Recorder, seed
         candidates = algorithm.ask()
         if candidates is None or not len(candidates):
             break
+        recorder.survival = survival_of(algorithm)
         try:
             algorithm.evaluator.eval(problem, candidates)
         except _BudgetSpentError:
             break
         recorder.close_generation()
         algorithm.tell(infills=candidates)
+        # pymoo remembers its last offspring, most of which are dead by now.
+        candidates = algorithm.off = None
         dry = 0 if recorder.evaluations > before else dry + 1
     recorder.close_generation()
 
@@ -284,7 +374,7 @@ def search_thresholds(
 
     def decode(thresholds: np.ndarray) -> PackedMasks:
         counts = np.rint((1.0 - thresholds) * layout.sizes).astype(np.int64)
-        return PackedMasks.pack(np.array([keep_top(ranks, row, layout) for row in counts]))
+        return PackedMasks.pack_each((keep_top(ranks, row, layout) for row in counts), layout.n_weights)
 
     rng = np.random.default_rng(seed)
     recorder = Recorder(evaluate, layout.n_weights, budget=evaluations, stage="start", progress=progress)
@@ -303,23 +393,43 @@ def search_thresholds(
         mutation=PM(prob=1.0, prob_var=1.0 / layout.n_layers, eta=20),
     )
     problem = PruningProblem(layout.n_layers, decode, recorder, bounds=(0.0, 1.0))
-    _run(algorithm, problem, recorder, seed)
+    run_algorithm(algorithm, problem, recorder, seed)
     return recorder.result()
 
 
 def _packed_algorithm(
     name: str,
     population: int,
-    first: np.ndarray,
+    first: list[Genome],
     cross: Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray],
-    vary: Callable[[np.ndarray, np.random.Generator], np.ndarray],
+    vary: Callable[[Sequence[Genome], np.random.Generator], Sequence[Genome]],
     crossover_probability: float,
 ) -> Algorithm:
+    """One of pymoo's algorithms on packed genomes.
+
+    Args:
+        name: `nsga2` or `moead`.
+        population: Size of the population.
+        first: The first population; the list is emptied when the algorithm takes it.
+        cross: Words of two parents to those of a child.
+        vary: Genomes to changed ones.
+        crossover_probability: Probability that a child has two parents.
+
+    Raises:
+        ValueError: The algorithm is unknown.
+    """
+
+    # pymoo would hold an array that it is given, and with it all genomes that die out, until the end.
+    def sample(*args: Any, **kwargs: Any) -> Population:
+        x = _individuals(first)
+        first.clear()
+        return Population.new("X", x)
+
     crossover, mutation = _PackedCrossover(cross, crossover_probability), _PackedMutation(vary)
     if name == "nsga2":
         return NSGA2(
             pop_size=population,
-            sampling=first,
+            sampling=sample,
             crossover=crossover,
             mutation=mutation,
             eliminate_duplicates=_PackedDuplicates(),
@@ -328,11 +438,76 @@ def _packed_algorithm(
         return ParallelMOEAD(
             ref_dirs=get_reference_directions("uniform", 2, n_partitions=population - 1),
             n_neighbors=max(2, min(20, population // 3)),
-            sampling=first,
+            sampling=sample,
             crossover=crossover,
             mutation=mutation,
         )
     raise ValueError(f"expected an algorithm among {', '.join(ALGORITHMS)}, found '{name}'")
+
+
+def guided_algorithm(
+    name: str,
+    corridor: Corridor,
+    rankings: Sequence[operators.Ranking],
+    starts: PackedMasks,
+    *,
+    population: int,
+    softness: float,
+    first_rate: float,
+    crossover_probability: float,
+    rng: np.random.Generator,
+) -> tuple[Algorithm, operators.AdaptiveVariation]:
+    """The algorithm of Phase 2, and the variation to be told of its successes; arguments as for `search_corridor`.
+
+    Args:
+        name: `nsga2` or `moead`.
+        corridor: What is searched.
+        rankings: Of each guide, from `Corridor.rank`.
+        starts: Masks of the first population; samples fill it up.
+        population: Size of the population.
+        softness: Of samples and moves.
+        first_rate: Of moves.
+        crossover_probability: Probability that a child has two parents.
+        rng: Draws the samples.
+    """
+    layers = corridor.layers
+    variation = operators.AdaptiveVariation(layers, rankings, softness, first_rate)
+    members = [Genome(row) for row in corridor.restrict(starts).words]
+    densities = np.linspace(0, 1, max(population - len(members), 1) + 2)[1:-1].tolist()
+    samples = operators.sample_bernoulli(layers, rankings[0], corridor.lower, densities, softness, rng)
+    algorithm = _packed_algorithm(
+        name,
+        population,
+        _sparsest_first([*members, *map(Genome, samples)][:population]),
+        lambda a, b, random: operators.one_point_crossover(a, b, layers, random),
+        variation.vary,
+        crossover_probability,
+    )
+    return algorithm, variation
+
+
+def _sparsest_first(genomes: Iterable[Genome]) -> list[Genome]:
+    """In the order of MOEA/D's weight vectors, so that each member starts at its own trade-off."""
+    return sorted(genomes, key=lambda genome: int(np.bitwise_count(genome.words).sum()))
+
+
+def blind_algorithm(
+    name: str, n_weights: int, *, population: int, flip_rate: float, rng: np.random.Generator
+) -> Algorithm:
+    """The algorithm of the flat search; arguments as for `search_flat`."""
+
+    def flip(genomes: Sequence[Genome], random: np.random.Generator) -> list[Genome]:
+        return [_flipped(genome, n_weights, flip_rate, random) for genome in genomes]
+
+    densities = np.linspace(0.02, 1.0, population).tolist()
+    first = [Genome(words) for words in operators.sample_blind(n_weights, densities, rng)]
+    return _packed_algorithm(name, population, first, operators.uniform_crossover, flip, 0.9)
+
+
+def _flipped(genome: Genome, n_weights: int, rate: float, rng: np.random.Generator) -> Genome:
+    words = genome.edit()
+    operators.flip_bits(words, n_weights, rate, rng)
+    return Genome(words)
 
 
 def search_corridor(
@@ -377,8 +552,6 @@ def search_corridor(
     """
     if not guides:
         raise ValueError("Phase 2 needs at least one importance score as guide")
-    rng = np.random.default_rng(seed)
-    coordinates = [corridor.coordinates(scores) for scores in guides]
     recorder = Recorder(
         evaluate,
         corridor.layout.n_weights,
@@ -387,24 +560,19 @@ def search_corridor(
         before=before,
         progress=progress,
     )
-    members = corridor.restrict(before.front.thinned(max(2, population * 3 // 4)).masks)
-    densities = np.linspace(0, 1, max(population - len(members), 1) + 2)[1:-1]
-    samples = operators.sample_bernoulli(coordinates[0], densities.tolist(), softness, rng)
-    first = np.concatenate([members, samples])[:population]
-    # Sparsest first, as MOEA/D's weight vectors are ordered, so that each member starts at its own trade-off.
-    first = first[np.argsort(np.bitwise_count(first).sum(axis=1), kind="stable")]
-    variation = operators.AdaptiveVariation(coordinates, corridor.layer_offsets, softness, first_rate)
-    layers = operators.layer_words(corridor.layer_offsets)
-    problem = PruningProblem(first.shape[1], corridor.expand, recorder, variation.reward)
-    chosen = _packed_algorithm(
+    chosen, variation = guided_algorithm(
         algorithm,
-        population,
-        first,
-        lambda a, b, random: operators.layer_crossover(a, b, layers, random),
-        variation.vary,
-        crossover_probability,
+        corridor,
+        [corridor.rank(scores) for scores in guides],
+        before.front.thinned(max(2, population * 3 // 4)).masks,
+        population=population,
+        softness=softness,
+        first_rate=first_rate,
+        crossover_probability=crossover_probability,
+        rng=np.random.default_rng(seed),
     )
-    _run(chosen, problem, recorder, seed)
+    problem = PruningProblem.packed(corridor.layout.n_weights, recorder, variation.reward)
+    run_algorithm(chosen, problem, recorder, seed)
     return recorder.result()
 
 
@@ -431,21 +599,10 @@ def search_flat(
         seed: Fixes every draw.
         progress: Called with each history row.
     """
-    rng = np.random.default_rng(seed)
-    everything = Corridor.everything(layout)
     recorder = Recorder(evaluate, layout.n_weights, budget=evaluations, stage="flat", progress=progress)
-    densities = np.linspace(0.02, 1.0, population)
-    first = operators.sample_blind(layout.n_weights, densities.tolist(), rng)
-    problem = PruningProblem(first.shape[1], everything.expand, recorder)
-    chosen = _packed_algorithm(
-        algorithm,
-        population,
-        first,
-        operators.uniform_crossover,
-        lambda words, random: operators.flip_bits(words, layout.n_weights, flip_rate, random),
-        0.9,
-    )
-    _run(chosen, problem, recorder, seed)
+    rng = np.random.default_rng(seed)
+    chosen = blind_algorithm(algorithm, layout.n_weights, population=population, flip_rate=flip_rate, rng=rng)
+    run_algorithm(chosen, PruningProblem.packed(layout.n_weights, recorder), recorder, seed)
     return recorder.result()
 
 
