@@ -15,7 +15,7 @@ rule search_flat:
         method=any_of(configuration.methods_of_kind(config, "flat")),
     conda:
         "../../envs/environment.yaml"
-    threads: 1
+    threads: lookup("threads_per_search", within=config)
     resources:
         mem_mb=8000,
         runtime=1440,

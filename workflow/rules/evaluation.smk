@@ -14,7 +14,7 @@ rule evaluate_front:
         f"{RESULTS}/benchmarks/{LOG}/{{method}}/evaluate_front.tsv"
     conda:
         "../../envs/environment.yaml"
-    threads: 1
+    threads: lookup("threads_per_search", within=config)
     resources:
         mem_mb=8000,
         runtime=240,

@@ -16,7 +16,7 @@ rule search_thresholds:
         method=any_of(configuration.methods_of_kind(config, "two_phase")),
     conda:
         "../../envs/environment.yaml"
-    threads: 1
+    threads: lookup("threads_per_search", within=config)
     resources:
         mem_mb=8000,
         runtime=1440,
@@ -77,11 +77,12 @@ rule search_corridor:
         method=any_of(configuration.methods_of_kind(config, "two_phase")),
     conda:
         "../../envs/environment.yaml"
-    threads: 1
+    threads: lookup("threads_per_search", within=config)
     resources:
         mem_mb=8000,
         runtime=1440,
         gpu=lookup("gpus_per_job", within=config),
+        prefix_cache_mb=lookup("prefix_cache_mb", within=config),
     params:
         settings=lambda wildcards: configuration.phase2_settings(settings_of(wildcards)),
     script:

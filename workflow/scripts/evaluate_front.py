@@ -11,7 +11,7 @@ with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as
     front = Front.load(snakemake.input.masks)
     dense = DenseNetwork.load(snakemake.input.network)
     test, calibration = read_splits(snakemake.input.images, snakemake.input.splits, dense, "test", "calibration")
-    judge = make_evaluator(dense, test, calibration, snakemake.params.settings, device)
+    judge = make_evaluator(dense, test, calibration, snakemake.params.settings, device, workers=snakemake.threads)
     write_csv(snakemake.output.front, front_rows(front, judge), FRONT_COLUMNS)
     write_csv(snakemake.output.layers, layer_rows(front, judge.layout), LAYER_COLUMNS)
     log.info("%d members measured", len(front))

@@ -9,7 +9,8 @@ from paretoprune.steps import step
 name = "{dataset} {network} seed {seed}: {method}, phase 2".format(**snakemake.wildcards)
 with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as (log, device):
     settings = snakemake.params.settings
-    evaluate = make_search_evaluator(snakemake.input, settings, device)
+    granted = {"workers": snakemake.threads, "prefix_cache_mb": snakemake.resources.prefix_cache_mb}
+    evaluate = make_search_evaluator(snakemake.input, settings, device, **granted)
     scores = read_scores(snakemake.input.scores, evaluate.layout)
     anchors = Front.load(snakemake.input.anchors).masks
     before = SearchResult(Front.load(snakemake.input.front), read_history(snakemake.input.history))
@@ -22,4 +23,4 @@ with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as
         seed=int(snakemake.wildcards.seed),
         progress=log_progress(log, before.history[-1]["evaluations"] + settings["algorithm"]["evaluations"]),
     )
-    publish(found, snakemake.input, snakemake.output, settings, device)
+    publish(found, evaluate, snakemake.input, snakemake.output, settings, device)

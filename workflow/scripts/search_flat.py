@@ -7,7 +7,7 @@ from paretoprune.steps import step
 name = "{dataset} {network} seed {seed}: {method}".format(**snakemake.wildcards)
 with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as (log, device):
     settings = snakemake.params.settings
-    evaluate = make_search_evaluator(snakemake.input, settings, device)
+    evaluate = make_search_evaluator(snakemake.input, settings, device, workers=snakemake.threads)
     found = search_flat(
         evaluate,
         evaluate.layout,
@@ -15,4 +15,4 @@ with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as
         seed=int(snakemake.wildcards.seed),
         progress=log_progress(log, settings["algorithm"]["evaluations"]),
     )
-    publish(found, snakemake.input, snakemake.output, settings, device)
+    publish(found, evaluate, snakemake.input, snakemake.output, settings, device)

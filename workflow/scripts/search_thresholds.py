@@ -9,7 +9,7 @@ from paretoprune.steps import step
 name = "{dataset} {network} seed {seed}: {method}, phase 1".format(**snakemake.wildcards)
 with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as (log, device):
     settings = snakemake.params.settings
-    evaluate = make_search_evaluator(snakemake.input, settings, device)
+    evaluate = make_search_evaluator(snakemake.input, settings, device, workers=snakemake.threads)
     scores = read_scores(snakemake.input.scores, evaluate.layout)
     found = search_thresholds(
         evaluate,

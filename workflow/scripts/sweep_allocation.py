@@ -14,4 +14,4 @@ with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as
     densities = np.geomspace(ladder["lowest"], ladder["highest"], ladder["size"])
     counts = [allocate(settings["allocation"], scores, evaluate.layout, density) for density in densities]
     found = sweep_allocation(evaluate, evaluate.layout, scores, counts, progress=log_progress(log, len(counts)))
-    publish(found, snakemake.input, snakemake.output, settings, device)
+    publish(found, evaluate, snakemake.input, snakemake.output, settings, device)

@@ -1,6 +1,7 @@
 """The search as one function, for networks and images in memory."""
 
 import copy
+import os
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,13 @@ from paretoprune.evaluation import PopulationEvaluator, predict
 from paretoprune.fronts import Front
 from paretoprune.importance import compute_importance, flat_scores
 from paretoprune.masks import MaskLayout
-from paretoprune.search import search_corridor, search_thresholds
+from paretoprune.search import judge_again, search_corridor, search_thresholds
 from paretoprune.splits import split_images
 
 START_DENSITIES = (0.8, 0.5, 0.3, 0.2, 0.1)
 N_CALIBRATION = 512
 N_GRADIENT_IMAGES = 256
+PREFIX_CACHE_MB = 1000
 
 
 def pareto_prune(
@@ -33,6 +35,7 @@ def pareto_prune(
     evaluations: int = 2000,
     seed: int = 0,
     device: str | torch.device | None = None,
+    workers: int | None = None,
     progress: bool = True,
 ) -> Front:
     """Find the Pareto set of pruned versions of a trained network, error against density.
@@ -51,6 +54,8 @@ def pareto_prune(
         evaluations: Candidates to judge.
         seed: Fixes every draw; equal calls on one machine give equal fronts.
         device: Where to compute; by default a GPU where there is one.
+        workers: Processes to judge candidates with on a CPU; by default one for each core. The front does not depend on
+            it.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -94,14 +99,16 @@ def pareto_prune(
                 f"expected {name} from 0 to {n_answers - 1}, as the network has {n_answers} answers, found "
                 f"{int(given.min())} to {int(given.max())}"
             )
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    judging: dict[str, Any] = {
+        "repair": repair,
+        "calibration_images": calibration,
+        "device": device,
+        "workers": workers,
+    }
     evaluate = PopulationEvaluator(
-        network,
-        layout,
-        search_images,
-        search_labels,
-        repair=repair,
-        calibration_images=calibration,
-        device=device,
+        network, layout, search_images, search_labels, **judging, prefix_cache_mb=PREFIX_CACHE_MB
     )
     sample = order[:N_GRADIENT_IMAGES]
     scores = {
@@ -145,8 +152,14 @@ def pareto_prune(
             seed=seed,
             progress=show,
         )
-    found.front.builder = evaluate.build
-    return found.front
+    front = found.front
+    evaluate.close()
+    if evaluate.precision != "float32":
+        evaluate = PopulationEvaluator(network, layout, search_images, search_labels, **judging, precision="float32")
+        front = judge_again(front, evaluate)
+        evaluate.close()
+    front.builder = evaluate.build
+    return front
 
 
 def _check_answers(network: nn.Module, images: Tensor) -> int:

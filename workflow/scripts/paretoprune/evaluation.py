@@ -1,20 +1,39 @@
-"""Judging pruned networks: from masks to objectives, both minimised."""
+"""Judging pruned networks: from masks to objectives, both minimised.
+
+The evaluator chooses how to compute and checks its choice against the plain way on real images: fused where the network
+can be traced (`paretoprune.fused`), layer by layer otherwise (`paretoprune.layerwise`); in bfloat16 where the machine
+computes in it; in several processes (`paretoprune.workers`); on a GPU as one recording (`paretoprune.captured`).
+"""
 
 import copy
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from paretoprune.captured import CapturedNetwork
+from paretoprune.fused import FusedNetwork
+from paretoprune.judging import OBJECTIVES, Judge, PrunableNetwork, Verdict, divergence_of, image_losses
+from paretoprune.layerwise import LayerwiseNetwork
 from paretoprune.masks import MaskLayout, PackedMasks
-from paretoprune.networks import to_channels_last
-from paretoprune.repair import make_repair
+from paretoprune.prefixes import NO_PLAN, Plan, PrefixCache
+from paretoprune.tracing import NotTraceableError
+from paretoprune.workers import WorkerPool, can_fork
 
-OBJECTIVES = ("error", "divergence")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Images on which a way to compute is compared with float32, layer by layer; and how far it may be off: share of
+# answers that differ, and difference of the error. One image more than that is always allowed.
+N_CHECKED = 256
+TOLERANCES = {torch.float32: (0.01, 0.005), torch.bfloat16: (0.05, 0.02)}
+# Density of the magnitude-pruned network that is compared beside the dense one, and that tells which images are hard.
+CHECKED_DENSITY = 0.3
+_LOGGER = logging.getLogger("paretoprune")
 
 
 def predict(network: nn.Module, images: Tensor, batch_size: int) -> Tensor:
@@ -31,7 +50,7 @@ def top1_error(logits: Tensor, labels: Tensor) -> float:
         labels: int64 (n,).
     """
     right = (logits.argmax(dim=1) == labels) & logits.isfinite().all(dim=1)
-    return 1.0 - right.double().mean().item()
+    return int((~right).sum()) / len(right)
 
 
 def divergence(logits: Tensor, dense_log_probabilities: Tensor) -> float:
@@ -45,10 +64,37 @@ def divergence(logits: Tensor, dense_log_probabilities: Tensor) -> float:
         logits: float (n, n_classes).
         dense_log_probabilities: float (n, n_classes), log-softmax of the dense network's logits.
     """
-    kl = functional.kl_div(
-        functional.log_softmax(logits.double(), dim=1), dense_log_probabilities, reduction="batchmean", log_target=True
-    ).item()
-    return 1.0 if not np.isfinite(kl) else float(-np.expm1(-max(kl, 0.0)))
+    unused = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    _, kl = image_losses(logits, unused, dense_log_probabilities.double())
+    return divergence_of(float(kl.sum()) / len(kl))
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether a device has arithmetic for bfloat16, rather than emulating it."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    has_instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and has_instructions and torch.backends.mkldnn.is_available()
+
+
+def default_batch_size(images: Tensor, device: torch.device) -> int:
+    """Images per forward pass: on a CPU as many as a core's caches hold activations of, on a GPU enough to fill it."""
+    if device.type != "cpu":
+        return 1000
+    # 128 images of 32 x 32 were the fastest measured; larger ones in proportion.
+    fitting = 128 * 32 * 32 // max(1, images.shape[-1] * images.shape[-2])
+    return int(2 ** np.clip(np.floor(np.log2(max(1, fitting))), 3, 8))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One torch thread inside, as in worker processes: sums come out the same whoever computes them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -79,9 +125,13 @@ class PopulationEvaluator:
         repair: What is put right before judging, a key of `paretoprune.repair.REPAIRS`.
         calibration_images: Images for the repair, normalised.
         objective: `error` (top-1) or `divergence` (from the dense network's answers, see `divergence`).
-        precision: `float32`, or `bfloat16` for weights and activations; statistics and scores are float32 either way.
-        batch_size: Images per forward pass.
+        precision: `float32`, or `bfloat16` for weights and activations (statistics and scores are float32 either way),
+            or `auto`: bfloat16 where the device computes in it.
+        batch_size: Images per forward pass; None chooses by the size of the images.
         device: Where to compute.
+        workers: Processes to judge with, on a CPU; results do not depend on it.
+        prefix_cache_mb: Memory (MB) for activations of candidates, from which others that differ only in later layers
+            are continued; results do not depend on it.
 
     Raises:
         ValueError: An option is unknown, or the dense network answers anything that is not finite.
@@ -97,44 +147,161 @@ class PopulationEvaluator:
         repair: str,
         calibration_images: Tensor,
         objective: str = "error",
-        precision: str = "float32",
-        batch_size: int = 64,
+        precision: str = "auto",
+        batch_size: int | None = None,
         device: str | torch.device = "cpu",
+        workers: int = 1,
+        prefix_cache_mb: int = 0,
     ) -> None:
         if objective not in OBJECTIVES:
             raise ValueError(f"expected an objective among {', '.join(OBJECTIVES)}, found '{objective}'")
-        if precision not in PRECISIONS:
-            raise ValueError(f"expected a precision among {', '.join(PRECISIONS)}, found '{precision}'")
-        self.layout = layout
-        self.objective = objective
-        self._batch_size = batch_size
+        if precision not in (*PRECISIONS, "auto"):
+            raise ValueError(f"expected a precision among {', '.join(PRECISIONS)} and auto, found '{precision}'")
+        self.layout, self.objective = layout, objective
+        self._device, self._repair = torch.device(device), repair
         self._original = copy.deepcopy(network).eval()
-        self._dtype, self._device = PRECISIONS[precision], torch.device(device)
+        self._calibration = calibration_images
+        if precision == "auto":
+            precision = "bfloat16" if computes_bfloat16(self._device) else "float32"
+        batch_size = batch_size or default_batch_size(images, self._device)
+        self._labels = labels.to(self._device)
+        with one_thread(), torch.inference_mode():
+            self._network, self._dtype = self._choose(images, PRECISIONS[precision])
+            placed = self._place(images, self._dtype)
+            dense = self._answers(self._network, placed, batch_size, None)
+            order = self._hardest_first(placed, batch_size, dense)
+            self._images, self._labels, dense = placed[order], self._labels[order], dense[order]
+            # Indexing may lay images out anew.
+            self._images = self._place(self._images, self._dtype)
+        self._dense_log_probabilities = functional.log_softmax(dense.double(), dim=1)
+        self.dense = Scores(np.array([top1_error(dense, self._labels)]), np.zeros(1))
+        on_cpu = self._device.type == "cpu"
+        self.n_workers = max(1, workers) if on_cpu and can_fork() else 1
+        n_calibration = len(calibration_images) if repair != "none" else 0
+        budget = prefix_cache_mb * 2**20 if on_cpu else 0
+        self.prefixes = PrefixCache(self._network.cuts, layout, len(images), n_calibration, self._dtype, budget)
+        self._judge = Judge(
+            self._network,
+            self._images,
+            self._labels,
+            self._dense_log_probabilities,
+            objective=objective,
+            batch_size=batch_size,
+            prefixes=self.prefixes,
+        )
+        self._pool: WorkerPool | None = None
+        self._captured: CapturedNetwork | None = None
+        if not on_cpu and isinstance(self._network, FusedNetwork):
+            self._captured = CapturedNetwork(self._network, self._images, batch_size)
+        self.n_images_seen = 0
 
-        def place(tensor: Tensor) -> Tensor:
-            placed = tensor.to(self._device, self._dtype)
-            return placed.contiguous(memory_format=torch.channels_last) if placed.ndim == 4 else placed
+    # --------------------------------------------------------------------------------------------- choosing the path
 
-        self._images, self._labels = place(images), labels.to(self._device)
-        self._work = copy.deepcopy(self._original).to(self._device, self._dtype)
-        for module, trained in zip(self._work.modules(), self._original.modules(), strict=True):
-            if isinstance(module, _BatchNorm):
-                # Statistics rounded to bfloat16 would shift every activation; normalisation mixes the two types.
-                module.float().load_state_dict(trained.state_dict())
-        to_channels_last(self._work)
-        parameters = dict(self._work.named_parameters())
-        self._weights = [parameters[name] for name in layout.names]
-        self._dense_weights = [weight.detach().clone() for weight in self._weights]
-        # Everything a repair may change, to be put back before the next candidate.
-        self._dense_buffers = {name: buffer.detach().clone() for name, buffer in self._work.named_buffers()}
-        self._repair = make_repair(repair, self._work, place(calibration_images))
-        dense_logits = predict(self._work, self._images, batch_size)
-        if not bool(torch.isfinite(dense_logits).all()):
+    def _place(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+        return images.to(self._device, dtype).contiguous(memory_format=torch.channels_last)
+
+    def _answers(self, network: PrunableNetwork, images: Tensor, batch_size: int, mask: np.ndarray | None) -> Tensor:
+        """Logits of all images under a mask bool (n_weights,); None is the full one."""
+        kept = torch.ones(self.layout.n_weights, dtype=torch.bool) if mask is None else torch.from_numpy(mask)
+        network.prepare(kept.to(self._device))
+        return torch.cat([network.answer(batch) for batch in images.split(batch_size)])
+
+    def _magnitude_mask(self) -> np.ndarray:
+        """bool (n_weights,): the largest weights of each layer, as many as `CHECKED_DENSITY` says."""
+        parameters = dict(self._original.named_parameters())
+        parts = []
+        for name, size in zip(self.layout.names, self.layout.sizes.tolist(), strict=True):
+            magnitudes = parameters[name].detach().abs().reshape(-1).cpu().numpy()
+            least = np.partition(magnitudes, int(size * (1 - CHECKED_DENSITY)))[int(size * (1 - CHECKED_DENSITY))]
+            parts.append(magnitudes >= least)
+        return np.concatenate(parts)
+
+    def _reference(self) -> LayerwiseNetwork:
+        """The plain way: float32, layer by layer."""
+        calibration = self._place(self._calibration, torch.float32)
+        return LayerwiseNetwork(
+            self._original, self.layout, calibration, repair=self._repair, calibration_images=calibration
+        )
+
+    def _choose(self, images: Tensor, dtype: torch.dtype) -> tuple[PrunableNetwork, torch.dtype]:
+        """The fastest way to compute that agrees with the plain one, and its type."""
+        reference = self._reference()
+        checked, labels = self._place(images[:N_CHECKED], torch.float32), self._labels[:N_CHECKED]
+        masks = [None, self._magnitude_mask()]
+        expected = [self._answers(reference, checked, 64, mask) for mask in masks]
+        if not bool(torch.isfinite(expected[0]).all()):
             raise ValueError(
                 "the dense network's answers are not finite; check the checkpoint and its input normalisation"
             )
-        self._dense_log_probabilities = functional.log_softmax(dense_logits.double(), dim=1)
-        self.dense = Scores(np.array([top1_error(dense_logits, self._labels)]), np.zeros(1))
+        ways: list[tuple[type[FusedNetwork] | type[LayerwiseNetwork], torch.dtype]] = [(FusedNetwork, dtype)]
+        if dtype != torch.float32:
+            ways.append((LayerwiseNetwork, dtype))
+        for kind, tried in ways:
+            name = f"{'fused' if kind is FusedNetwork else 'layer-by-layer'} {str(tried).removeprefix('torch.')} path"
+            try:
+                calibration = self._place(self._calibration, tried)
+                sample = self._place(images[:2], tried)
+                network = kind(self._original, self.layout, sample, repair=self._repair, calibration_images=calibration)
+                found = [self._answers(network, checked.to(tried), 64, mask) for mask in masks]
+            except NotTraceableError as error:
+                _LOGGER.info("the %s does not take this network: %s", name, error)
+                continue
+            except (RuntimeError, TypeError, AttributeError) as error:
+                _LOGGER.warning(
+                    "the %s fails on this network: %s", name, str(error).splitlines()[0] if str(error) else error
+                )
+                continue
+            if self._agrees(name, found, expected, labels, TOLERANCES[tried]):
+                return network, tried
+        _LOGGER.info("candidates are evaluated in float32, layer by layer")
+        return reference, torch.float32
+
+    @staticmethod
+    def _agrees(
+        name: str, found: list[Tensor], expected: list[Tensor], labels: Tensor, tolerances: tuple[float, float]
+    ) -> bool:
+        """Whether answers are near enough to those of the plain way; says so."""
+        differing = max(
+            float((a.argmax(1) != b.argmax(1)).double().mean()) for a, b in zip(found, expected, strict=True)
+        )
+        shifts = [top1_error(a, labels) - top1_error(b, labels) for a, b in zip(found, expected, strict=True)]
+        shift = max(shifts, key=abs)
+        image = 1.01 / len(labels)
+        good = differing <= tolerances[0] + image and abs(shift) <= tolerances[1] + image
+        _LOGGER.log(
+            logging.INFO if good else logging.WARNING,
+            "%s against float32 layer by layer, dense and pruned, on %d images: %.1f %% of the answers agree, "
+            "the error is %+.2f points off%s",
+            name,
+            len(labels),
+            100 * (1 - differing),
+            100 * shift,
+            "" if good else "; that is too much, and it is not used",
+        )
+        return good
+
+    def _hardest_first(self, images: Tensor, batch_size: int, dense: Tensor) -> Tensor:
+        """Order of images in which a bad candidate's loss grows soonest."""
+        log_probabilities = functional.log_softmax(dense.double(), dim=1)
+        logits = self._answers(self._network, images, batch_size, self._magnitude_mask())
+        if self.objective == "error":
+            wrongly = logits.scatter(1, self._labels[:, None], -torch.inf).amax(dim=1)
+            loss = (wrongly - logits.gather(1, self._labels[:, None])[:, 0]).nan_to_num()
+        else:
+            loss = image_losses(logits, self._labels, log_probabilities)[1]
+        return loss.argsort(descending=True, stable=True)
+
+    # ------------------------------------------------------------------------------------------------------- judging
+
+    @property
+    def precision(self) -> str:
+        """What candidates are computed in, `float32` or `bfloat16`."""
+        return str(self._dtype).removeprefix("torch.")
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the network could be traced and the fused path agreed with the plain one."""
+        return isinstance(self._network, FusedNetwork)
 
     @property
     def n_classes(self) -> int:
@@ -143,48 +310,91 @@ class PopulationEvaluator:
 
     @property
     def images_and_labels(self) -> tuple[Tensor, Tensor]:
-        """The images to judge on and their labels, on the evaluator's device."""
+        """The images to judge on and their labels, on the evaluator's device, in its own order and type."""
         return self._images, self._labels
 
-    def _prune(self, mask: np.ndarray) -> nn.Module:
-        """The working copy, masked with bool (n_weights,) and repaired; valid until the next call."""
-        buffers = dict(self._work.named_buffers())
-        with torch.no_grad():
-            for name, original in self._dense_buffers.items():
-                buffers[name].copy_(original)
-            for weight, dense, part in zip(
-                self._weights, self._dense_weights, self.layout.split(mask).values(), strict=True
-            ):
-                # where, not a product: 0 times an infinite weight would be NaN.
-                kept = torch.from_numpy(part).to(self._device)
-                weight.copy_(torch.where(kept, dense, torch.zeros_like(dense)))
-        self._repair(self._work)
-        return self._work
+    def _verdicts(self, words: np.ndarray, bounds: Sequence[float]) -> list[Verdict]:
+        """Judge candidates uint64 (n_masks, n_words), each up to its bound."""
+        if self._captured is not None:
+            errors, kls = self._captured.losses(words, self._labels, self._dense_log_probabilities)
+            return [
+                Verdict(float(e), divergence_of(float(k)), len(self._images), True)
+                for e, k in zip(errors, kls, strict=True)
+            ]
+        found: dict[int, Verdict] = {}
+        plans: dict[int, Plan] = {}
+
+        def arguments(i: int) -> tuple[np.ndarray, float, Plan]:
+            plans[i] = self.prefixes.plan(words[i])
+            return words[i], bounds[i], plans[i]
+
+        def done(i: int, verdict: Verdict) -> None:
+            self.prefixes.close(plans.pop(i, NO_PLAN), verdict.complete)
+            found[i] = verdict
+
+        try:
+            if self.n_workers > 1 and len(words) > 1:
+                if self._pool is None:
+                    self._pool = WorkerPool(self._judge, self.n_workers)
+                self._pool.run(range(len(words)), arguments, done)
+            else:
+                with one_thread():
+                    for i in range(len(words)):
+                        done(i, self._judge(*arguments(i)))
+        except BaseException:
+            self.close()
+            self.prefixes.forget()
+            raise
+        self.n_images_seen += sum(verdict.n_seen for verdict in found.values())
+        return [found[i] for i in range(len(words))]
 
     def score(self, masks: PackedMasks) -> Scores:
         """Judge each mask's pruned and repaired network."""
-        errors, divergences = [], []
-        for i in range(len(masks)):
-            logits = predict(self._prune(masks.unpack(i)), self._images, self._batch_size)
-            errors.append(top1_error(logits, self._labels))
-            divergences.append(divergence(logits, self._dense_log_probabilities))
-        return Scores(np.array(errors), np.array(divergences))
+        verdicts = self._verdicts(masks.words, [math.inf] * len(masks))
+        return Scores(np.array([v.error for v in verdicts]), np.array([v.divergence for v in verdicts]))
 
     def __call__(self, masks: PackedMasks) -> np.ndarray:
         """Objectives float64 (n_masks, 2): the error-like objective and the density."""
-        return np.column_stack([self.score(masks).objective(self.objective), masks.density])
+        return self.bounded(masks, np.full(len(masks), math.inf))[0]
+
+    def bounded(self, masks: PackedMasks, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Judge masks, each only until its error-like objective is certain to lie above its bound.
+
+        Args:
+            masks: What is judged.
+            bounds: float (n_masks,); infinite to judge on all images.
+
+        Returns:
+            Objectives float64 (n_masks, 2), and whether each was judged on all images, bool (n_masks,): where not, the
+            error-like objective is a lower bound, larger than the given bound.
+        """
+        verdicts = self._verdicts(masks.words, np.asarray(bounds, dtype=np.float64).tolist())
+        errors = [v.error if self.objective == "error" else v.divergence for v in verdicts]
+        return np.column_stack([errors, masks.density]), np.array([v.complete for v in verdicts], dtype=bool)
 
     def build(self, mask: np.ndarray) -> nn.Module:
         """The pruned and repaired network of one mask, as an independent module on the CPU, in evaluation mode.
 
+        It is made in float32, whatever the evaluator judges in.
+
         Args:
             mask: bool (n_weights,).
-
-        Raises:
-            ValueError: This evaluator computes in another precision than float32, so its weights are rounded.
         """
-        if self._dtype != torch.float32:
-            raise ValueError("only an evaluator with precision 'float32' builds networks to keep; make one for that")
+        with one_thread(), torch.inference_mode():
+            pruned = self._reference()
+            pruned.prepare(torch.from_numpy(mask).to(self._device))
         network = copy.deepcopy(self._original)
-        network.load_state_dict(self._prune(mask).state_dict())
+        network.load_state_dict(pruned.network.state_dict())
         return network
+
+    def close(self) -> None:
+        """End the worker processes; they are started again when they are needed."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def __enter__(self) -> "PopulationEvaluator":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -22,7 +22,8 @@ def make_search_evaluator(
 ) -> PopulationEvaluator:
     """A judge on the search split, from a step's input files `network`, `images` and `splits`.
 
-    Settings are those of `paretoprune.steps.make_evaluator`; `changed` ones go first.
+    Settings are those of `paretoprune.steps.make_evaluator`; `changed` ones go first. It may also hold other arguments
+    of `paretoprune.evaluation.PopulationEvaluator`.
     """
     dense = DenseNetwork.load(inputs["network"])
     search, calibration = read_splits(inputs["images"], inputs["splits"], dense, "search", "calibration")
@@ -56,6 +57,7 @@ def log_progress(logger: logging.Logger, budget: int) -> Callable[[dict[str, Any
 
 def publish(
     found: SearchResult,
+    evaluate: PopulationEvaluator,
     inputs: Mapping[str, Any],
     outputs: Mapping[str, Any],
     settings: Mapping[str, Any],
@@ -63,10 +65,13 @@ def publish(
 ) -> None:
     """Thin a front to `front_size` and write the output files `masks` and `history`.
 
-    A front that was searched in another precision than float32 is judged again in float32 first.
+    A front that was searched in another precision than float32 is judged again in float32 first, in as many processes.
     """
     front = found.front
-    if settings["precision"] != "float32":
-        front = judge_again(front, make_search_evaluator(inputs, settings, device, precision="float32"))
+    evaluate.close()
+    if evaluate.precision != "float32":
+        changed = {"precision": "float32", "workers": evaluate.n_workers}
+        with make_search_evaluator(inputs, settings, device, **changed) as exact:
+            front = judge_again(front, exact)
     front.thinned(settings["front_size"]).save(outputs["masks"])
     write_csv(outputs["history"], found.history, HISTORY_COLUMNS)

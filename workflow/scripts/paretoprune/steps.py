@@ -58,8 +58,13 @@ def make_evaluator(
     device: torch.device,
     **changed: Any,
 ) -> PopulationEvaluator:
-    """An evaluator by the settings `repair`, `objective`, `precision` and `batch_size`; `changed` ones go first."""
-    keys = ("repair", "objective", "precision", "batch_size")
+    """An evaluator by the settings `repair`, `objective`, `precision` and `batch_size`.
+
+    `changed` ones go first; it may also hold other arguments of `PopulationEvaluator`.
+    """
+    chosen = {key: settings[key] for key in ("repair", "objective", "precision", "batch_size")} | changed
+    if chosen["batch_size"] == "auto":
+        chosen["batch_size"] = None
     return PopulationEvaluator(
         dense.network,
         MaskLayout.of(dense.network, dense.exclude),
@@ -67,5 +72,5 @@ def make_evaluator(
         judged.labels,
         calibration_images=calibration.images,
         device=device,
-        **{key: settings[key] for key in keys} | changed,
+        **chosen,
     )

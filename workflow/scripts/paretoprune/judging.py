@@ -1,0 +1,164 @@
+"""Judging one candidate: image by image losses, hardest images first, stopped as soon as the verdict is certain."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from paretoprune.masks import MaskLayout, unpack_row
+from paretoprune.prefixes import Plan, PrefixCache
+from paretoprune.tracing import Cut
+
+OBJECTIVES = ("error", "divergence")
+_LOGGER = logging.getLogger("paretoprune")
+
+
+class PrunableNetwork(Protocol):
+    """What judges need of a network; `paretoprune.fused` and `paretoprune.layerwise` have one each."""
+
+    layout: MaskLayout
+
+    @property
+    def cuts(self) -> Sequence[Cut]:
+        """Where activations can be kept, first to last."""
+        ...
+
+    def prepare(
+        self,
+        kept: Tensor,
+        cut: Cut | None = None,
+        calibrated: Tensor | None = None,
+        keep: dict[Cut, Tensor] | None = None,
+    ) -> None:
+        """Take a mask."""
+        ...
+
+    def answer(self, images: Tensor, cut: Cut | None = None, keep: dict[Cut, Tensor] | None = None) -> Tensor:
+        """Logits of a batch."""
+        ...
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was seen of one candidate.
+
+    Attributes:
+        error: Wrong answers as a share of all images, those not looked at counted as right.
+        divergence: 1 - exp(-KL) over all images, those not looked at counted as 0.
+        n_seen: Images looked at.
+        complete: Whether these were all; otherwise both scores are lower bounds.
+    """
+
+    error: float
+    divergence: float
+    n_seen: int
+    complete: bool
+
+
+def image_losses(logits: Tensor, labels: Tensor, dense_log_probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of each image under both objectives.
+
+    Args:
+        logits: float (n, n_classes).
+        labels: int64 (n,).
+        dense_log_probabilities: float64 (n, n_classes), log-softmax of the dense network's logits.
+
+    Returns:
+        Whether each answer is wrong, bool (n,), where an answer that is not finite is; and the divergence (nats) of
+        each answer from the dense network's, float64 (n,), at least 0 and infinite for answers that are not finite.
+    """
+    finite = logits.isfinite().all(dim=1)
+    wrong = (logits.argmax(dim=1) != labels) | ~finite
+    log_probabilities = functional.log_softmax(logits.double(), dim=1)
+    kl = (dense_log_probabilities.exp() * (dense_log_probabilities - log_probabilities)).sum(dim=1)
+    # Rounding may leave a hair below 0, and sums that only grow are what lets a judge stop early.
+    return wrong, torch.where(finite, kl.clamp_min(0.0), torch.inf)
+
+
+def divergence_of(kl: float) -> float:
+    """1 - exp(-KL), see `paretoprune.evaluation.divergence`; 1 where KL is not finite."""
+    return float(-math.expm1(-kl)) if math.isfinite(kl) else 1.0
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on the CPU or on a GPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+
+
+class Judge:
+    """Judges candidates one by one, on images in a fixed order.
+
+    Args:
+        network: What takes the masks.
+        images: Images (n, c, h, w), hardest first, on the device and in the type to compute in.
+        labels: int64 (n,).
+        dense_log_probabilities: float64 (n, n_classes).
+        objective: `error` or `divergence`: what bounds refer to.
+        batch_size: Images per forward pass; halved whenever memory runs out.
+        prefixes: Activations of earlier candidates.
+    """
+
+    def __init__(
+        self,
+        network: PrunableNetwork,
+        images: Tensor,
+        labels: Tensor,
+        dense_log_probabilities: Tensor,
+        *,
+        objective: str,
+        batch_size: int,
+        prefixes: PrefixCache,
+    ) -> None:
+        self.network, self.images, self.labels = network, images, labels
+        self.dense_log_probabilities = dense_log_probabilities
+        self.objective, self.batch_size, self.prefixes = objective, batch_size, prefixes
+
+    def __call__(self, words: np.ndarray, bound: float = math.inf, plan: Plan | None = None) -> Verdict:
+        """Judge the candidate uint64 (n_words,), and stop once its objective is certain to be above `bound`."""
+        while True:
+            try:
+                with torch.inference_mode():
+                    return self._judge(words, bound, plan or Plan())
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error) or self.batch_size == 1:
+                    raise
+                self.batch_size //= 2
+                _LOGGER.warning("memory ran out; going on with batches of %d images", self.batch_size)
+
+    def _judge(self, words: np.ndarray, bound: float, plan: Plan) -> Verdict:
+        network, prefixes, n = self.network, self.prefixes, len(self.images)
+        kept = torch.from_numpy(unpack_row(words, network.layout.n_weights)).to(self.images.device)
+        cut, source = None, self.images
+        calibrated = None
+        if plan.start is not None:
+            cut = prefixes.cuts[plan.start[0]]
+            source, calibrated = prefixes.tensors(*plan.start)
+        slots = {prefixes.cuts[i]: prefixes.tensors(i, slot) for i, slot in plan.keep.items()}
+        network.prepare(kept, cut, calibrated, {place: rows for place, (_, rows) in slots.items()})
+        wrong, kl = torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.float64)
+        seen = 0
+        for batch in source.split(self.batch_size):
+            here = slice(seen, seen + len(batch))
+            logits = network.answer(batch, cut, {place: rows[here] for place, (rows, _) in slots.items()})
+            wrong[here], kl[here] = image_losses(logits, self.labels[here], self.dense_log_probabilities[here])
+            seen += len(batch)
+            if seen < n and bound < math.inf and self._at_least(wrong, kl) > bound:
+                break
+        # Sums over all images in one order, whether or not the rest is 0: nothing else could be compared exactly.
+        error = int(wrong.sum()) / n
+        return Verdict(error, divergence_of(float(kl.sum()) / n), seen, seen == n)
+
+    def _at_least(self, wrong: Tensor, kl: Tensor) -> float:
+        """The objective if every image not yet seen is answered as the dense network does."""
+        if self.objective == "error":
+            return int(wrong.sum()) / len(wrong)
+        # A sum of fewer terms may round up; a hair less is a bound all the same.
+        return divergence_of(float(kl.sum()) / len(kl)) * (1 - 1e-12)
