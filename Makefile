@@ -9,11 +9,12 @@ FILES := $(wildcard $(shell git ls-files --cached --others --exclude-standard 2>
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo figures test lint format lock clean
+.PHONY: help demo figures bench test lint format lock clean
 
 help:
 	@echo "make demo     run the whole chain on handwritten digits (config.yaml)"
 	@echo "make figures  draw the report of the measured results in docs/results, without computing anything else"
+	@echo "make bench    measure speed and memory against plain code and peers, into benchmarks/"
 	@echo "make test     lint, type check and tests"
 	@echo "make format   format the code"
 	@echo "make lock     resolve the dependencies of pyproject.toml again"
@@ -27,6 +28,10 @@ figures: .venv/run.stamp
 	$(BIN)/snakemake figures --workflow-profile profiles/figures \
 		--configfile experiments/cifar10-sample-resnet20.yaml --config inputs_needed=False results_directory=docs/results
 	@echo "The report is at docs/results/report/index.html"
+
+bench: .venv/run.stamp
+	PYTHONPATH=workflow/scripts $(BIN)/python -m benchmarks
+	@echo "The figures are in benchmarks/results.json, results.md and results.png"
 
 # Runs again only when a file of the project has changed since everything passed; .venv/bin/pytest always runs.
 test: .venv/test.stamp

@@ -1,16 +1,18 @@
 """Small networks, data and naive references that several tests share."""
 
 import copy
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from paretoprune.masks import MaskLayout, keep_top, ranks_within_layers
+from paretoprune.masks import MaskLayout, PackedMasks, keep_top, ranks_within_layers
 from paretoprune.networks import CifarResNet
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 # Convolutions on 8x8 images gain nothing from threads, and sums in a fixed order make equal runs equal.
 torch.set_num_threads(1)
@@ -101,6 +103,59 @@ def magnitude_mask(network: nn.Module, layout: MaskLayout, density: float) -> np
     parameters = dict(network.named_parameters())
     sizes = np.abs(layout.flatten({name: parameters[name].detach().numpy() for name in layout.names}))
     return keep_top(ranks_within_layers(sizes, layout), np.rint(density * layout.sizes).astype(int).tolist(), layout)
+
+
+def some_masks(network: nn.Module, exclude: Sequence[str] = ()) -> PackedMasks:
+    """All, nothing, random, and by magnitude, and one with a whole tensor gone."""
+    layout, rng = MaskLayout.of(network, exclude), np.random.default_rng(7)
+    rows = [np.ones(layout.n_weights, dtype=bool), np.zeros(layout.n_weights, dtype=bool)]
+    rows += [rng.random(layout.n_weights) < density for density in (0.9, 0.5)]
+    rows += [magnitude_mask(network, layout, density) for density in (0.6, 0.3, 0.1)]
+    without_one = magnitude_mask(network, layout, 0.7)
+    without_one[layout.offsets[1] : layout.offsets[2]] = False
+    return PackedMasks.pack(np.array([*rows, without_one]))
+
+
+def calibration() -> Tensor:
+    """Images that pruned networks are repaired on."""
+    return digits()[0][:200]
+
+
+def _inputs_of(network: nn.Module, layer: nn.Module) -> Tensor | None:
+    """What a layer is given when it first runs on the calibration images, in float64 (channels, everything else).
+
+    None if the network never runs it.
+    """
+    seen: list[Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
+    with torch.no_grad():
+        network(calibration())
+    handle.remove()
+    return seen[0].double().transpose(0, 1).flatten(1) if seen else None
+
+
+def naive_network(network: nn.Module, mask: np.ndarray, repair: str, exclude: Sequence[str] = ()) -> nn.Module:
+    """Multiply by the mask, then correct one batch norm after the other, each from a forward pass of its own.
+
+    The order in which the network defines its batch norms must be the one in which it runs them.
+    """
+    pruned = copy.deepcopy(network)
+    parameters = dict(pruned.named_parameters())
+    for name, part in MaskLayout.of(network, exclude).split(mask).items():
+        parameters[name].data *= torch.from_numpy(part)
+    if repair == "none":
+        return pruned
+    for dense, layer in zip(network.modules(), pruned.modules(), strict=True):
+        if isinstance(layer, _BatchNorm) and isinstance(dense, _BatchNorm) and layer.running_mean is not None:
+            assert layer.running_var is not None
+            before, after = _inputs_of(network, dense), _inputs_of(pruned, layer)
+            if before is None or after is None:
+                continue
+            ratio = after.var(1, correction=0) / before.var(1, correction=0)
+            shift = layer.running_mean.double() - before.mean(1)
+            layer.running_mean.copy_(after.mean(1) + shift * ratio.sqrt())
+            layer.running_var.copy_(layer.running_var.double() * ratio)
+    return pruned
 
 
 def n_hooks(network: nn.Module) -> int:

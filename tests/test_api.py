@@ -1,6 +1,7 @@
 """pareto_prune on a network that is not the project's: what a library user is promised, and every refusal."""
 
 import copy
+import multiprocessing
 import pickle
 from functools import lru_cache
 from typing import Any
@@ -8,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from paretoprune import Front, pareto_prune
+from paretoprune import Front, pareto_prune, search
 from paretoprune.evaluation import PopulationEvaluator, predict, top1_error
 from paretoprune.fronts import non_dominated
 from paretoprune.importance import compute_importance
 from paretoprune.masks import MaskLayout, PackedMasks
+from paretoprune.workers import can_fork
 from small_networks import digits, magnitude_mask, n_hooks, numpy_state, states_equal, trained
 from torch import Tensor, nn
 
@@ -225,13 +227,60 @@ def test_no_more_networks_are_judged_than_asked_for(monkeypatch: pytest.MonkeyPa
     judged: list[int] = []
 
     class Counting(api.PopulationEvaluator):
-        def __call__(self, masks: Any) -> np.ndarray:
-            judged.append(len(masks))
-            return super().__call__(masks)
+        def bounded(self, masks: PackedMasks, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            # The final front is judged once more, in float32, which is no part of the search.
+            if not is_final:
+                judged.append(len(masks))
+            return super().bounded(masks, bounds)
+
+    is_final = False
+
+    def judge_again(*given: Any) -> Front:
+        nonlocal is_final
+        is_final = True
+        return search.judge_again(*given)
 
     monkeypatch.setattr(api, "PopulationEvaluator", Counting)
+    monkeypatch.setattr(api, "judge_again", judge_again)
     prune(evaluations=70)
     assert sum(judged) == 70
+
+
+@pytest.mark.skipif(not can_fork(), reason="worker processes are forked, which only Linux does well")
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_front_does_not_depend_on_the_number_of_workers(workers: int) -> None:
+    front = prune(workers=workers)
+    assert front.masks.fingerprints() == pruned().masks.fingerprints()
+    assert np.array_equal(front.objectives, pruned().objectives)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_final_front_is_judged_in_float32(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from paretoprune import api
+
+    chosen: list[str] = []
+
+    class Rough(api.PopulationEvaluator):
+        def __init__(self, *given: Any, **options: Any) -> None:
+            super().__init__(*given, **({"precision": precision} | options))
+            chosen.append(self.precision)
+
+    monkeypatch.setattr(api, "PopulationEvaluator", Rough)
+    front = prune(evaluations=60)
+    assert chosen == (["float32"] if precision == "float32" else ["bfloat16", "float32"])
+    images, (search_images, search_labels) = part(0, 400)[0], part(1000, 1200)
+    order = np.random.default_rng(0).permutation(len(images))
+    exact = PopulationEvaluator(
+        trained("foreign"),
+        MaskLayout.of(trained("foreign")),
+        search_images,
+        search_labels,
+        repair="batchnorm",
+        calibration_images=images[order],
+        precision="float32",
+    )
+    assert np.array_equal(front.objectives, exact(front.masks))
 
 
 def test_a_front_read_from_a_file_says_that_it_knows_no_network(tmp_path: Any) -> None:

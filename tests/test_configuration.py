@@ -112,6 +112,16 @@ def test_a_key_like_none_lists_what_is_known() -> None:
     assert only_problem({"importance": {"zzz": 1}}) == "unknown key 'importance.zzz'; known here: images"
 
 
+@pytest.mark.parametrize("search", [{"precision": p} for p in ("auto", "float32", "bfloat16")])
+def test_every_precision_is_accepted(search: dict[str, Any]) -> None:
+    assert problems({"search": search}) == []
+
+
+@pytest.mark.parametrize("batch_size", ["auto", 1, 64])
+def test_batches_are_of_a_given_size_or_of_one_chosen_by_the_images(batch_size: object) -> None:
+    assert problems({"search": {"batch_size": batch_size}}) == []
+
+
 def test_keys_that_are_no_text_are_named_as_well() -> None:
     # YAML reads `20:` as a number and `on:` as true.
     found = problems({"importance": {20: 1, True: 2, "zzz": 3}})
@@ -127,6 +137,8 @@ def test_keys_that_are_no_text_are_named_as_well() -> None:
         ({"seeds": [1, 1]}, "seeds", "[1, 1]"),
         ({"seeds": [-1]}, "seeds.0", "-1"),
         ({"gpus_per_job": 2}, "gpus_per_job", "2"),
+        ({"threads_per_search": 0}, "threads_per_search", "0"),
+        ({"prefix_cache_mb": -1}, "prefix_cache_mb", "-1"),
         ({"runs": []}, "runs", "[]"),
         ({"datasets": {"digits": {"source": "mnist"}}}, "datasets.digits.source", "'mnist'"),
         ({"datasets": {"digits": {"search": 1.5}}}, "datasets.digits.search", "1.5"),
@@ -139,6 +151,9 @@ def test_keys_that_are_no_text_are_named_as_well() -> None:
         ({"search": {"importance": "snip"}}, "search.importance", "'snip'"),
         ({"search": {"repair": "reconstruct"}}, "search.repair", "'reconstruct'"),
         ({"search": {"front_size": 1}}, "search.front_size", "1"),
+        ({"search": {"precision": "float16"}}, "search.precision", "'float16'"),
+        ({"search": {"batch_size": 0}}, "search.batch_size", "0"),
+        ({"search": {"batch_size": "large"}}, "search.batch_size", "'large'"),
         ({"search": {"phase1": {"share": 1.0}}}, "search.phase1.share", "1.0"),
         ({"search": {"phase1": {"start_densities": [0.5, 80]}}}, "search.phase1.start_densities.1", "80"),
         ({"search": {"phase2": {"crossover_probability": 1.2}}}, "search.phase2.crossover_probability", "1.2"),

@@ -1,17 +1,38 @@
 """Judging masks: the evaluator against a naive loop, its purity, its two objectives, and what it builds."""
 
 import copy
+import logging
 import math
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
 
+import architectures
 import numpy as np
 import pytest
 import torch
-from paretoprune.evaluation import PopulationEvaluator, Scores, divergence, predict, top1_error
+from architectures import made
+from paretoprune import evaluation
+from paretoprune.evaluation import PopulationEvaluator, Scores, default_batch_size, divergence, predict, top1_error
+from paretoprune.fused import FusedNetwork
+from paretoprune.layerwise import LayerwiseNetwork
 from paretoprune.masks import MaskLayout, PackedMasks
-from small_networks import digits, magnitude_mask, n_hooks, states_equal, trained
+from paretoprune.workers import can_fork
+from small_networks import (
+    calibration,
+    digits,
+    fit,
+    magnitude_mask,
+    n_hooks,
+    naive_network,
+    some_masks,
+    states_equal,
+    trained,
+)
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
 
 KINDS = ("residual", "foreign")
 REPAIRS = ("none", "batchnorm")
@@ -23,10 +44,6 @@ def judged() -> tuple[Tensor, Tensor]:
     return images[1000 : 1000 + N_JUDGED], labels[1000 : 1000 + N_JUDGED]
 
 
-def calibration() -> Tensor:
-    return digits()[0][:200]
-
-
 def evaluator(
     network: nn.Module,
     repair: str = "batchnorm",
@@ -35,6 +52,7 @@ def evaluator(
     precision: str = "float32",
     batch_size: int = 64,
     device: str = "cpu",
+    **options: Any,
 ) -> PopulationEvaluator:
     images, labels = judged()
     return PopulationEvaluator(
@@ -48,49 +66,8 @@ def evaluator(
         precision=precision,
         batch_size=batch_size,
         device=device,
+        **options,
     )
-
-
-def some_masks(network: nn.Module) -> PackedMasks:
-    """All, nothing, random, and by magnitude, and one with a whole tensor gone."""
-    layout, rng = MaskLayout.of(network), np.random.default_rng(7)
-    rows = [np.ones(layout.n_weights, dtype=bool), np.zeros(layout.n_weights, dtype=bool)]
-    rows += [rng.random(layout.n_weights) < density for density in (0.9, 0.5)]
-    rows += [magnitude_mask(network, layout, density) for density in (0.6, 0.3, 0.1)]
-    without_one = magnitude_mask(network, layout, 0.7)
-    without_one[layout.offsets[1] : layout.offsets[2]] = False
-    return PackedMasks.pack(np.array([*rows, without_one]))
-
-
-def inputs_of(network: nn.Module, layer: nn.Module, images: Tensor) -> Tensor:
-    """What a layer is given, in float64 (channels, everything else)."""
-    seen: list[Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    with torch.no_grad():
-        network(images)
-    handle.remove()
-    return seen[0].double().transpose(0, 1).flatten(1)
-
-
-def naive_network(network: nn.Module, mask: np.ndarray, repair: str) -> nn.Module:
-    """Multiply by the mask, then correct one batch norm after the other, each from a forward pass of its own."""
-    pruned = copy.deepcopy(network)
-    parameters = dict(pruned.named_parameters())
-    for name, part in MaskLayout.of(network).split(mask).items():
-        parameters[name].data *= torch.from_numpy(part)
-    if repair == "none":
-        return pruned
-    # In both networks the order of definition is the order of execution.
-    for (_, dense), (_, layer) in zip(network.named_modules(), pruned.named_modules(), strict=True):
-        if isinstance(layer, _BatchNorm) and isinstance(dense, _BatchNorm):
-            assert layer.running_mean is not None
-            assert layer.running_var is not None
-            before, after = inputs_of(network, dense, calibration()), inputs_of(pruned, layer, calibration())
-            ratio = after.var(1, correction=0) / before.var(1, correction=0)
-            shift = layer.running_mean.double() - before.mean(1)
-            layer.running_mean.copy_(after.mean(1) + shift * ratio.sqrt())
-            layer.running_var.copy_(layer.running_var.double() * ratio)
-    return pruned
 
 
 @pytest.mark.parametrize("repair", REPAIRS)
@@ -272,23 +249,48 @@ def test_bfloat16_agrees_with_float32(kind: str, repair: str) -> None:
     np.testing.assert_allclose(rough.divergence, exact.divergence, rtol=0, atol=0.03)
 
 
-def test_trained_statistics_are_not_rounded_in_bfloat16() -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_networks_of_the_tests_take_the_fast_path_in_the_precision_asked_for(kind: str, precision: str) -> None:
+    evaluate = evaluator(trained(kind), precision=precision)
+    assert evaluate.is_fused
+    assert evaluate.precision == precision
+
+
+@pytest.mark.parametrize("has_arithmetic", [True, False])
+def test_precision_auto_is_bfloat16_where_the_device_computes_in_it(
+    has_arithmetic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "computes_bfloat16", lambda device: has_arithmetic)
+    evaluate = evaluator(trained("residual"), precision="auto")
+    assert evaluate.precision == ("bfloat16" if has_arithmetic else "float32")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trained_statistics_are_not_rounded_in_bfloat16(kind: str) -> None:
+    # A batch norm of one channel whose mean is far from zero: rounded, it would be a tenth of its deviation off.
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.inner = nn.BatchNorm2d(1), trained(kind)
+            assert self.norm.running_mean is not None
+            self.norm.running_mean.fill_(0.1 + 2**-9)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(self.norm(x))
+
+    evaluate = evaluator(Shifted(), "none", precision="bfloat16")
+    assert isinstance(evaluate._network, FusedNetwork)
+    found = evaluate._network._work.get_buffer("norm.running_mean")
+    assert found.dtype == torch.float32
+    assert found.item() == torch.tensor(0.1 + 2**-9).item()
+
+
+def test_networks_are_built_in_float32_whatever_they_are_judged_in() -> None:
     network = trained("residual")
-    judge = evaluator(network, precision="bfloat16")
-    exact = dict(network.named_buffers())
-    statistics = {
-        name: buffer
-        for name, buffer in judge._work.named_buffers()
-        if name.split(".")[-1] in ("running_mean", "running_var")
-    }
-    assert len(statistics) >= 4
-    assert all(torch.equal(buffer, exact[name]) for name, buffer in statistics.items())
-
-
-def test_networks_to_keep_are_not_built_from_rounded_weights() -> None:
-    evaluate = evaluator(trained("residual"), precision="bfloat16")
-    with pytest.raises(ValueError, match="only an evaluator with precision 'float32' builds networks"):
-        evaluate.build(np.ones(evaluate.layout.n_weights, dtype=bool))
+    mask = some_masks(network).unpack(5)
+    exact, rough = (evaluator(network, precision=precision).build(mask) for precision in ("float32", "bfloat16"))
+    assert states_equal(exact, rough)
 
 
 def test_three_dimensional_convolutions_can_be_judged() -> None:
@@ -311,7 +313,7 @@ def test_three_dimensional_convolutions_can_be_judged() -> None:
     ("option", "message"),
     [
         ({"objective": "loss"}, "expected an objective among error, divergence, found 'loss'"),
-        ({"precision": "int8"}, "expected a precision among float32, bfloat16, found 'int8'"),
+        ({"precision": "int8"}, "expected a precision among float32, bfloat16 and auto, found 'int8'"),
         ({"repair": "magic"}, "expected a repair mode among none, batchnorm, found 'magic'"),
     ],
 )
@@ -387,6 +389,309 @@ def test_predict_leaves_out_no_image_and_keeps_their_order() -> None:
     network, (images, _) = trained("foreign"), judged()
     with torch.no_grad():
         torch.testing.assert_close(predict(network, images, 7), network(images), rtol=1e-4, atol=1e-4)
+
+
+def test_images_in_a_batch_are_as_many_as_fit_a_core_s_caches() -> None:
+    sizes = {side: default_batch_size(torch.zeros(1, 3, side, side), torch.device("cpu")) for side in (8, 32, 64, 224)}
+    assert sizes == {8: 256, 32: 128, 64: 32, 224: 8}
+    assert default_batch_size(torch.zeros(1, 3, 32, 32), torch.device("cuda")) == 1000
+
+
+# --------------------------------------------------------------------------------------------------- choosing the path
+
+
+def unpacked(masks: PackedMasks) -> list[np.ndarray]:
+    return [masks.unpack(i) for i in range(len(masks))]
+
+
+def naive_objectives(network: nn.Module, masks: PackedMasks, repair: str) -> np.ndarray:
+    """Top-1 errors of naive networks."""
+    images, labels = judged()
+    return np.array(
+        [top1_error(predict(naive_network(network, m, repair), images, 64), labels) for m in unpacked(masks)]
+    )
+
+
+@pytest.mark.parametrize("repair", REPAIRS)
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (architectures.Branching, "control flow"),
+        (architectures.ReadAfterInPlace, "changes a tensor in place that is read again"),
+        (architectures.TwoInputs, "its forward takes 2 arguments instead of one"),
+    ],
+)
+def test_a_network_that_cannot_be_traced_is_judged_layer_by_layer_and_the_log_says_why(
+    kind: Callable[[], nn.Module], reason: str, repair: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = made(kind)
+    masks = some_masks(network)
+    with caplog.at_level(logging.INFO, "paretoprune"):
+        evaluate = evaluator(network, repair)
+    assert not evaluate.is_fused
+    assert caplog.messages[0].startswith("the fused float32 path does not take this network: ")
+    assert reason in caplog.messages[0]
+    assert "candidates are evaluated in float32, layer by layer" in caplog.messages
+    assert all(record.levelno == logging.INFO for record in caplog.records)
+    # The untrained networks' answers are close to one another: an image or two on the edge may turn.
+    np.testing.assert_allclose(
+        evaluate.score(masks).error, naive_objectives(network, masks, repair), rtol=0, atol=2.01 / N_JUDGED
+    )
+
+
+def test_a_network_that_cannot_be_traced_is_judged_layer_by_layer_in_bfloat16_too() -> None:
+    evaluate = evaluator(made(architectures.Branching), precision="bfloat16")
+    assert not evaluate.is_fused
+    assert isinstance(evaluate._network, LayerwiseNetwork)
+    assert evaluate.precision == "bfloat16"
+
+
+@pytest.mark.parametrize("repair", REPAIRS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        architectures.ReadAfterSharedInPlace,
+        architectures.ViewOfInPlace,
+        architectures.InPlaceOnView,
+        architectures.Hooked,
+        architectures.OwnNorms,
+    ],
+)
+def test_networks_that_mislead_a_tracer_are_judged_right_all_the_same(
+    kind: Callable[[], nn.Module], repair: str
+) -> None:
+    images, labels = digits()
+    network = made(kind)
+    # What is changed in place cannot be trained.
+    in_place = [module for module in network.modules() if isinstance(module, nn.ReLU)]
+    for module in in_place:
+        module.inplace = False
+    fit(network, images[:1000], labels[:1000], epochs=3)
+    for module in in_place:
+        module.inplace = True
+    masks = some_masks(network)
+    found = evaluator(network, repair).score(masks).error
+    np.testing.assert_allclose(found, naive_objectives(network, masks, repair), rtol=0, atol=1.01 / N_JUDGED)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fast_path_that_answers_otherwise_is_not_used_and_warned_about(
+    kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = trained(kind)
+    masks, expected = some_masks(network), evaluator(network).score(some_masks(network)).error
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(self: FusedNetwork, images: Tensor, *rest: Any) -> Tensor:
+        return torch.randn(len(images), 10, generator=generator)
+
+    monkeypatch.setattr(FusedNetwork, "answer", noise)
+    with caplog.at_level(logging.WARNING, "paretoprune"):
+        evaluate = evaluator(network)
+    assert not evaluate.is_fused
+    assert len(caplog.messages) == 1
+    assert "fused float32 path against float32 layer by layer" in caplog.text
+    assert "that is too much, and it is not used" in caplog.text
+    # Two ways of computing may differ on an image on the edge.
+    np.testing.assert_allclose(evaluate.score(masks).error, expected, rtol=0, atol=1.01 / N_JUDGED)
+
+
+def test_a_fast_path_that_is_wrong_for_pruned_networks_only_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepare = FusedNetwork.prepare
+
+    def dense_always(self: FusedNetwork, kept: Tensor, *rest: Any) -> None:
+        prepare(self, torch.ones_like(kept), *rest)
+
+    monkeypatch.setattr(FusedNetwork, "prepare", dense_always)
+    with caplog.at_level(logging.WARNING, "paretoprune"):
+        assert not evaluator(trained("residual")).is_fused
+    assert "it is not used" in caplog.text
+
+
+@pytest.mark.parametrize("error", [RuntimeError("could not create a primitive"), ValueError("odd"), IndexError("odd")])
+def test_a_fast_path_that_fails_is_not_used_and_warned_about(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(*given: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(FusedNetwork, "prepare", failing)
+    with caplog.at_level(logging.WARNING, "paretoprune"):
+        assert not evaluator(trained("residual")).is_fused
+    assert caplog.messages == [f"the fused float32 path fails on this network: {error}"]
+
+
+# -------------------------------------------------------------------------------- workers, kept activations and bounds
+
+SHARED = pytest.mark.skipif(not can_fork(), reason="worker processes are forked, which only Linux does well")
+
+
+def many_masks(network: nn.Module) -> PackedMasks:
+    """Parents, and children that differ from them in the last layers only, some of them twice."""
+    layout, rng = MaskLayout.of(network), np.random.default_rng(5)
+    rows = unpacked(some_masks(network))
+    for parent in (2, 4, 5):
+        for first in (layout.n_layers - 1, layout.n_layers - 2, layout.n_layers // 2):
+            child = rows[parent].copy()
+            later = np.arange(layout.n_weights) >= layout.offsets[first]
+            child[later] ^= rng.random(int(later.sum())) < 0.1
+            rows.append(child)
+    return PackedMasks.pack(np.array([*rows, rows[4], rows[-1]]))
+
+
+@SHARED
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("repair", REPAIRS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_neither_workers_nor_kept_activations_nor_the_order_change_a_bit(
+    kind: str, repair: str, precision: str
+) -> None:
+    network = trained(kind)
+    masks = many_masks(network)
+    with evaluator(network, repair, precision=precision, objective="divergence") as alone:
+        expected = alone(masks)
+        assert alone.prefixes.n_slots == 0
+    order = np.random.default_rng(1).permutation(len(masks))
+    for workers, megabytes in ((1, 30), (2, 0), (2, 30), (3, 6)):
+        options: dict[str, Any] = {"workers": workers, "prefix_cache_mb": megabytes}
+        with evaluator(network, repair, precision=precision, objective="divergence", **options) as evaluate:
+            assert np.array_equal(evaluate(masks), expected), options
+            assert np.array_equal(evaluate(masks.select(order)), expected[order]), options
+            if megabytes:
+                assert evaluate.prefixes.hits > 10
+            # One candidate is judged in this process, none at all in no process.
+            assert np.array_equal(evaluate(masks.select([6])), expected[[6]])
+            assert evaluate(masks.select([])).shape == (0, 2)
+    assert multiprocessing.active_children() == []
+
+
+@SHARED
+@pytest.mark.parametrize("objective", ["error", "divergence"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_bounds_complete_candidates_get_the_same_and_others_a_lower_bound(kind: str, objective: str) -> None:
+    network = trained(kind)
+    masks = many_masks(network)
+    with evaluator(network, objective=objective, batch_size=32) as alone:
+        exact = alone(masks)
+    rng = np.random.default_rng(2)
+    settings: list[dict[str, Any]] = [{}, {"workers": 2, "prefix_cache_mb": 6}]
+    for options in settings:
+        with evaluator(network, objective=objective, batch_size=32, **options) as evaluate:
+            for bounds in (exact[:, 0], 0.5 * exact[:, 0], rng.random(len(masks))):
+                found, complete = evaluate.bounded(masks, bounds)
+                assert complete.dtype == bool
+                assert np.array_equal(found[complete], exact[complete])
+                assert np.array_equal(found[:, 1], exact[:, 1])
+                assert np.all(found[~complete, 0] > bounds[~complete])
+                # Sums of fewer terms may round otherwise in the last of sixteen places.
+                assert np.all(found[~complete, 0] <= exact[~complete, 0] + 1e-12)
+                assert np.all(complete[bounds >= exact[:, 0]])
+            assert np.array_equal(evaluate(masks), exact)
+            assert not evaluate.bounded(masks, 0.5 * exact[:, 0])[1].all()
+
+
+def test_a_bound_saves_looking_at_images() -> None:
+    network = trained("residual")
+    evaluate, masks = evaluator(network, batch_size=20), some_masks(network)
+    evaluate(masks)
+    assert evaluate.n_images_seen == len(masks) * N_JUDGED
+    evaluate.n_images_seen = 0
+    _, complete = evaluate.bounded(masks, np.full(len(masks), 0.3))
+    assert 0 < complete.sum() < len(masks)
+    assert evaluate.n_images_seen < 0.7 * len(masks) * N_JUDGED
+
+
+@SHARED
+@pytest.mark.parametrize("repair", REPAIRS)
+@pytest.mark.parametrize("name", ["NormUsedTwice", "Downsampled", "InPlace", "UsedTwice", "BiasAndNorm"])
+def test_kept_activations_change_nothing_for_odd_networks_either(name: str, repair: str) -> None:
+    network = made(architectures.ARCHITECTURES[name])
+    masks = many_masks(network)
+    expected = evaluator(network, repair, objective="divergence")(masks)
+    evaluate = evaluator(network, repair, objective="divergence", prefix_cache_mb=30)
+    assert np.array_equal(evaluate(masks), expected)
+    assert evaluate.prefixes.hits > 0
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=SHARED)])
+def test_after_an_error_the_evaluator_can_be_used_again(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = trained("residual")
+    masks = many_masks(network)
+    with evaluator(network, workers=workers, prefix_cache_mb=30) as evaluate:
+        expected = evaluate(masks)
+        evaluate.close()
+        answer = FusedNetwork.answer
+
+        def failing(self: FusedNetwork, *given: Any) -> Tensor:
+            if torch.equal(self._pruned, torch.zeros_like(self._pruned)):
+                raise RuntimeError("broken on purpose")
+            return answer(self, *given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FusedNetwork, "answer", failing)
+            with pytest.raises(RuntimeError, match="broken on purpose"):
+                evaluate(masks)
+        assert multiprocessing.active_children() == []
+        assert np.array_equal(evaluate(masks), expected)
+
+
+@SHARED
+def test_a_worker_that_is_killed_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    network = trained("residual")
+    masks = many_masks(network)
+    with evaluator(network, workers=2, prefix_cache_mb=30) as evaluate:
+        expected = evaluate(masks)
+        assert evaluate._pool is not None
+        os.kill(evaluate._pool.pids[1], signal.SIGKILL)
+        assert np.array_equal(evaluate(masks), expected)
+    assert "a worker died (signal SIGKILL)" in caplog.text
+
+
+def test_candidates_that_answer_nan_get_the_worst_objectives() -> None:
+    network = made(architectures.Plain)
+    layout = MaskLayout.of(network)
+
+    class Fragile(nn.Module):
+        """Divides by a weight, so that without it nothing is left but NaN."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.scale = made(architectures.Plain), nn.Linear(1, 1, bias=False)
+            self.scale.weight.data.fill_(1.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            # 0/0 where the weight is pruned.
+            return self.inner(x) * (self.scale.weight[0, 0] / self.scale.weight[0, 0])
+
+    masks = np.ones((2, layout.n_weights + 1), dtype=bool)
+    masks[1, -1] = False
+    for objective in ("error", "divergence"):
+        for batch_size in (300, 64):
+            evaluate = evaluator(Fragile(), "none", objective=objective, batch_size=batch_size)
+            assert evaluate.is_fused
+            found, complete = evaluate.bounded(PackedMasks.pack(masks), np.full(2, math.inf))
+            assert found[0, 0] < 1
+            assert found[1, 0] == 1
+            assert complete.all()
+
+
+@pytest.mark.parametrize("workers", [0, -1])
+def test_at_least_one_process_judges(workers: int) -> None:
+    assert evaluator(trained("residual"), workers=workers).n_workers == 1
+
+
+def test_the_number_of_torch_s_threads_stays_what_it_was() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        evaluate = evaluator(trained("residual"))
+        evaluate(some_masks(trained("residual")))
+        evaluate.build(some_masks(trained("residual")).unpack(3))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.gpu

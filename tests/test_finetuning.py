@@ -34,6 +34,7 @@ def judge(network: nn.Module, data: LabelledImages) -> PopulationEvaluator:
         data.labels,
         repair="batchnorm",
         calibration_images=part(0, 200).images,
+        precision="float32",
     )
 
 

@@ -1,6 +1,7 @@
 """What steps that search share: their judge, scores from files, progress in about ten lines, and what they publish."""
 
 import logging
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,9 @@ def test_what_is_published_was_judged_in_float32_and_thinned(inputs: dict[str, s
     history = [{"generation": 1, "evaluations": 6, "seconds": 0.5, "hypervolume": 0.25, "stage": "phase1"}]
     found = SearchResult(Front(masks, wrong, [f"stage{i}" for i in range(6)]), history)
     outputs = {"masks": str(tmp_path / "out" / "masks.npz"), "history": str(tmp_path / "out" / "history.csv")}
-    publish(found, inputs, outputs, SETTINGS, CPU)
+    evaluate = make_search_evaluator(inputs, SETTINGS, CPU)
+    assert evaluate.precision == "bfloat16"
+    publish(found, evaluate, inputs, outputs, SETTINGS, CPU)
     front, exact = Front.load(outputs["masks"]), by_hand(inputs, "float32")(masks)
     assert 1 <= len(front) <= 3
     for i in range(len(front)):
@@ -96,6 +99,26 @@ def test_what_is_published_was_judged_in_float32_and_thinned(inputs: dict[str, s
         assert front.stages[i] == f"stage{source}"
         assert not np.any(np.all(exact < front.objectives[i], axis=1))
     assert read_history(outputs["history"]) == history
+
+
+def test_what_was_searched_in_float32_is_published_as_it_was_judged(inputs: dict[str, str], tmp_path: Path) -> None:
+    masks = some_masks()
+    given = np.column_stack([np.linspace(0.9, 0.1, 6), masks.density])
+    outputs = {"masks": str(tmp_path / "masks.npz"), "history": str(tmp_path / "history.csv")}
+    evaluate = make_search_evaluator(inputs, SETTINGS, CPU, precision="float32")
+    settings = SETTINGS | {"front_size": None}
+    publish(SearchResult(Front(masks, given, ["x"] * 6), []), evaluate, inputs, outputs, settings, CPU)
+    assert np.array_equal(Front.load(outputs["masks"]).objectives, given)
+
+
+def test_publishing_ends_the_worker_processes_of_the_search(inputs: dict[str, str], tmp_path: Path) -> None:
+    masks = some_masks()
+    found = SearchResult(Front(masks, np.column_stack([masks.density[::-1], masks.density]), ["x"] * 6), [])
+    outputs = {"masks": str(tmp_path / "masks.npz"), "history": str(tmp_path / "history.csv")}
+    evaluate = make_search_evaluator(inputs, SETTINGS, CPU, workers=2)
+    evaluate(masks)
+    publish(found, evaluate, inputs, outputs, SETTINGS, CPU)
+    assert multiprocessing.active_children() == []
 
 
 def test_scores_are_read_by_the_names_of_their_files(tmp_path: Path) -> None:

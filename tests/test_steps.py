@@ -11,10 +11,12 @@ import pytest
 import torch
 from paretoprune.checkpoints import DenseNetwork
 from paretoprune.datasets import ImageSet
+from paretoprune.evaluation import default_batch_size
 from paretoprune.masks import MaskLayout, PackedMasks
 from paretoprune.networks import Architecture
 from paretoprune.splits import LabelledImages, Splits, normalise
 from paretoprune.steps import make_evaluator, read_splits, step
+from paretoprune.workers import can_fork
 
 ARCHITECTURE = Architecture("resnet8", 3, 1, {"base_width": 2})
 SETTINGS = {"repair": "none", "objective": "divergence", "precision": "float32", "batch_size": 4, "evaluations": 7}
@@ -128,8 +130,23 @@ def test_settings_can_be_changed_for_one_evaluator() -> None:
     changed: dict[str, Any] = {"objective": "error", "precision": "bfloat16"}
     evaluate = make_evaluator(dense(), judged(), judged(), SETTINGS, torch.device("cpu"), **changed)
     assert evaluate.objective == "error"
-    with pytest.raises(ValueError, match="precision 'float32'"):
-        evaluate.build(np.ones(evaluate.layout.n_weights, dtype=bool))
+    assert evaluate.precision == "bfloat16"
+    assert make_evaluator(dense(), judged(), judged(), SETTINGS, torch.device("cpu")).precision == "float32"
+
+
+def test_an_evaluator_chooses_the_size_of_batches_itself_if_it_may() -> None:
+    automatic = make_evaluator(dense(), judged(), judged(), SETTINGS | {"batch_size": "auto"}, torch.device("cpu"))
+    mask = PackedMasks.pack(np.ones((1, automatic.layout.n_weights), dtype=bool))
+    assert automatic._judge.batch_size == default_batch_size(judged().images, torch.device("cpu"))
+    assert make_evaluator(dense(), judged(), judged(), SETTINGS, torch.device("cpu"))._judge.batch_size == 4
+    assert automatic.score(mask).error[0] == automatic.dense.error[0]
+
+
+def test_an_evaluator_judges_in_as_many_processes_as_it_is_given() -> None:
+    if not can_fork():
+        pytest.skip("worker processes are forked, which only Linux does well")
+    with make_evaluator(dense(), judged(), judged(), SETTINGS, torch.device("cpu"), workers=2) as evaluate:
+        assert evaluate.n_workers == 2
 
 
 def test_repair_is_done_on_the_calibration_images() -> None:

@@ -1,4 +1,4 @@
-"""Stopping early changes nothing: searches whose evaluator returns lower bounds find, to the bit, what full ones find."""
+"""Stopping early changes nothing: searches on lower bounds find, to the bit, what full ones find."""
 
 import numpy as np
 import pytest

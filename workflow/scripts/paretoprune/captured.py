@@ -88,7 +88,7 @@ class CapturedNetwork:
         found = []
         with torch.inference_mode():
             for row in np.ascontiguousarray(words).view(np.int64):
-                self._words.copy_(torch.from_numpy(row))
+                self._words.copy_(torch.from_numpy(row.copy()))
                 if self._graph is not None:
                     self._graph.replay()
                 logits = self._logits if self._graph is not None else self._compute()

@@ -22,6 +22,7 @@ from paretoprune.fused import FusedNetwork
 from paretoprune.judging import OBJECTIVES, Judge, PrunableNetwork, Verdict, divergence_of, image_losses
 from paretoprune.layerwise import LayerwiseNetwork
 from paretoprune.masks import MaskLayout, PackedMasks
+from paretoprune.networks import channels_last
 from paretoprune.prefixes import NO_PLAN, Plan, PrefixCache
 from paretoprune.tracing import NotTraceableError
 from paretoprune.workers import WorkerPool, can_fork
@@ -172,7 +173,7 @@ class PopulationEvaluator:
             order = self._hardest_first(placed, batch_size, dense)
             self._images, self._labels, dense = placed[order], self._labels[order], dense[order]
             # Indexing may lay images out anew.
-            self._images = self._place(self._images, self._dtype)
+            self._images = channels_last(self._images)
         self._dense_log_probabilities = functional.log_softmax(dense.double(), dim=1)
         self.dense = Scores(np.array([top1_error(dense, self._labels)]), np.zeros(1))
         on_cpu = self._device.type == "cpu"
@@ -198,7 +199,7 @@ class PopulationEvaluator:
     # --------------------------------------------------------------------------------------------- choosing the path
 
     def _place(self, images: Tensor, dtype: torch.dtype) -> Tensor:
-        return images.to(self._device, dtype).contiguous(memory_format=torch.channels_last)
+        return channels_last(images.to(self._device, dtype))
 
     def _answers(self, network: PrunableNetwork, images: Tensor, batch_size: int, mask: np.ndarray | None) -> Tensor:
         """Logits of all images under a mask bool (n_weights,); None is the full one."""
@@ -246,7 +247,7 @@ class PopulationEvaluator:
             except NotTraceableError as error:
                 _LOGGER.info("the %s does not take this network: %s", name, error)
                 continue
-            except (RuntimeError, TypeError, AttributeError) as error:
+            except Exception as error:  # the plain way has run, so the fault is not the network's
                 _LOGGER.warning(
                     "the %s fails on this network: %s", name, str(error).splitlines()[0] if str(error) else error
                 )
@@ -317,6 +318,7 @@ class PopulationEvaluator:
         """Judge candidates uint64 (n_masks, n_words), each up to its bound."""
         if self._captured is not None:
             errors, kls = self._captured.losses(words, self._labels, self._dense_log_probabilities)
+            self.n_images_seen += len(self._images) * len(words)
             return [
                 Verdict(float(e), divergence_of(float(k)), len(self._images), True)
                 for e, k in zip(errors, kls, strict=True)

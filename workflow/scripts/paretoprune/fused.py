@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from paretoprune.masks import WORD_BITS, MaskLayout
+from paretoprune.networks import channels_last
 from paretoprune.repair import channel_moments, corrected_statistics
 from paretoprune.tracing import Call, Convolution, Cut, NotTraceableError, reads, run_call, trace
 
@@ -22,6 +23,9 @@ from paretoprune.tracing import Call, Convolution, Cut, NotTraceableError, reads
 FUSED_REPAIRS = ("none", "batchnorm")
 # Where activations are worth keeping for children that differ later on: shares of the network's arithmetic.
 CUT_SHARES = (1 / 3, 2 / 3, 5 / 6)
+
+# Calibration images on which folded weights are compared with measured ones.
+N_CENTRING = 16
 
 Moments = tuple[Tensor, Tensor]
 Registers = dict[fx.Node, Any]
@@ -41,6 +45,15 @@ def unpack_words(words: Tensor, n_weights: int) -> Tensor:
     return ((words[:, None] >> shifts) & 1).view(-1)[:n_weights].to(torch.bool)
 
 
+def has_fused_kernels(device: torch.device) -> bool:
+    """Whether torch has oneDNN's convolutions with sum and ReLU for a device."""
+    return (
+        device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+    )
+
+
 class FusedNetwork:
     """One dense network, ready to take any mask.
 
@@ -50,17 +63,27 @@ class FusedNetwork:
         sample: A few images (n, c, h, w) as it will be given, on the device and in the type to compute in.
         repair: `none` or `batchnorm`, see `paretoprune.repair`.
         calibration_images: Images for the repair, like `sample`.
+        onednn: Whether to use oneDNN's fused kernels; by default where they are: on CPUs that torch was built with them
+            for.
 
     Raises:
         NotTraceableError: The network cannot be turned into a program; the message says why.
     """
 
     def __init__(
-        self, network: nn.Module, layout: MaskLayout, sample: Tensor, *, repair: str, calibration_images: Tensor
+        self,
+        network: nn.Module,
+        layout: MaskLayout,
+        sample: Tensor,
+        *,
+        repair: str,
+        calibration_images: Tensor,
+        onednn: bool | None = None,
     ) -> None:
         if repair not in FUSED_REPAIRS:
             raise NotTraceableError(f"repair '{repair}' works layer by layer")
         self._dtype, self._device = sample.dtype, sample.device
+        self._onednn = has_fused_kernels(sample.device) if onednn is None else onednn
         self.layout = layout
         program = trace(network)
         self._steps, self._image, self._answer = program.steps, program.image, program.answer
@@ -94,6 +117,7 @@ class FusedNetwork:
         self._calibration = calibration_images
         self._dense_moments: dict[str, Moments] = {}
         self._sums: dict[int, bool] = {}
+        self.cuts: list[Cut] = []
         with torch.inference_mode():
             self.cuts = self._inspect(sample[:2])
             if self._repairs:
@@ -191,6 +215,9 @@ class FusedNetwork:
             return []
         shares = torch.tensor(work).double().cumsum(0) / total
         chosen: dict[int, Cut] = {}
+        norms = [step.norm for step in self._steps]
+        # A batch norm is corrected where it runs first, which must not depend on where a candidate begins.
+        alone = [entry for entry in alone if not {*norms[: entry[0] + 1]} & {*norms[entry[0] + 1 :]} - {None}]
         for wanted in CUT_SHARES:
             # Of places with the same share the smallest tensor; the last steps before a convolution cost nothing.
             near = [(abs(float(shares[i]) - wanted), prod(shape), i, node, shape) for i, node, shape in alone]
@@ -264,7 +291,7 @@ class FusedNetwork:
             x = registers[step.input]
             if step.other is None:
                 return self._convolve(step, x, weight, bias, relu=step.relu)
-            if self._sums[index] and self._device.type == "cpu":
+            if self._sums[index] and self._onednn:
                 return self._convolve_and_add(step, x, registers[step.other], weight, bias)
             return self._finish(index, step, registers, self._convolve(step, x, weight, bias, relu=False), fused=True)
 
@@ -317,10 +344,27 @@ class FusedNetwork:
             if norm.bias is not None:
                 bias = bias + norm.bias.float()
         weight = self._lay_out(weight)
-        if self._device.type == "cpu":
+        if self._onednn:
             # oneDNN's own order of weights, which it would otherwise make again for every batch.
             weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *self._geometry(step), None)
         self._folded[index] = (weight, None if bias is None else bias.to(self._dtype))
+
+    def _centre(self, index: int, step: Convolution, x: Tensor, expected: Tensor) -> None:
+        """Take from a folded bias what rounding the folded weights has added to each channel's mean.
+
+        Where pruning leaves a channel almost constant, its small variance magnifies such a shift.
+
+        Args:
+            index: Of the step.
+            step: The convolution, folded.
+            x: Its input for some calibration images.
+            expected: Its normalised output for them, as measured.
+        """
+        weight, bias = self._folded[index]
+        assert bias is not None
+        found = self._convolve(step, x, weight, bias, relu=False)
+        shift = (found.float() - expected.float()).mean(dim=(0, 2, 3))
+        self._folded[index] = (weight, (bias.float() - shift).to(self._dtype))
 
     def _fold_all(self, start: int = 0) -> None:
         for index, step in enumerate(self._steps[start:], start):
@@ -340,32 +384,38 @@ class FusedNetwork:
         registers: Registers = {self._image if cut is None else cut.register: images}
         done: set[str] = set()
 
-        def meet(norm: str, x: Tensor) -> None:
+        def meet(norm: str, x: Tensor, offset: Tensor | float) -> None:
             """A layer that runs several times keeps what its first run says."""
             if norm in done:
                 return
             done.add(norm)
-            moments = channel_moments(x)
+            mean, variance = channel_moments(x)
+            moments = (mean + offset, variance)
             if observe:
                 self._dense_moments[norm] = moments
             elif norm in self._dense_moments:
                 self._statistics[norm] = corrected_statistics(self._trained[norm], self._dense_moments[norm], moments)
 
         def convolve(index: int, step: Convolution) -> Tensor:
-            module = self._modules[step.module]
-            bias = None if module.bias is None else module.bias.to(self._dtype)
-            x = self._convolve(step, registers[step.input], self._lay_out(self._weight(step.module)), bias, relu=False)
+            module, x, bias = self._modules[step.module], registers[step.input], None
+            if step.norm is None and module.bias is not None:
+                bias = module.bias.to(self._dtype)
+            y = self._convolve(step, x, self._lay_out(self._weight(step.module)), bias, relu=False)
             if step.norm is not None:
-                meet(step.norm, x)
-                norm = self._modules[step.norm]
-                x = nn.functional.batch_norm(
-                    x, *self._statistics[step.norm], norm.weight, norm.bias, training=False, eps=norm.eps
+                # The bias only moves the mean; left out, it costs the activations no digits.
+                offset = 0.0 if module.bias is None else module.bias.float()
+                meet(step.norm, y, offset)
+                norm, (mean, variance) = self._modules[step.norm], self._statistics[step.norm]
+                y = nn.functional.batch_norm(
+                    y, mean - offset, variance, norm.weight, norm.bias, training=False, eps=norm.eps
                 )
             self._fold(index, step)
-            return self._finish(index, step, registers, x, fused=True)
+            if step.norm is not None and self._dtype != torch.float32:
+                self._centre(index, step, x[:N_CENTRING], y[:N_CENTRING])
+            return self._finish(index, step, registers, y, fused=True)
 
         def before_call(norm: str, x: Tensor) -> None:
-            meet(norm, x)
+            meet(norm, x, 0.0)
             module, (mean, variance) = self._modules[norm], self._statistics[norm]
             module.running_mean.copy_(mean)
             module.running_var.copy_(variance)
@@ -380,7 +430,7 @@ class FusedNetwork:
         keep: dict[Cut, Tensor],
         before_norm: Callable[[str, Tensor], None] | None = None,
     ) -> None:
-        places = {cut.after: (cut.register, tensor) for cut, tensor in keep.items()}
+        cuts = {cut.after: cut for cut in self.cuts}
         for index in range(start, len(self._steps)):
             step = self._steps[index]
             if isinstance(step, Convolution):
@@ -391,9 +441,12 @@ class FusedNetwork:
                 registers[step.output] = run_call(step, registers, self._work)
             for node in step.dead:
                 del registers[node]
-            if index in places:
-                register, tensor = places[index]
-                tensor.copy_(registers[register])
+            if index in cuts:
+                cut = cuts[index]
+                # Kept activations have one layout, so the rest must always begin with it: kernels choose by it.
+                registers[cut.register] = channels_last(registers[cut.register])
+                if cut in keep:
+                    keep[cut].copy_(registers[cut.register])
 
     # -------------------------------------------------------------------------------------------------------- kernels
 
@@ -409,7 +462,7 @@ class FusedNetwork:
 
     def _convolve(self, step: Convolution, x: Tensor, weight: Tensor, bias: Tensor | None, *, relu: bool) -> Tensor:
         padding, stride, dilation, groups = self._geometry(step)
-        if self._device.type == "cpu":
+        if self._onednn:
             return torch.ops.mkldnn._convolution_pointwise(
                 x, weight, bias, padding, stride, dilation, groups, "relu" if relu else "none", [], ""
             )

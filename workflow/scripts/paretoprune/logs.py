@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 # What users can mend: told in one line, with the traceback only in the log file.
-EXPECTED_ERRORS = (ValueError, ArithmeticError, FileNotFoundError)
+EXPECTED_ERRORS = (ValueError, ArithmeticError, FileNotFoundError, ChildProcessError)
 
 
 @contextmanager

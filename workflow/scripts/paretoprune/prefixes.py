@@ -95,7 +95,10 @@ class PrefixCache:
             slot = self._found[cut].get(keys[cut])
             if slot is not None:
                 start = (cut, slot)
-                self._found[cut].move_to_end(keys[cut])
+                # What lies before it is as good as used.
+                for earlier in range(cut + 1):
+                    if keys[earlier] in self._found[earlier]:
+                        self._found[earlier].move_to_end(keys[earlier])
                 self._readers[start] = self._readers.get(start, 0) + 1
                 break
         self.hits, self.misses = self.hits + (start is not None), self.misses + (start is None)

@@ -115,6 +115,17 @@ _PURE_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.relu_: torch.relu,
     functional.relu_: functional.relu,
 }
+# What surely makes a tensor of its own; anything else may return a view of its first argument.
+_FRESH_FUNCTIONS = frozenset(_PURE_FUNCTIONS.values())
+_FRESH_NAMES = frozenset(
+    (
+        *("add", "sub", "mul", "div", "truediv", "matmul", "bmm", "mm", "cat", "stack", "clone", "pad", "_pad"),
+        *("relu", "sigmoid", "tanh", "gelu", "silu", "hardswish", "hardsigmoid", "leaky_relu", "elu", "softmax"),
+        *("conv1d", "conv2d", "linear", "batch_norm", "group_norm", "layer_norm", "mean", "sum", "amax", "log_softmax"),
+        *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "boolean_dispatch", "interpolate"),
+    )
+)
+_VIEWING_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
 
 
 def trace(network: nn.Module) -> Program:
@@ -128,8 +139,11 @@ def trace(network: nn.Module) -> Program:
             no single tensor.
     """
     network = copy.deepcopy(network).eval()
+    for name, module in network.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise NotTraceableError(f"'{name}' has forward hooks")
     try:
-        graph = fx.Tracer().trace(network)
+        graph = _Tracer().trace(network)
     except Exception as error:  # whatever the network's own code raises when it meets a symbol instead of a tensor
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise NotTraceableError(f"its forward cannot be traced ({reason})") from error
@@ -139,37 +153,64 @@ def trace(network: nn.Module) -> Program:
     answer = next(node for node in graph.nodes if node.op == "output").args[0]
     if not isinstance(answer, fx.Node):
         raise NotTraceableError("its output is not a single tensor")
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        _make_pure(node, network, order)
     modules = dict(network.named_modules())
+    _make_pure(list(graph.nodes), modules)
     steps = _fuse([node for node in graph.nodes if node.op not in ("placeholder", "output")], modules)
     _mark_tail(steps)
     _mark_dead(steps, answer, images[0])
     return Program(steps, images[0], answer, network)
 
 
-def _make_pure(node: fx.Node, network: nn.Module, order: dict[fx.Node, int]) -> None:
-    """Replace an in-place operation by its pure form, or refuse."""
-    in_place = False
-    if node.op == "call_function":
-        if node.target in _PURE_FUNCTIONS:
-            node.target, in_place = _PURE_FUNCTIONS[node.target], True
-        if node.kwargs.get("inplace"):
-            node.kwargs, in_place = {**node.kwargs, "inplace": False}, True
-        if node.kwargs.get("out") is not None or node.target in (operator.setitem, setattr):
-            raise NotTraceableError(f"it writes into a tensor ('{node.name}')")
-    elif node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__"):
-        node.target, in_place = str(node.target).removesuffix("_"), True
-        if not hasattr(torch.Tensor, str(node.target)) or node.target in ("copy", "zero", "fill", "set"):
-            raise NotTraceableError(f"it changes a tensor in place ('{node.name}')")
-    elif node.op == "call_module":
-        module = network.get_submodule(str(node.target))
-        if getattr(module, "inplace", False):
-            module.inplace, in_place = False, True  # type: ignore[assignment]
-    changed = node.args[0] if in_place and node.args else None
-    if isinstance(changed, fx.Node) and any(order[user] > order[node] for user in changed.users):
-        raise NotTraceableError(f"'{node.name}' changes a tensor in place that is read again")
+class _Tracer(fx.Tracer):
+    """Traces down to torch's own layers, and to batch norm of any make, which repairs know by its kind."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _make_pure(nodes: list[fx.Node], modules: dict[str, nn.Module]) -> None:
+    """Replace in-place operations by their pure forms, or refuse where somebody reads what they change."""
+    order = {node: i for i, node in enumerate(nodes)}
+    changing = {name for name, module in modules.items() if getattr(module, "inplace", False)}
+    changes: list[tuple[fx.Node, fx.Node]] = []
+    for node in nodes:
+        in_place = False
+        if node.op == "call_function":
+            if node.target in _PURE_FUNCTIONS:
+                node.target, in_place = _PURE_FUNCTIONS[node.target], True
+            if node.kwargs.get("inplace"):
+                node.kwargs, in_place = {**node.kwargs, "inplace": False}, True
+            if node.kwargs.get("out") is not None or node.target in (operator.setitem, setattr):
+                raise NotTraceableError(f"it writes into a tensor ('{node.name}')")
+        elif node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__"):
+            node.target, in_place = str(node.target).removesuffix("_"), True
+            if not hasattr(torch.Tensor, str(node.target)) or node.target in ("copy", "zero", "fill", "set"):
+                raise NotTraceableError(f"it changes a tensor in place ('{node.name}')")
+        elif node.op == "call_module" and node.target in changing:
+            modules[str(node.target)].inplace, in_place = False, True  # type: ignore[assignment]
+        if in_place and node.args and isinstance(node.args[0], fx.Node):
+            changes.append((node, node.args[0]))
+    # What an in-place operation returns counts as its own: whoever reads that means to read the changed values.
+    ends = {node for node, _ in changes}
+    owners = {node: _owner(node, modules, ends) for node in nodes}
+    for node, changed in changes:
+        family = [other for other in nodes if owners[other] is owners[changed]]
+        if any(order[user] > order[node] for other in family for user in other.users):
+            raise NotTraceableError(f"'{node.name}' changes a tensor in place that is read again")
+
+
+def _owner(node: fx.Node, modules: dict[str, nn.Module], ends: set[fx.Node]) -> fx.Node:
+    """The node whose memory a node may look into: itself where it is one of `ends` or surely no view."""
+    while node not in ends and node.args and isinstance(node.args[0], fx.Node):
+        if node.op == "call_module":
+            fresh = not isinstance(modules[str(node.target)], _VIEWING_MODULES)
+        else:
+            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+            fresh = (node.op == "call_function" and node.target in _FRESH_FUNCTIONS) or name in _FRESH_NAMES
+        if fresh:
+            break
+        node = node.args[0]
+    return node
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -59,13 +59,22 @@ def _serve(function: Callable[..., Any], connection: Connection, others: Sequenc
             try:
                 answer = (True, function(*arguments))
             except Exception as error:
-                answer = (False, error)
+                answer = (False, _portable(error))
             try:
                 connection.send(answer)
-            except (TypeError, AttributeError, pickle.PicklingError):  # an error that cannot travel
-                connection.send((False, RuntimeError(str(answer[1]))))
+            except Exception as error:
+                connection.send((False, RuntimeError(f"a result cannot be sent: {error}")))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
+
+
+def _portable(error: Exception) -> Exception:
+    """An error that another process can be sent: itself, or its text where it cannot be taken apart or put together."""
+    try:
+        pickle.loads(pickle.dumps(error))  # its own bytes
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _end(workers: list[_Worker]) -> None:
@@ -119,7 +128,7 @@ class WorkerPool:
             done: Called in this process with a job and its result, in the order in which they end.
 
         Raises:
-            RuntimeError: One job has taken several workers down.
+            ChildProcessError: One job has taken several workers down.
             Exception: Whatever the function raised.
         """
         waiting, deaths, running = deque(range(len(jobs))), dict.fromkeys(range(len(jobs)), 0), 0
@@ -170,9 +179,9 @@ class WorkerPool:
         why = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit status {code}"
         worker.connection.close()
         if n_deaths >= MAX_DEATHS:
-            raise RuntimeError(
+            raise ChildProcessError(
                 f"the same candidate has taken {n_deaths} workers down (the last by {why}); if it was the system "
-                "running out of memory (SIGKILL), use fewer threads, smaller batches or a smaller prefix_cache_mb"
+                "running out of memory (SIGKILL), use a smaller threads_per_search, batch_size or prefix_cache_mb"
             )
         _LOGGER.warning("a worker died (%s); it is replaced, and its candidate is judged again", why)
         self._workers[self._workers.index(worker)] = self._start()

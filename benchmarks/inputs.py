@@ -1,0 +1,66 @@
+"""What the benchmarks run on: the trained ResNets and real images where they are at hand, otherwise stand-ins."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from paretoprune.checkpoints import load_weights, read_state_dict
+from paretoprune.datasets import read_images
+from paretoprune.networks import CifarResNet
+from paretoprune.splits import normalise
+from torch import Tensor, nn
+
+# Published networks, and what they were trained with; see the experiment cifar10-sample-resnet20.
+CHECKPOINTS = {20: "checkpoints/resnet20-12fca82f.th", 56: "checkpoints/resnet56-4bfd9763.th"}
+IMAGES = "cifar10-sample.tar"
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SEED = 0
+
+
+def resnet(depth: int, data: Path | None) -> nn.Module:
+    """A ResNet for 32 x 32 images: trained where `data` holds a checkpoint of this depth, otherwise untrained."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        network = CifarResNet(depth).eval()
+    if data is not None and depth in CHECKPOINTS and (data / CHECKPOINTS[depth]).is_file():
+        path = data / CHECKPOINTS[depth]
+        load_weights(network, read_state_dict(path), path.name)
+    return network
+
+
+def images_and_labels(n: int, data: Path | None) -> tuple[Tensor, Tensor]:
+    """`n` images (n, 3, 32, 32), normalised, and labels: real training images from `data`, or noise without it."""
+    rng = np.random.default_rng(SEED)
+    if data is not None and (data / IMAGES).is_file():
+        found = read_images("imagefolder", data, path=IMAGES)
+        chosen = torch.from_numpy(rng.permutation(np.flatnonzero(~found.is_test.numpy()))[:n])
+        return normalise(found.images[chosen], MEAN, STD), found.labels[chosen]
+    noise = rng.standard_normal((n, 3, 32, 32), dtype=np.float32)
+    return torch.from_numpy(noise), torch.from_numpy(rng.integers(0, 10, n))
+
+
+def data_directory(path: Path) -> Path | None:
+    """The folder if it has both images and checkpoints, otherwise None."""
+    complete = (path / IMAGES).is_file() and all((path / file).is_file() for file in CHECKPOINTS.values())
+    return path if complete else None
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """How long one call takes."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def side_by_side(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each function, called in turn so that a noisy machine slows all of them alike."""
+    for function in functions.values():
+        function()
+    found: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            found[name].append(seconds(function))
+    return {name: median(times) for name, times in found.items()}

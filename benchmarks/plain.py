@@ -1,0 +1,164 @@
+"""The plain implementation that the whole search is measured against: what one writes first.
+
+Every candidate is a deep copy of the network with its weights multiplied by the mask, judged in full by torch's eager
+float32 in large batches, one after the other in one process; Phase 2's populations are booleans (n, n_weights) in
+pymoo's NSGA-II with its default duplicate elimination. The method is the same down to the draws: with an evaluator that
+gives the same objectives, both implementations find the same front (`tests/test_benchmarks.py`).
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from paretoprune import search
+from paretoprune.corridor import Corridor
+from paretoprune.evaluation import divergence, top1_error
+from paretoprune.masks import Genome, MaskLayout, PackedMasks, pack_rows, unpack_row
+from paretoprune.operators import AdaptiveVariation
+from paretoprune.repair import make_repair
+from paretoprune.search import Evaluate, Recorder, SearchResult
+from pymoo.algorithms.moo.nsga2 import NSGA2
+from pymoo.core.crossover import Crossover
+from pymoo.core.mutation import Mutation
+from pymoo.core.problem import Problem
+from torch import Tensor, nn
+
+BATCH_SIZE = 1000
+
+
+class PlainEvaluator:
+    """Masks to objectives, the usual way.
+
+    Args:
+        network: The trained dense network.
+        layout: Where its prunable weights lie in a mask.
+        images: Images to judge on, float32 (n, c, h, w).
+        labels: int64 (n,).
+        repair: `none` or `batchnorm`.
+        calibration_images: Images for the repair.
+        objective: `error` or `divergence`.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        layout: MaskLayout,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        repair: str,
+        calibration_images: Tensor,
+        objective: str,
+    ) -> None:
+        self._network, self._layout = network, layout
+        self._images, self._labels, self._objective = images, labels, objective
+        self._repair = make_repair(repair, network, calibration_images)
+        self._dense = self.predict(network).double().log_softmax(dim=1)
+
+    def predict(self, network: nn.Module) -> Tensor:
+        """Logits of all images, float32 (n, n_classes)."""
+        with torch.no_grad():
+            return torch.cat([network(batch) for batch in self._images.split(BATCH_SIZE)])
+
+    def prune(self, mask: np.ndarray) -> nn.Module:
+        """A masked and repaired copy of the network; the mask is bool (n_weights,)."""
+        pruned = copy.deepcopy(self._network)
+        parameters = dict(pruned.named_parameters())
+        with torch.no_grad():
+            for name, part in self._layout.split(mask).items():
+                parameters[name].mul_(torch.from_numpy(part))
+        self._repair(pruned)
+        return pruned
+
+    def __call__(self, masks: PackedMasks) -> np.ndarray:
+        """Objectives float64 (n_masks, 2): the error-like objective and the density."""
+        errors = []
+        for i in range(len(masks)):
+            logits = self.predict(self.prune(masks.unpack(i)))
+            by_label = self._objective == "error"
+            errors.append(top1_error(logits, self._labels) if by_label else divergence(logits, self._dense))
+        return np.column_stack([errors, masks.density])
+
+
+def _pack(row: np.ndarray) -> Genome:
+    return Genome(pack_rows(row[None])[0])
+
+
+def _packed(rows: np.ndarray) -> np.ndarray:
+    x = np.empty((len(rows), 1), dtype=object)
+    x[:, 0] = [_pack(row) for row in rows]
+    return x
+
+
+def _booleans(x: np.ndarray, n_weights: int) -> np.ndarray:
+    return np.array([unpack_row(genome.words, n_weights) for genome in x[:, 0]])
+
+
+class _BooleanProblem(Problem):
+    def __init__(self, n_weights: int, recorder: Recorder, variation: AdaptiveVariation) -> None:
+        super().__init__(n_var=n_weights, n_obj=2, xl=0, xu=1, vtype=bool)
+        self._recorder, self._variation = recorder, variation
+
+    def _evaluate(self, x: np.ndarray, out: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        out["F"], joined = self._recorder(PackedMasks.pack(x))
+        for row, success in zip(x, joined, strict=True):
+            self._variation.reward(_pack(row), bool(success))
+
+
+class _BooleanCrossover(Crossover):
+    def __init__(self, packed: Crossover) -> None:
+        super().__init__(n_parents=2, n_offsprings=1, prob=1.0)
+        self._operator = packed
+
+    def _do(self, problem: Problem, x: np.ndarray, *args: Any, random_state: Any = None, **kwargs: Any) -> np.ndarray:
+        parents = np.stack([_packed(x[0]), _packed(x[1])])
+        return _booleans(self._operator._do(problem, parents, random_state=random_state)[0], problem.n_var)[None]
+
+
+class _BooleanMutation(Mutation):
+    def __init__(self, packed: Mutation) -> None:
+        super().__init__()
+        self._operator = packed
+
+    def _do(self, problem: Problem, x: np.ndarray, *args: Any, random_state: Any = None, **kwargs: Any) -> np.ndarray:
+        return _booleans(self._operator._do(problem, _packed(x), random_state=random_state), problem.n_var)
+
+
+def search_corridor(
+    evaluate: Evaluate,
+    corridor: Corridor,
+    guides: Sequence[np.ndarray],
+    before: SearchResult,
+    *,
+    evaluations: int,
+    population: int,
+    softness: float,
+    first_rate: float,
+    crossover_probability: float,
+    seed: int,
+) -> SearchResult:
+    """Phase 2 by NSGA-II on booleans; arguments as for `paretoprune.search.search_corridor`."""
+    n_weights = corridor.layout.n_weights
+    recorder = Recorder(evaluate, n_weights, budget=evaluations, stage="phase2", before=before)
+    packed, variation = search.guided_algorithm(
+        "nsga2",
+        corridor,
+        [corridor.rank(scores) for scores in guides],
+        before.front.thinned(max(2, population * 3 // 4)).masks,
+        population=population,
+        softness=softness,
+        first_rate=first_rate,
+        crossover_probability=crossover_probability,
+        rng=np.random.default_rng(seed),
+    )
+    algorithm = NSGA2(
+        pop_size=population,
+        sampling=_booleans(packed.initialization.sampling().get("X"), n_weights),
+        crossover=_BooleanCrossover(packed.mating.crossover),
+        mutation=_BooleanMutation(packed.mating.mutation),
+    )
+    problem = _BooleanProblem(n_weights, recorder, variation)
+    search.run_algorithm(algorithm, problem, recorder, seed)
+    return recorder.result()

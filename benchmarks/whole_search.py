@@ -1,0 +1,200 @@
+"""A whole search, both phases, against the plain implementation: same networks, images, seed and budget.
+
+By itself for other sizes than those of `make bench`, for instance one of hours for the plain implementation:
+
+    PYTHONPATH=workflow/scripts python -m benchmarks.whole_search --population 40 --generations 20 --images 1000 \
+        --calibration 256 --plain-sample 4
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from paretoprune import search
+from paretoprune.allocation import STARTS, starting_allocations
+from paretoprune.corridor import Corridor, choose_anchors
+from paretoprune.evaluation import PopulationEvaluator
+from paretoprune.importance import compute_importance, flat_scores
+from paretoprune.masks import MaskLayout
+from paretoprune.search import Evaluate, SearchResult
+
+from benchmarks import plain
+from benchmarks.inputs import data_directory, images_and_labels, resnet
+
+SCORES = ("magnitude", "lamp", "fisher")
+N_GRADIENT_IMAGES = 64
+OPERATORS = {"softness": 0.05, "first_rate": 0.02, "crossover_probability": 0.3}
+PREFIX_CACHE_MB = 2000
+
+
+def start_densities(population: int) -> list[float]:
+    """As many densities as let the classical allocations fill two thirds of a population."""
+    return np.geomspace(0.8, 0.05, max(2, population * 2 // (3 * len(STARTS)))).tolist()
+
+
+def both_phases(
+    evaluate: Evaluate,
+    search_corridor: Callable[..., SearchResult],
+    layout: MaskLayout,
+    scores: dict[str, np.ndarray],
+    *,
+    population: int,
+    evaluations: int,
+    seed: int,
+) -> tuple[SearchResult, list[float]]:
+    """Half of the evaluations for each phase; the result, and the seconds of each phase."""
+    start = time.perf_counter()
+    before = search.search_thresholds(
+        evaluate,
+        layout,
+        scores["magnitude"],
+        starting_allocations(list(STARTS), start_densities(population), scores, layout),
+        evaluations=evaluations // 2,
+        population=population,
+        seed=seed,
+    )
+    middle = time.perf_counter()
+    light, heavy = choose_anchors(before.front, 0.0, 0.9, light_tolerance=0.01, heavy_tolerance=0.8)
+    corridor = Corridor.between(before.front.masks.unpack(light), before.front.masks.unpack(heavy), layout)
+    found = search_corridor(
+        evaluate,
+        corridor,
+        [scores["magnitude"], scores["fisher"]],
+        before,
+        evaluations=evaluations - evaluations // 2,
+        population=population,
+        seed=seed,
+        **OPERATORS,
+    )
+    return found, [middle - start, time.perf_counter() - middle]
+
+
+def measure(
+    *,
+    depth: int,
+    population: int,
+    generations: int,
+    n_images: int,
+    n_calibration: int,
+    seed: int,
+    workers: int,
+    data: Path | None,
+    n_plain: int | None = None,
+    precision: str = "auto",
+) -> dict[str, Any]:
+    """Search once with each implementation.
+
+    The time of each starts with the dense network in memory and ends with the front judged in float32.
+
+    Args:
+        depth: Of the ResNet.
+        population: Candidates in a population.
+        generations: Generations of both phases together.
+        n_images: Images that candidates are judged on.
+        n_calibration: Images that they are repaired on.
+        seed: Of the search.
+        workers: Processes of ours; the plain implementation has one.
+        data: Folder of trained networks and real images, or None.
+        n_plain: Do not run the plain search but judge this many candidates of ours in its way, one by one, and take the
+            time that all of them would have needed.
+        precision: That ours searches in.
+
+    Returns:
+        Settings, seconds, `speed_ratio`, hypervolumes under the plain evaluator, and their difference.
+    """
+    torch.set_num_threads(1)
+    everything, all_labels = images_and_labels(n_images + n_calibration, data)
+    images, labels, calibration = everything[:n_images], all_labels[:n_images], everything[n_images:]
+    network = resnet(depth, data)
+    layout = MaskLayout.of(network)
+    sample = images[:N_GRADIENT_IMAGES], labels[:N_GRADIENT_IMAGES]
+    scores = {name: flat_scores(compute_importance(name, network, layout, *sample, seed), layout) for name in SCORES}
+    budget = {"population": population, "evaluations": population * generations, "seed": seed}
+    judging: dict[str, Any] = {"repair": "batchnorm", "calibration_images": calibration, "objective": "divergence"}
+
+    start = time.perf_counter()
+    evaluate = PopulationEvaluator(
+        network,
+        layout,
+        images,
+        labels,
+        **judging,
+        workers=workers,
+        prefix_cache_mb=PREFIX_CACHE_MB,
+        precision=precision,
+    )
+    prepared = time.perf_counter() - start
+    ours, phases = both_phases(
+        evaluate, lambda *a, **k: search.search_corridor(*a, **k, algorithm="nsga2"), layout, scores, **budget
+    )
+    evaluate.close()
+    exact = PopulationEvaluator(network, layout, images, labels, **judging, workers=workers, precision="float32")
+    front = search.judge_again(ours.front, exact)
+    exact.close()
+    seconds_ours = time.perf_counter() - start
+
+    usual = plain.PlainEvaluator(network, layout, images, labels, **judging)
+    row: dict[str, Any] = {
+        "depth": depth,
+        **budget,
+        "images": n_images,
+        "calibration": n_calibration,
+        "workers": workers,
+        "precision": evaluate.precision,
+        "seconds_ours": round(seconds_ours, 2),
+        "seconds_preparation": round(prepared, 2),
+        "seconds_phase1": round(phases[0], 2),
+        "seconds_phase2": round(phases[1], 2),
+        "share_of_images_seen": round(evaluate.n_images_seen / (n_images * budget["evaluations"]), 3),
+        "share_of_candidates_continued": round(evaluate.prefixes.hits / budget["evaluations"], 3),
+        "hypervolume_ours": round(front.hypervolume(), 5),
+        "plain": "run" if n_plain is None else f"extrapolated from {n_plain} candidates",
+    }
+    start = time.perf_counter()
+    if n_plain is None:
+        theirs, _ = both_phases(usual, plain.search_corridor, layout, scores, **budget)
+        seconds_plain = time.perf_counter() - start
+        difference = front.hypervolume() - theirs.front.hypervolume()
+        row |= {
+            "hypervolume_plain": round(theirs.front.hypervolume(), 5),
+            "hypervolume_difference": round(difference, 5),
+        }
+    else:
+        usual(front.masks.select(np.linspace(0, len(front) - 1, n_plain).astype(int)))
+        seconds_plain = (time.perf_counter() - start) / n_plain * budget["evaluations"]
+    return row | {"seconds_plain": round(seconds_plain, 2), "speed_ratio": round(seconds_plain / seconds_ours, 3)}
+
+
+def main() -> None:
+    """Search once with each implementation and print the row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="see python -m benchmarks --help")
+    for name, default in (("depth", 56), ("population", 12), ("generations", 8), ("images", 250), ("calibration", 128)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--precision", default="auto", help="that ours searches in")
+    parser.add_argument("--plain-sample", type=int, help="judge so many candidates the plain way instead of searching")
+    arguments = parser.parse_args()
+    row = measure(
+        depth=arguments.depth,
+        population=arguments.population,
+        generations=arguments.generations,
+        n_images=arguments.images,
+        n_calibration=arguments.calibration,
+        seed=arguments.seed,
+        workers=arguments.workers,
+        data=data_directory(arguments.data),
+        n_plain=arguments.plain_sample,
+        precision=arguments.precision,
+    )
+    print(json.dumps(row, indent=2))
+
+
+if __name__ == "__main__":
+    main()
