@@ -202,7 +202,10 @@ def test_the_memory_is_anonymous(monkeypatch: pytest.MonkeyPatch) -> None:
         return bytearray(size)
 
     monkeypatch.setattr(mmap, "mmap", recording)
-    cache(3)
+    small = cache(3)
+    assert taken == []  # nothing is taken before it is needed
+    small.allocate()
+    small.allocate()
     assert [file for file, _ in taken] == [-1, -1]
     assert sum(size for _, size in taken) == 3 * SLOT
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from paretoprune.captured import CapturedNetwork
 from paretoprune.fused import FusedNetwork
-from paretoprune.judging import OBJECTIVES, Judge, PrunableNetwork, Verdict, divergence_of, image_losses
+from paretoprune.judging import OBJECTIVES, Judge, PrunableNetwork, Verdict, divergence_of, image_losses, out_of_memory
 from paretoprune.layerwise import LayerwiseNetwork
 from paretoprune.masks import MaskLayout, PackedMasks
 from paretoprune.networks import channels_last
@@ -80,20 +80,20 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 def default_batch_size(images: Tensor, device: torch.device) -> int:
     """Images per forward pass: on a CPU as many as a core's caches hold activations of, on a GPU enough to fill it."""
-    if device.type != "cpu":
-        return 1000
-    # 128 images of 32 x 32 were the fastest measured; larger ones in proportion.
-    fitting = 128 * 32 * 32 // max(1, images.shape[-1] * images.shape[-2])
-    return int(2 ** np.clip(np.floor(np.log2(max(1, fitting))), 3, 8))
+    # 128 images of 32 x 32 were the fastest measured on a CPU; larger ones in proportion.
+    fitting, least, most = (128, 3, 8) if device.type == "cpu" else (1024, 4, 10)
+    fitting = fitting * 32 * 32 // max(1, images.shape[-1] * images.shape[-2])
+    return int(2 ** np.clip(np.floor(np.log2(max(1, fitting))), least, most))
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """One torch thread inside, as in worker processes: sums come out the same whoever computes them."""
+def repeatable() -> Iterator[None]:
+    """One torch thread inside, as in worker processes, and a GPU that does not round float32: equal sums everywhere."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
     finally:
         torch.set_num_threads(before)
 
@@ -166,7 +166,7 @@ class PopulationEvaluator:
             precision = "bfloat16" if computes_bfloat16(self._device) else "float32"
         batch_size = batch_size or default_batch_size(images, self._device)
         self._labels = labels.to(self._device)
-        with one_thread(), torch.inference_mode():
+        with repeatable(), torch.inference_mode():
             self._network, self._dtype = self._choose(images, PRECISIONS[precision])
             placed = self._place(images, self._dtype)
             dense = self._answers(self._network, placed, batch_size, None)
@@ -192,8 +192,6 @@ class PopulationEvaluator:
         )
         self._pool: WorkerPool | None = None
         self._captured: CapturedNetwork | None = None
-        if not on_cpu and isinstance(self._network, FusedNetwork):
-            self._captured = CapturedNetwork(self._network, self._images, batch_size)
         self.n_images_seen = 0
 
     # --------------------------------------------------------------------------------------------- choosing the path
@@ -248,6 +246,8 @@ class PopulationEvaluator:
                 _LOGGER.info("the %s does not take this network: %s", name, error)
                 continue
             except Exception as error:  # the plain way has run, so the fault is not the network's
+                if out_of_memory(error):
+                    raise
                 _LOGGER.warning(
                     "the %s fails on this network: %s", name, str(error).splitlines()[0] if str(error) else error
                 )
@@ -316,7 +316,10 @@ class PopulationEvaluator:
 
     def _verdicts(self, words: np.ndarray, bounds: Sequence[float]) -> list[Verdict]:
         """Judge candidates uint64 (n_masks, n_words), each up to its bound."""
-        if self._captured is not None:
+        if self._device.type != "cpu" and isinstance(self._network, FusedNetwork):
+            if self._captured is None:
+                with repeatable():
+                    self._captured = CapturedNetwork(self._network, self._images, self._judge.batch_size)
             errors, kls = self._captured.losses(words, self._labels, self._dense_log_probabilities)
             self.n_images_seen += len(self._images) * len(words)
             return [
@@ -337,15 +340,15 @@ class PopulationEvaluator:
         try:
             if self.n_workers > 1 and len(words) > 1:
                 if self._pool is None:
+                    self.prefixes.allocate()
                     self._pool = WorkerPool(self._judge, self.n_workers)
                 self._pool.run(range(len(words)), arguments, done)
             else:
-                with one_thread():
+                with repeatable():
                     for i in range(len(words)):
                         done(i, self._judge(*arguments(i)))
         except BaseException:
             self.close()
-            self.prefixes.forget()
             raise
         self.n_images_seen += sum(verdict.n_seen for verdict in found.values())
         return [found[i] for i in range(len(words))]
@@ -382,7 +385,7 @@ class PopulationEvaluator:
         Args:
             mask: bool (n_weights,).
         """
-        with one_thread(), torch.inference_mode():
+        with repeatable(), torch.inference_mode():
             pruned = self._reference()
             pruned.prepare(torch.from_numpy(mask).to(self._device))
         network = copy.deepcopy(self._original)
@@ -390,10 +393,12 @@ class PopulationEvaluator:
         return network
 
     def close(self) -> None:
-        """End the worker processes; they are started again when they are needed."""
+        """End the worker processes, let go of kept activations and recordings; all come back when they are needed."""
         if self._pool is not None:
             self._pool.close()
             self._pool = None
+        self.prefixes.forget()
+        self._captured = None
 
     def __enter__(self) -> "PopulationEvaluator":
         return self

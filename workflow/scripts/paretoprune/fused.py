@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from paretoprune.masks import WORD_BITS, MaskLayout
-from paretoprune.networks import channels_last
+from paretoprune.networks import channels_last, has_running_statistics
 from paretoprune.repair import channel_moments, corrected_statistics
 from paretoprune.tracing import Call, Convolution, Cut, NotTraceableError, reads, run_call, trace
 
@@ -103,13 +103,13 @@ class FusedNetwork:
             self._fixed = {
                 step.module: self._modules[step.module].weight.detach().float().clone()
                 for step in self._steps
-                if isinstance(step, Convolution)
+                if isinstance(step, Convolution) and self._prunable[step.module] is None
             }
         self._called = self._place_calls(owner)
         self._trained = {
             name: (module.running_mean.float().clone(), module.running_var.float().clone())
             for name, module in self._modules.items()
-            if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
+            if has_running_statistics(module)
         }
         self._folded: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._statistics: dict[str, Moments] = dict(self._trained)
@@ -163,7 +163,7 @@ class FusedNetwork:
         """Run once, see which sums can be written in place, and find the cuts.
 
         Raises:
-            NotTraceableError: The answer is no matrix, or an operation fails in this type or on this device.
+            NotTraceableError: The answer is no matrix, or a convolution is given something else than images.
         """
         self._masked(None)
         self._fold_all()

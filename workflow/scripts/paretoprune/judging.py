@@ -90,7 +90,11 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on the CPU or on a GPU."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    told = str(error)
+    # torch's allocator on Linux, elsewhere, and oneDNN's.
+    return isinstance(error, RuntimeError) and any(
+        text in told for text in ("can't allocate memory", "not enough memory", "could not create a memory")
+    )
 
 
 class Judge:
@@ -102,7 +106,7 @@ class Judge:
         labels: int64 (n,).
         dense_log_probabilities: float64 (n, n_classes).
         objective: `error` or `divergence`: what bounds refer to.
-        batch_size: Images per forward pass; halved whenever memory runs out.
+        batch_size: Images per forward pass; halved for a candidate as long as memory runs out.
         prefixes: Activations of earlier candidates.
     """
 
@@ -123,17 +127,19 @@ class Judge:
 
     def __call__(self, words: np.ndarray, bound: float = math.inf, plan: Plan | None = None) -> Verdict:
         """Judge the candidate uint64 (n_words,), and stop once its objective is certain to be above `bound`."""
+        batch_size = self.batch_size
         while True:
             try:
                 with torch.inference_mode():
-                    return self._judge(words, bound, plan or Plan())
+                    return self._judge(words, bound, plan or Plan(), batch_size)
             except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error) or self.batch_size == 1:
+                if not out_of_memory(error) or batch_size == 1:
                     raise
-                self.batch_size //= 2
-                _LOGGER.warning("memory ran out; going on with batches of %d images", self.batch_size)
+                # Only for this candidate: others shall be judged the same way in every process.
+                batch_size //= 2
+                _LOGGER.warning("memory ran out; judging the candidate again in batches of %d images", batch_size)
 
-    def _judge(self, words: np.ndarray, bound: float, plan: Plan) -> Verdict:
+    def _judge(self, words: np.ndarray, bound: float, plan: Plan, batch_size: int) -> Verdict:
         network, prefixes, n = self.network, self.prefixes, len(self.images)
         kept = torch.from_numpy(unpack_row(words, network.layout.n_weights)).to(self.images.device)
         cut, source = None, self.images
@@ -145,7 +151,7 @@ class Judge:
         network.prepare(kept, cut, calibrated, {place: rows for place, (_, rows) in slots.items()})
         wrong, kl = torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.float64)
         seen = 0
-        for batch in source.split(self.batch_size):
+        for batch in source.split(batch_size):
             here = slice(seen, seen + len(batch))
             logits = network.answer(batch, cut, {place: rows[here] for place, (rows, _) in slots.items()})
             wrong[here], kl[here] = image_losses(logits, self.labels[here], self.dense_log_probabilities[here])
@@ -160,5 +166,4 @@ class Judge:
         """The objective if every image not yet seen is answered as the dense network does."""
         if self.objective == "error":
             return int(wrong.sum()) / len(wrong)
-        # A sum of fewer terms may round up; a hair less is a bound all the same.
-        return divergence_of(float(kl.sum()) / len(kl)) * (1 - 1e-12)
+        return divergence_of(float(kl.sum()) / len(kl))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 CIFAR_RESNET_DEPTHS = (8, 20, 32, 44, 56, 110)
 
@@ -77,6 +78,11 @@ class CifarResNet(nn.Module):
         x = functional.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(x.mean(dim=(2, 3)))
+
+
+def has_running_statistics(module: nn.Module) -> bool:
+    """Whether a module is a batch norm that normalises by running statistics in evaluation mode."""
+    return isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
 
 
 def channels_last(x: Tensor) -> Tensor:

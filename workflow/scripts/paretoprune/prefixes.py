@@ -65,13 +65,8 @@ class PrefixCache:
         self.hits = self.misses = 0
         if self.n_slots < 2:
             self.n_slots, self.cuts = 0, ()
-        self._tensors: list[Tensor] = []
-        for cut, size in zip(self.cuts, sizes, strict=False):
-            channels, *space = cut.shape
-            # Pages are taken when they are first written, so an idle cache costs nothing.
-            memory = mmap.mmap(-1, size * self.n_slots)
-            rows = torch.frombuffer(memory, dtype=dtype).view(self.n_slots, n_rows, *space, channels)
-            self._tensors.append(rows.movedim(-1, 2))
+        self._n_rows, self._dtype, self._sizes = n_rows, dtype, sizes
+        self._tensors: list[Tensor]
         self._before = [
             pack_rows(np.isin(layout.names, list(cut.parameters))[layout.layer_of][None])[0] for cut in self.cuts
         ]
@@ -80,8 +75,20 @@ class PrefixCache:
         self._readers: dict[tuple[int, int], int]
         self.forget()
 
+    def allocate(self) -> None:
+        """Take the memory, unless it is there; before processes are forked that shall share it.
+
+        Pages are taken when they are first written, so an idle cache costs nothing.
+        """
+        for cut, size in list(zip(self.cuts, self._sizes, strict=False))[len(self._tensors) :]:
+            channels, *space = cut.shape
+            memory = mmap.mmap(-1, size * self.n_slots)
+            rows = torch.frombuffer(memory, dtype=self._dtype).view(self.n_slots, self._n_rows, *space, channels)
+            self._tensors.append(rows.movedim(-1, 2))
+
     def tensors(self, cut: int, slot: int) -> tuple[Tensor, Tensor]:
         """Views of the activations in a slot: of the images (n_images, c, h, w), and of the calibration images."""
+        self.allocate()
         rows = self._tensors[cut][slot]
         return rows[: self._n_images], rows[self._n_images :]
 
@@ -120,7 +127,8 @@ class PrefixCache:
         return None
 
     def forget(self) -> None:
-        """Drop everything, also the plans that were never closed."""
+        """Drop everything, the memory too, and the plans that were never closed."""
+        self._tensors = []
         self._found = [OrderedDict() for _ in self.cuts]
         self._free = [list(range(self.n_slots)) for _ in self.cuts]
         self._readers = {}

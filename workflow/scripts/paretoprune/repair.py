@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from paretoprune.networks import has_running_statistics
+
 # Takes a network in evaluation mode whose weights are masked already, and changes it in place.
 Repair = Callable[[nn.Module], None]
 
@@ -25,7 +27,7 @@ def _norms(network: nn.Module) -> dict[str, _BatchNorm]:
     return {
         name: module
         for name, module in network.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
+        if isinstance(module, _BatchNorm) and has_running_statistics(module)
     }
 
 

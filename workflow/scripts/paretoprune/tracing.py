@@ -16,6 +16,8 @@ from torch.fx.node import map_arg
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from paretoprune.networks import has_running_statistics
+
 
 class NotTraceableError(Exception):
     """A network cannot be turned into a program; the message says why."""
@@ -97,11 +99,6 @@ class Program:
     image: fx.Node
     answer: fx.Node
     network: nn.Module
-
-
-def has_running_statistics(module: nn.Module) -> bool:
-    """Whether a module is a batch norm that normalises by running statistics in evaluation mode."""
-    return isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
 
 
 _RELU = (functional.relu, torch.relu, torch.relu_, functional.relu_)

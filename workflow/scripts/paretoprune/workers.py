@@ -77,7 +77,9 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
-def _end(workers: list[_Worker]) -> None:
+def _end(workers: list[_Worker], owner: int) -> None:
+    if os.getpid() != owner:
+        return  # a forked copy of the pool is not the pool
     for worker in workers:
         worker.connection.close()
         worker.process.kill()
@@ -100,7 +102,7 @@ class WorkerPool:
         for _ in range(n_workers):
             self._workers.append(self._start())
         # Also when the pool is forgotten, or the interpreter ends on an error.
-        self._finalizer = weakref.finalize(self, _end, self._workers)
+        self._finalizer = weakref.finalize(self, _end, self._workers, os.getpid())
 
     def _start(self) -> _Worker:
         ours, theirs = self._context.Pipe()
