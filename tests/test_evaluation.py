@@ -394,7 +394,7 @@ def test_predict_leaves_out_no_image_and_keeps_their_order() -> None:
 def test_images_in_a_batch_are_as_many_as_fit_a_core_s_caches() -> None:
     sizes = {side: default_batch_size(torch.zeros(1, 3, side, side), torch.device("cpu")) for side in (8, 32, 64, 224)}
     assert sizes == {8: 256, 32: 128, 64: 32, 224: 8}
-    assert default_batch_size(torch.zeros(1, 3, 32, 32), torch.device("cuda")) == 1000
+    assert default_batch_size(torch.zeros(1, 3, 32, 32), torch.device("cuda")) == 1024
 
 
 # --------------------------------------------------------------------------------------------------- choosing the path
