@@ -8,7 +8,7 @@ computes in it; in several processes (`paretoprune.workers`); on a GPU as one re
 import copy
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,12 +18,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from paretoprune.captured import CapturedNetwork
+from paretoprune.curvature import DAMPING
 from paretoprune.fused import FusedNetwork
 from paretoprune.judging import OBJECTIVES, Judge, PrunableNetwork, Verdict, divergence_of, image_losses, out_of_memory
 from paretoprune.layerwise import LayerwiseNetwork
 from paretoprune.masks import MaskLayout, PackedMasks
 from paretoprune.networks import channels_last
 from paretoprune.prefixes import NO_PLAN, Plan, PrefixCache
+from paretoprune.reconstruction import Reconstruction
+from paretoprune.repair import REFITTING, REPAIRS
+from paretoprune.statistics import LayerStatistics, collect_statistics
 from paretoprune.tracing import NotTraceableError
 from paretoprune.workers import WorkerPool, can_fork
 
@@ -125,6 +129,10 @@ class PopulationEvaluator:
         labels: Their labels, int64 (n,).
         repair: What is put right before judging, a key of `paretoprune.repair.REPAIRS`.
         calibration_images: Images for the repair, normalised.
+        repair_images: How many of them batch-norm statistics are corrected on for each candidate; None for all.
+        statistics: For repair `reconstruct`, of the layers (`paretoprune.statistics`); None to collect them on the
+            calibration images.
+        damping: For repair `reconstruct`, see `paretoprune.curvature.damped`.
         objective: `error` (top-1) or `divergence` (from the dense network's answers, see `divergence`).
         precision: `float32`, or `bfloat16` for weights and activations (statistics and scores are float32 either way),
             or `auto`: bfloat16 where the device computes in it.
@@ -147,6 +155,9 @@ class PopulationEvaluator:
         *,
         repair: str,
         calibration_images: Tensor,
+        repair_images: int | None = None,
+        statistics: Mapping[str, LayerStatistics] | None = None,
+        damping: float = DAMPING,
         objective: str = "error",
         precision: str = "auto",
         batch_size: int | None = None,
@@ -161,7 +172,10 @@ class PopulationEvaluator:
         self.layout, self.objective = layout, objective
         self._device, self._repair = torch.device(device), repair
         self._original = copy.deepcopy(network).eval()
-        self._calibration = calibration_images
+        if repair not in REPAIRS:
+            raise ValueError(f"expected a repair mode among {', '.join(REPAIRS)}, found '{repair}'")
+        self._calibration = calibration_images[:repair_images]
+        self._reconstruction = self._prepare_reconstruction(calibration_images, statistics, damping)
         if precision == "auto":
             precision = "bfloat16" if computes_bfloat16(self._device) else "float32"
         batch_size = batch_size or default_batch_size(images, self._device)
@@ -178,7 +192,7 @@ class PopulationEvaluator:
         self.dense = Scores(np.array([top1_error(dense, self._labels)]), np.zeros(1))
         on_cpu = self._device.type == "cpu"
         self.n_workers = max(1, workers) if on_cpu and can_fork() else 1
-        n_calibration = len(calibration_images) if repair != "none" else 0
+        n_calibration = len(self._calibration) if repair != "none" else 0
         budget = prefix_cache_mb * 2**20 if on_cpu else 0
         self.prefixes = PrefixCache(self._network.cuts, layout, len(images), n_calibration, self._dtype, budget)
         self._judge = Judge(
@@ -193,6 +207,17 @@ class PopulationEvaluator:
         self._pool: WorkerPool | None = None
         self._captured: CapturedNetwork | None = None
         self.n_images_seen = 0
+
+    def _prepare_reconstruction(
+        self, images: Tensor, statistics: Mapping[str, LayerStatistics] | None, damping: float
+    ) -> Reconstruction | None:
+        if self._repair not in REFITTING:
+            return None
+        if statistics is None:
+            with repeatable():
+                # Which positions are looked at is no part of a search's luck.
+                statistics = collect_statistics(self._original, self.layout, images, seed=0, device=self._device)
+        return Reconstruction(self._original, self.layout, statistics, damping=damping, device=self._device)
 
     # --------------------------------------------------------------------------------------------- choosing the path
 
@@ -219,7 +244,12 @@ class PopulationEvaluator:
         """The plain way: float32, layer by layer."""
         calibration = self._place(self._calibration, torch.float32)
         return LayerwiseNetwork(
-            self._original, self.layout, calibration, repair=self._repair, calibration_images=calibration
+            self._original,
+            self.layout,
+            calibration,
+            repair=self._repair,
+            calibration_images=calibration,
+            reconstruction=self._reconstruction,
         )
 
     def _choose(self, images: Tensor, dtype: torch.dtype) -> tuple[PrunableNetwork, torch.dtype]:
@@ -240,7 +270,14 @@ class PopulationEvaluator:
             try:
                 calibration = self._place(self._calibration, tried)
                 sample = self._place(images[:2], tried)
-                network = kind(self._original, self.layout, sample, repair=self._repair, calibration_images=calibration)
+                network = kind(
+                    self._original,
+                    self.layout,
+                    sample,
+                    repair=self._repair,
+                    calibration_images=calibration,
+                    reconstruction=self._reconstruction,
+                )
                 found = [self._answers(network, checked.to(tried), 64, mask) for mask in masks]
             except NotTraceableError as error:
                 _LOGGER.info("the %s does not take this network: %s", name, error)
@@ -316,7 +353,7 @@ class PopulationEvaluator:
 
     def _verdicts(self, words: np.ndarray, bounds: Sequence[float]) -> list[Verdict]:
         """Judge candidates uint64 (n_masks, n_words), each up to its bound."""
-        if self._device.type != "cpu" and isinstance(self._network, FusedNetwork):
+        if self._device.type != "cpu" and isinstance(self._network, FusedNetwork) and self._network.can_be_recorded:
             if self._captured is None:
                 with repeatable():
                     self._captured = CapturedNetwork(self._network, self._images, self._judge.batch_size)

@@ -16,11 +16,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from paretoprune.masks import WORD_BITS, MaskLayout
 from paretoprune.networks import channels_last, has_running_statistics
+from paretoprune.reconstruction import Reconstruction
 from paretoprune.repair import channel_moments, corrected_statistics
 from paretoprune.tracing import Call, Convolution, Cut, NotTraceableError, reads, run_call, trace
 
 # Repairs that this path knows; others are left to the layer-by-layer path.
-FUSED_REPAIRS = ("none", "batchnorm")
+FUSED_REPAIRS = ("none", "batchnorm", "reconstruct")
 # Where activations are worth keeping for children that differ later on: shares of the network's arithmetic.
 CUT_SHARES = (1 / 3, 2 / 3, 5 / 6)
 
@@ -61,8 +62,9 @@ class FusedNetwork:
         network: The trained dense network, in evaluation mode; it is left as it is.
         layout: Where its prunable weights lie in a mask.
         sample: A few images (n, c, h, w) as it will be given, on the device and in the type to compute in.
-        repair: `none` or `batchnorm`, see `paretoprune.repair`.
+        repair: One of `FUSED_REPAIRS`, see `paretoprune.repair`.
         calibration_images: Images for the repair, like `sample`.
+        reconstruction: What re-fits the kept weights; None to leave them as they are.
         onednn: Whether to use oneDNN's fused kernels; by default where they are: on CPUs that torch was built with them
             for.
 
@@ -78,6 +80,7 @@ class FusedNetwork:
         *,
         repair: str,
         calibration_images: Tensor,
+        reconstruction: Reconstruction | None = None,
         onednn: bool | None = None,
     ) -> None:
         if repair not in FUSED_REPAIRS:
@@ -113,7 +116,8 @@ class FusedNetwork:
         }
         self._folded: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._statistics: dict[str, Moments] = dict(self._trained)
-        self._repairs = repair == "batchnorm" and bool(self._trained)
+        self._repairs = repair != "none" and bool(self._trained)
+        self._reconstruction = reconstruction
         self._calibration = calibration_images
         self._dense_moments: dict[str, Moments] = {}
         self._sums: dict[int, bool] = {}
@@ -265,7 +269,7 @@ class FusedNetwork:
             calibrated: The calibration images' activations at `cut`, (n_calibration, *cut.shape).
             keep: Gets the calibration images' activations at these cuts: tensors to write into.
         """
-        self._masked(kept)
+        self._masked(kept, frozenset() if cut is None else cut.parameters)
         start = 0 if cut is None else cut.after + 1
         if self._repairs:
             self._statistics = dict(self._trained)
@@ -313,9 +317,26 @@ class FusedNetwork:
         self.prepare(unpack_words(words, self.layout.n_weights))
         return torch.cat([self.answer(batch) for batch in batches])
 
-    def _masked(self, kept: Tensor | None) -> None:
-        # where, not a product: 0 times an infinite weight would be NaN.
-        self._pruned = self._dense if kept is None else torch.where(kept, self._dense, 0.0)
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether all from the mask to the logits is arithmetic of fixed shapes, as a GPU's recording needs."""
+        return self._reconstruction is None
+
+    def _masked(self, kept: Tensor | None, unused: frozenset[str] = frozenset()) -> None:
+        """Put the weights of a mask in place, or the dense ones; `unused` tensors may be left wrong."""
+        if kept is None:
+            self._pruned = self._dense
+        elif self._reconstruction is None:
+            # where, not a product: 0 times an infinite weight would be NaN.
+            self._pruned = torch.where(kept, self._dense, 0.0)
+        else:
+            refitted = self._reconstruction(kept, unused)
+            self._pruned = self._dense.clone()
+            for name, (start, stop, _) in zip(self.layout.names, self._parts, strict=True):
+                if name in refitted:
+                    self._pruned[start:stop] = refitted[name].reshape(-1)
+            for module, bias in self._reconstruction.bias(refitted).items():
+                self._modules[module].bias.data.copy_(bias)  # type: ignore[operator, union-attr]
         for tensor, place in self._called:
             start, stop, shape = self._parts[place]
             tensor.data.copy_(self._pruned[start:stop].view(shape))

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from paretoprune.masks import MaskLayout
 from paretoprune.networks import to_channels_last
+from paretoprune.reconstruction import Reconstruction
 from paretoprune.repair import make_repair
 from paretoprune.tracing import Cut
 
@@ -24,13 +25,21 @@ class LayerwiseNetwork:
         sample: A few images (n, c, h, w) as it will be given, on the device and in the type to compute in.
         repair: A key of `paretoprune.repair.REPAIRS`.
         calibration_images: Images for the repair, like `sample`.
+        reconstruction: What re-fits the kept weights; None to leave them as they are.
     """
 
     # Nothing can be kept of a network that is only seen from outside.
     cuts: tuple[Cut, ...] = ()
 
     def __init__(
-        self, network: nn.Module, layout: MaskLayout, sample: Tensor, *, repair: str, calibration_images: Tensor
+        self,
+        network: nn.Module,
+        layout: MaskLayout,
+        sample: Tensor,
+        *,
+        repair: str,
+        calibration_images: Tensor,
+        reconstruction: Reconstruction | None = None,
     ) -> None:
         self.layout = layout
         self.network = copy.deepcopy(network).eval().to(sample.device, sample.dtype)
@@ -41,6 +50,7 @@ class LayerwiseNetwork:
         to_channels_last(self.network)
         parameters = dict(self.network.named_parameters())
         self._weights = [parameters[name] for name in layout.names]
+        self._reconstruction = reconstruction
         self._dense_weights = [weight.detach().clone() for weight in self._weights]
         # Everything a repair may change, to be put back before the next candidate.
         self._dense_buffers = {name: buffer.detach().clone() for name, buffer in self.network.named_buffers()}
@@ -65,12 +75,22 @@ class LayerwiseNetwork:
         with torch.no_grad():
             for name, original in self._dense_buffers.items():
                 buffers[name].copy_(original)
-            for weight, dense, part in zip(
-                self._weights, self._dense_weights, kept.split(self.layout.sizes.tolist()), strict=True
-            ):
-                # where, not a product: 0 times an infinite weight would be NaN.
-                weight.copy_(torch.where(part.view(dense.shape), dense, torch.zeros_like(dense)))
+            if self._reconstruction is not None:
+                self._refit(self._reconstruction, kept)
+            else:
+                for weight, dense, part in zip(
+                    self._weights, self._dense_weights, kept.split(self.layout.sizes.tolist()), strict=True
+                ):
+                    # where, not a product: 0 times an infinite weight would be NaN.
+                    weight.copy_(torch.where(part.view(dense.shape), dense, torch.zeros_like(dense)))
         self._repair(self.network)
+
+    def _refit(self, reconstruction: Reconstruction, kept: Tensor) -> None:
+        refitted = reconstruction(kept)
+        for name, weight in zip(self.layout.names, self._weights, strict=True):
+            weight.copy_(refitted[name])
+        for module, bias in reconstruction.bias(refitted).items():
+            self.network.get_submodule(module).bias.copy_(bias)  # type: ignore[operator]
 
     def answer(self, images: Tensor, cut: Cut | None = None, keep: dict[Cut, Tensor] | None = None) -> Tensor:
         """Logits of a batch (n, c, h, w), float32 (n, n_classes); `cut` and `keep` are of no use here."""

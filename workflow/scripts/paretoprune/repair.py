@@ -1,7 +1,8 @@
 """Repair: what is put right in a pruned network before it is judged.
 
 `none` leaves the bare mask. `batchnorm` corrects the batch-norm statistics, which describe activations that pruning has
-changed. Each mode is an entry of `REPAIRS`; a mode that re-fits weights takes its seat there.
+changed. `reconstruct` re-fits the kept weights first, where a mask is applied (`paretoprune.reconstruction`), and then
+does the same. Each mode is an entry of `REPAIRS`, which says what happens after the weights are in place.
 """
 
 from collections.abc import Callable, Iterator
@@ -157,7 +158,13 @@ def no_repair(network: nn.Module, images: Tensor) -> Repair:
     return lambda pruned: None
 
 
-REPAIRS: dict[str, Callable[[nn.Module, Tensor], Repair]] = {"none": no_repair, "batchnorm": BatchNormRepair}
+REPAIRS: dict[str, Callable[[nn.Module, Tensor], Repair]] = {
+    "none": no_repair,
+    "batchnorm": BatchNormRepair,
+    "reconstruct": BatchNormRepair,
+}
+# Modes that put re-fitted weights in place of the masked ones.
+REFITTING = ("reconstruct",)
 
 
 def make_repair(mode: str, network: nn.Module, images: Tensor) -> Repair:
