@@ -82,6 +82,7 @@ STARTS: dict[str, tuple[str, str]] = {
     "global_magnitude": ("global", "magnitude"),
     "lamp": ("global", "lamp"),
     "erdos_renyi_kernel": ("erdos_renyi_kernel", "magnitude"),
+    "elimination": ("global", "elimination"),
 }
 
 

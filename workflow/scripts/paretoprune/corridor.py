@@ -50,6 +50,17 @@ class Corridor:
         """
         return cls(pack_rows((light & heavy)[None])[0], pack_rows((light | heavy)[None])[0], layout)
 
+    @classmethod
+    def around(cls, masks: PackedMasks, layout: MaskLayout) -> "Corridor":
+        """The smallest corridor that several masks lie in: their intersection and their union."""
+        return cls(np.bitwise_and.reduce(masks.words), np.bitwise_or.reduce(masks.words), layout)
+
+    @classmethod
+    def everything(cls, layout: MaskLayout) -> "Corridor":
+        """All masks: no corridor at all."""
+        ends = pack_rows(np.stack([np.zeros(layout.n_weights, dtype=bool), np.ones(layout.n_weights, dtype=bool)]))
+        return cls(ends[0], ends[1], layout)
+
     @cached_property
     def searched(self) -> np.ndarray:
         """The weights that a mask in the corridor decides about, uint64 (n_words,)."""
@@ -118,6 +129,44 @@ def choose_anchors(
     light = min(sparsest_within(light_tolerance), len(front) - 2)
     heavy = max(sparsest_within(heavy_tolerance), light + 1)
     return int(by_density[light]), int(by_density[heavy])
+
+
+def anchors_between(front: Front, light: int, heavy: int, n_corridors: int) -> list[int]:
+    """Anchors from light to heavy that cut the front between them into stretches of about equal length.
+
+    Length is measured along the front, error and density counting alike.
+
+    Args:
+        front: Phase 1's front.
+        light: Index of the light anchor.
+        heavy: Index of the heavy anchor.
+        n_corridors: Stretches wanted; a front with fewer members in between gives fewer.
+
+    Returns:
+        Indices of at most n_corridors + 1 different members, light first, heavy last.
+    """
+    by_density = np.argsort(-front.density, kind="stable")
+    positions = {int(member): i for i, member in enumerate(by_density)}
+    members = by_density[positions[light] : positions[heavy] + 1]
+    steps = np.abs(np.diff(front.objectives[members], axis=0)).sum(axis=1)
+    along = np.concatenate([[0.0], np.cumsum(steps)])
+    wanted = np.linspace(0.0, along[-1], n_corridors + 1)[1:-1]
+    inner = np.unique(np.abs(along[None] - wanted[:, None]).argmin(axis=1)) if len(wanted) else np.array([], dtype=int)
+    inner = inner[(inner > 0) & (inner < len(members) - 1)]
+    return [light, *members[inner].tolist(), heavy]
+
+
+def corridors_of(anchors: PackedMasks, n_corridors: int, layout: MaskLayout) -> list[Corridor]:
+    """What Phase 2 searches: the corridors between neighbouring anchors, or everything where none is wanted.
+
+    Args:
+        anchors: From light to heavy, at least two.
+        n_corridors: 0 for no corridor.
+        layout: The layers.
+    """
+    if not n_corridors:
+        return [Corridor.everything(layout)]
+    return [Corridor.around(anchors.select([i, i + 1]), layout) for i in range(len(anchors) - 1)]
 
 
 def describe_corridor(front: Front, light: int, heavy: int, corridor: Corridor) -> dict[str, Any]:

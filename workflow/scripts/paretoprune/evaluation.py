@@ -8,9 +8,10 @@ computes in it; in several processes (`paretoprune.workers`); on a GPU as one re
 import copy
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +24,10 @@ from paretoprune.fused import FusedNetwork
 from paretoprune.judging import OBJECTIVES, Judge, PrunableNetwork, Verdict, divergence_of, image_losses, out_of_memory
 from paretoprune.layerwise import LayerwiseNetwork
 from paretoprune.masks import MaskLayout, PackedMasks
-from paretoprune.networks import channels_last
+from paretoprune.networks import channels_last, to_channels_last
 from paretoprune.prefixes import NO_PLAN, Plan, PrefixCache
 from paretoprune.reconstruction import Reconstruction
+from paretoprune.refinement import Refinement
 from paretoprune.repair import REFITTING, REPAIRS
 from paretoprune.statistics import LayerStatistics, collect_statistics
 from paretoprune.tracing import NotTraceableError
@@ -174,8 +176,10 @@ class PopulationEvaluator:
         self._original = copy.deepcopy(network).eval()
         if repair not in REPAIRS:
             raise ValueError(f"expected a repair mode among {', '.join(REPAIRS)}, found '{repair}'")
-        self._calibration = calibration_images[:repair_images]
-        self._reconstruction = self._prepare_reconstruction(calibration_images, statistics, damping)
+        self._calibration, self._all_calibration = calibration_images[:repair_images], calibration_images
+        self._damping, self._statistics = damping, self._known_statistics(statistics)
+        self._reconstruction = self._prepare_reconstruction()
+        self._refinement: Refinement | None = None
         if precision == "auto":
             precision = "bfloat16" if computes_bfloat16(self._device) else "float32"
         batch_size = batch_size or default_batch_size(images, self._device)
@@ -208,16 +212,19 @@ class PopulationEvaluator:
         self._captured: CapturedNetwork | None = None
         self.n_images_seen = 0
 
-    def _prepare_reconstruction(
-        self, images: Tensor, statistics: Mapping[str, LayerStatistics] | None, damping: float
-    ) -> Reconstruction | None:
+    def _known_statistics(self, given: Mapping[str, LayerStatistics] | None) -> Mapping[str, LayerStatistics]:
+        if self._repair not in REFITTING:
+            return {}
+        if given is not None:
+            return given
+        with repeatable():
+            # Which positions are looked at is no part of a search's luck.
+            return collect_statistics(self._original, self.layout, self._all_calibration, seed=0, device=self._device)
+
+    def _prepare_reconstruction(self) -> Reconstruction | None:
         if self._repair not in REFITTING:
             return None
-        if statistics is None:
-            with repeatable():
-                # Which positions are looked at is no part of a search's luck.
-                statistics = collect_statistics(self._original, self.layout, images, seed=0, device=self._device)
-        return Reconstruction(self._original, self.layout, statistics, damping=damping, device=self._device)
+        return Reconstruction(self._original, self.layout, self._statistics, damping=self._damping, device=self._device)
 
     # --------------------------------------------------------------------------------------------- choosing the path
 
@@ -414,26 +421,124 @@ class PopulationEvaluator:
         errors = [v.error if self.objective == "error" else v.divergence for v in verdicts]
         return np.column_stack([errors, masks.density]), np.array([v.complete for v in verdicts], dtype=bool)
 
+    @property
+    def reconstruction(self) -> Reconstruction | None:
+        """What re-fits the weights of candidates; None unless the repair does."""
+        return self._reconstruction
+
+    @property
+    def statistics(self) -> Mapping[str, LayerStatistics]:
+        """Statistics of the layers that `reconstruction` works with; empty without it."""
+        return self._statistics
+
+    def precompute(self, masks: PackedMasks) -> None:
+        """Re-fit the layers of some masks ahead, so that candidates made of such layers, in every process, find them."""
+        if self._reconstruction is None:
+            return
+        self._stop_workers()
+        with repeatable(), torch.inference_mode():
+            for i in range(len(masks)):
+                self._reconstruction(torch.from_numpy(masks.unpack(i)).to(self._device))
+
+    def _prepare_refinement(self) -> Refinement | None:
+        """Ready the sequential re-fit of finished networks; None where the repair or the network has none."""
+        if self._reconstruction is None:
+            return None
+        if self._refinement is None:
+            images = self._place(self._all_calibration, torch.float32)
+            try:
+                original = copy.deepcopy(self._original).to(self._device).float()
+                self._refinement = Refinement(original, self.layout, images, self._statistics, damping=self._damping)
+            except NotTraceableError as error:
+                _LOGGER.warning(
+                    "finished networks keep the weights that each layer was given on the dense network's inputs: %s",
+                    error,
+                )
+        return self._refinement
+
     def build(self, mask: np.ndarray) -> nn.Module:
         """The pruned and repaired network of one mask, as an independent module on the CPU, in evaluation mode.
 
-        It is made in float32, whatever the evaluator judges in.
+        It is made in float32, whatever the evaluator judges in. With repair `reconstruct` it is re-fitted once more,
+        layer by layer, see `paretoprune.refinement`.
 
         Args:
             mask: bool (n_weights,).
         """
+        kept = torch.from_numpy(mask).to(self._device)
+        refinement = self._prepare_refinement()
         with repeatable(), torch.inference_mode():
+            if refinement is not None and self._reconstruction is not None:
+                return refinement(kept, self._reconstruction(kept)).network
             pruned = self._reference()
-            pruned.prepare(torch.from_numpy(mask).to(self._device))
+            pruned.prepare(kept)
         network = copy.deepcopy(self._original)
         network.load_state_dict(pruned.network.state_dict())
         return network
 
-    def close(self) -> None:
-        """End the worker processes, let go of kept activations and recordings; all come back when they are needed."""
+    def measure(self, network: nn.Module) -> tuple[float, float]:
+        """Error and divergence of a finished network on the images, in float32."""
+        network = to_channels_last(copy.deepcopy(network).to(self._device))
+        with repeatable(), torch.inference_mode():
+            logits = predict(network, self._images.float(), 64)
+            wrong, kl = image_losses(logits, self._labels, self._dense_log_probabilities)
+        return int(wrong.sum()) / len(wrong), divergence_of(float(kl.sum()) / len(kl))
+
+    def finish(self, masks: PackedMasks) -> tuple[list[dict[str, Tensor]], Scores]:
+        """Build the networks of masks and measure them, in the evaluator's processes.
+
+        Returns:
+            The state of each network, on the CPU, and what the images say of it.
+        """
+
+        def finish_one(i: int) -> tuple[dict[str, np.ndarray], float, float]:
+            network = self.build(masks.unpack(i))
+            state = {key: value.numpy() for key, value in network.state_dict().items()}
+            return state, *self.measure(network)
+
+        self._prepare_refinement()
+        found = self._in_processes(finish_one, len(masks))
+        states = [{key: torch.from_numpy(value) for key, value in state.items()} for state, _, _ in found]
+        return states, Scores(np.array([e for _, e, _ in found]), np.array([d for _, _, d in found]))
+
+    def reselect(self, masks: PackedMasks) -> PackedMasks:
+        """Masks that keep as many weights of each layer, chosen anew on the pruned network's own inputs.
+
+        See `paretoprune.refinement`; masks come back as they are where networks cannot be refined.
+        """
+        refinement, reconstruction = self._prepare_refinement(), self._reconstruction
+        if refinement is None or reconstruction is None:
+            return masks
+
+        def reselect_one(i: int) -> np.ndarray:
+            kept = torch.from_numpy(masks.unpack(i)).to(self._device)
+            with repeatable(), torch.inference_mode():
+                return refinement(kept, reconstruction(kept), reselect=True).kept.cpu().numpy()
+
+        return PackedMasks.pack_each(self._in_processes(reselect_one, len(masks)), masks.n_weights)
+
+    def _in_processes(self, function: Callable[[int], Any], n: int) -> list[Any]:
+        """Results of a function for 0, ..., n - 1, in as many processes as the evaluator has."""
+        if self.n_workers < 2 or n < 2:
+            return [function(i) for i in range(n)]
+        self._stop_workers()
+        found: dict[int, Any] = {}
+        pool = WorkerPool(function, min(n, self.n_workers))
+        try:
+            pool.run(range(n), lambda i: (i,), found.__setitem__)
+        finally:
+            pool.close()
+        return [found[i] for i in range(n)]
+
+    def _stop_workers(self) -> None:
+        """End the processes that judge: what is prepared from now on must be there when they start."""
         if self._pool is not None:
             self._pool.close()
             self._pool = None
+
+    def close(self) -> None:
+        """End the worker processes, let go of kept activations and recordings; all come back when they are needed."""
+        self._stop_workers()
         self.prefixes.forget()
         self._captured = None
 

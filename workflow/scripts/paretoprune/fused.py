@@ -336,7 +336,7 @@ class FusedNetwork:
                 if name in refitted:
                     self._pruned[start:stop] = refitted[name].reshape(-1)
             for module, bias in self._reconstruction.bias(refitted).items():
-                self._modules[module].bias.data.copy_(bias)  # type: ignore[operator, union-attr]
+                self._modules[module].bias.data.copy_(bias)
         for tensor, place in self._called:
             start, stop, shape = self._parts[place]
             tensor.data.copy_(self._pruned[start:stop].view(shape))

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from paretoprune.curvature import curvature_scores
 from paretoprune.masks import MaskLayout
+from paretoprune.statistics import LayerStatistics, collect_statistics
 
 
 def _weights(network: nn.Module, layout: MaskLayout) -> dict[str, Tensor]:
@@ -109,18 +111,29 @@ SCORES: dict[str, Score] = {
 }
 
 
+# Scores that follow from layer statistics, and whether they take the exact order of elimination.
+CURVATURE_SCORES = {"curvature": False, "elimination": True}
+
+
 def compute_importance(
-    score: str, network: nn.Module, layout: MaskLayout, images: Tensor, labels: Tensor, seed: int
+    score: str,
+    network: nn.Module,
+    layout: MaskLayout,
+    images: Tensor,
+    labels: Tensor,
+    seed: int,
+    statistics: Mapping[str, LayerStatistics] | None = None,
 ) -> dict[str, Tensor]:
     """Score every prunable weight.
 
     Args:
-        score: A key of `SCORES`.
+        score: A key of `SCORES` or of `CURVATURE_SCORES`.
         network: The dense network.
         layout: Its prunable tensors.
         images: Training images (n, channels, height, width), normalised; only scores with gradients look at them.
         labels: Their labels, int64 (n,).
         seed: For scores that draw at random.
+        statistics: For scores by curvature, of the layers; None to collect them on the images.
 
     Returns:
         Tensor name to non-negative float32 scores of the tensor's shape.
@@ -128,9 +141,15 @@ def compute_importance(
     Raises:
         ValueError: There is no such score, it needs images and there are none, or it is not finite everywhere.
     """
-    if score not in SCORES:
-        raise ValueError(f"expected an importance score among {', '.join(SCORES)}, found '{score}'")
-    scores = SCORES[score](network, layout, images, labels, seed)
+    known = (*SCORES, *CURVATURE_SCORES)
+    if score not in known:
+        raise ValueError(f"expected an importance score among {', '.join(known)}, found '{score}'")
+    if score in CURVATURE_SCORES:
+        if statistics is None:
+            statistics = collect_statistics(network, layout, images, seed=seed)
+        scores = curvature_scores(_weights(network, layout), statistics, exact=CURVATURE_SCORES[score])
+    else:
+        scores = SCORES[score](network, layout, images, labels, seed)
     for name, tensor in scores.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(

@@ -6,7 +6,7 @@ bits of a layer has the *coordinate* (i + 0.5) / n in it, so that layers of diff
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import ceil, exp, log
@@ -64,6 +64,11 @@ class SearchedLayer:
 
 # One array per searched layer, see `SearchedLayer.rank`.
 Ranking = Sequence[np.ndarray]
+# From a mask's words, uint64 (n_words,), and indices of searched layers to the order of the bits of each, as it is for
+# that mask.
+MovingRanking = Callable[[np.ndarray, Sequence[int]], Mapping[int, np.ndarray]]
+# What a move looks up the order of a layer's bits in.
+Orders = Ranking | Mapping[int, np.ndarray]
 
 
 def searched_layers(layer_offsets: np.ndarray, searched: np.ndarray) -> list[SearchedLayer]:
@@ -258,7 +263,7 @@ class _Side:
         self,
         words: np.ndarray,
         layers: Sequence[SearchedLayer],
-        ranking: Ranking,
+        ranking: Orders,
         chosen: Sequence[int],
         *,
         value: bool,
@@ -338,7 +343,7 @@ class _Side:
 def drop(
     words: np.ndarray,
     layers: Sequence[SearchedLayer],
-    ranking: Ranking,
+    ranking: Orders,
     chosen: Sequence[int],
     n: int,
     softness: float,
@@ -365,7 +370,7 @@ def drop(
 def grow(
     words: np.ndarray,
     layers: Sequence[SearchedLayer],
-    ranking: Ranking,
+    ranking: Orders,
     chosen: Sequence[int],
     n: int,
     softness: float,
@@ -385,7 +390,7 @@ def _move(side: _Side, words: np.ndarray, n: int, softness: float, rng: Generato
 def swap(
     words: np.ndarray,
     layers: Sequence[SearchedLayer],
-    ranking: Ranking,
+    ranking: Orders,
     drop_in: Sequence[int],
     grow_in: Sequence[int],
     n: int,
@@ -409,6 +414,57 @@ def swap(
     return n
 
 
+# Along a ladder of densities
+
+
+def nearest_rungs(densities: np.ndarray, rungs: np.ndarray) -> np.ndarray:
+    """The rung of a ladder that is nearest to each density, in the logarithm; int64, the shape of `densities`.
+
+    Args:
+        densities: Any shape, 0 to 1.
+        rungs: float (n_rungs,), rising, above 0.
+    """
+    between = np.sqrt(rungs[1:] * rungs[:-1])
+    return np.searchsorted(between, densities, side="left")
+
+
+def switch_levels(levels: np.ndarray, n_kept: np.ndarray, rng: Generator) -> np.ndarray:
+    """Move one layer up or down its ladder, and others the other way until the total is about what it was.
+
+    Args:
+        levels: int (n_layers,), the rung of each layer.
+        n_kept: int (n_layers, n_rungs), weights of each layer on each rung, rising.
+        rng: Random generator.
+
+    Returns:
+        int (n_layers,), new levels. The total differs by no more than one step of the layer that moved first.
+
+    Source:
+        Sieberling et al., "EvoPress: Accurate dynamic model compression via evolutionary search", ICML 2025, section 3.
+    """
+    found = levels.copy()
+    direction = 1 if rng.random() < 0.5 else -1
+    top = n_kept.shape[1] - 1
+    able = np.flatnonzero((levels + direction >= 0) & (levels + direction <= top))
+    if not len(able):
+        return found
+    first = int(rng.choice(able))
+    found[first] += direction
+    owed = direction * int(n_kept[first, found[first]] - n_kept[first, levels[first]])
+    for layer in rng.permutation(len(levels)):
+        level = found[layer] - direction
+        if owed <= 0:
+            break
+        if layer == first or not 0 <= level <= top:
+            continue
+        paid = direction * int(n_kept[layer, found[layer]] - n_kept[layer, level])
+        # Paying back more than twice what is owed would leave the total farther off than before.
+        if paid <= 2 * owed:
+            found[layer] = level
+            owed -= paid
+    return found
+
+
 def _draw(reach: Sequence[float], rng: Generator, first: int = 0) -> int:
     """An index from `first` on, drawn with the weights whose cumulative sum is `reach`."""
     before = reach[first - 1] if first else 0.0
@@ -425,7 +481,7 @@ class _Arm:
     """One kind of move along one importance score, with what is known of its success."""
 
     move: str
-    ranking: Ranking
+    ranking: Ranking | MovingRanking
     log_rate: float
     successes: float = 0.0
     trials: float = 0.0
@@ -445,12 +501,13 @@ class AdaptiveVariation:
 
     Attributes:
         layers: The layers with searched bits, from `searched_layers`.
-        rankings: One or more, to move along.
+        rankings: One or more, to move along; some may depend on the mask that is varied.
         softness: Noise on coordinates, see `drop`.
         first_rate: Share of all searched bits that a move changes, before anything is learnt. What the touched layers
             have to offer caps it, see `drop`.
         floor: Smallest probability of an arm, as a share of the uniform one.
         memory: Factor by which older evidence fades with each further outcome of the same arm.
+        adaptive: Whether to learn at all; otherwise arms stay equally likely and their rates where they started.
 
     Source:
         Probability matching: Thierens, "An adaptive pursuit strategy for allocating operator probabilities", 2005. The
@@ -458,11 +515,12 @@ class AdaptiveVariation:
     """
 
     layers: Sequence[SearchedLayer]
-    rankings: Sequence[Ranking]
+    rankings: Sequence[Ranking | MovingRanking]
     softness: float = 0.05
     first_rate: float = 0.02
     floor: float = 0.2
     memory: float = 0.95
+    adaptive: bool = True
     _pending: dict[bytes, tuple[int, float]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -499,19 +557,21 @@ class AdaptiveVariation:
 
     def _apply(self, arm: _Arm, words: np.ndarray, n: int, rng: Generator) -> None:
         chosen = self._some_layers(rng)
+        other = self._some_layers(rng, chosen[0]) if arm.move == "swap" else []
+        touched = sorted({*chosen, *other})
+        ranking: Orders = arm.ranking(words, touched) if callable(arm.ranking) else arm.ranking
         moved = 0
         if arm.move == "swap":
-            other = self._some_layers(rng, chosen[0])
             # Either side may be the earlier one, or kept weights would only ever wander to later layers.
             sides = (chosen, other) if rng.random() < 0.5 else (other, chosen)
-            moved = swap(words, self.layers, arm.ranking, *sides, n, self.softness, rng)
+            moved = swap(words, self.layers, ranking, *sides, n, self.softness, rng)
         elif arm.move == "drop":
-            moved = drop(words, self.layers, arm.ranking, chosen, n, self.softness, rng)
+            moved = drop(words, self.layers, ranking, chosen, n, self.softness, rng)
         if not moved:
             # A grow move, or nothing could be dropped: then there is something to grow.
-            moved = grow(words, self.layers, arm.ranking, chosen, n, self.softness, rng)
+            moved = grow(words, self.layers, ranking, chosen, n, self.softness, rng)
         if not moved:
-            drop(words, self.layers, arm.ranking, chosen, n, self.softness, rng)
+            drop(words, self.layers, ranking, chosen, n, self.softness, rng)
 
     def _some_layers(self, rng: Generator, earliest: int = 0) -> list[int]:
         """Indices of a few layers in order: one with probability 1/2, two 1/4, and so on.
@@ -529,7 +589,7 @@ class AdaptiveVariation:
     def reward(self, genome: Genome, success: bool) -> None:
         """Tell what became of a genome: whether it joined the front. Genomes made by nobody here are ignored."""
         index, log_rate = self._pending.pop(genome.fingerprint, (None, 0.0))
-        if index is None:
+        if index is None or not self.adaptive:
             return
         arm = self._arms[index]
         arm.trials = self.memory * arm.trials + 1

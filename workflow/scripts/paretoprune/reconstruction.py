@@ -75,6 +75,26 @@ def _similar_rows(sizes: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, int]]
         order = order[:-n]
 
 
+def _factored_blocks(within: Tensor, matrix: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gather and factor each row's own block of one matrix.
+
+    Args:
+        within: bool (n, n_columns), which columns are in a row's block, at most `width`.
+        matrix: (n_columns, n_columns), positive definite.
+        width: Size of the largest block.
+
+    Returns:
+        The columns of each block, int64 (n, width), filled up with others; which ones those are, bool (n, width); and
+        the lower Cholesky factors (n, width, width), in which they stand for themselves alone.
+    """
+    at = within.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
+    filling = torch.arange(width, device=within.device)[None] >= within.sum(dim=1)[:, None]
+    block = matrix[at[:, :, None], at[:, None, :]]
+    block.masked_fill_(filling[:, :, None] | filling[:, None, :], 0.0)
+    block.diagonal(dim1=1, dim2=2).masked_fill_(filling, 1.0)
+    return at, filling, torch.linalg.cholesky(block)
+
+
 def _solve_rows(within: Tensor, matrix: Tensor, aim: Tensor, width: int) -> Tensor:
     """Solve the system of each row's own block of one matrix.
 
@@ -89,14 +109,38 @@ def _solve_rows(within: Tensor, matrix: Tensor, aim: Tensor, width: int) -> Tens
     """
     if not width:
         return torch.zeros_like(aim)
-    at = within.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
-    filling = torch.arange(width, device=within.device)[None] >= within.sum(dim=1)[:, None]
-    block = matrix[at[:, :, None], at[:, None, :]]
-    block.masked_fill_(filling[:, :, None] | filling[:, None, :], 0.0)
-    block.diagonal(dim1=1, dim2=2).masked_fill_(filling, 1.0)
+    at, filling, factor = _factored_blocks(within, matrix, width)
     right = aim.gather(1, at).masked_fill_(filling, 0.0)
-    solved = torch.cholesky_solve(right[:, :, None], torch.linalg.cholesky(block))[:, :, 0]
+    solved = torch.cholesky_solve(right[:, :, None], factor)[:, :, 0]
     return torch.zeros_like(aim).scatter_(1, at, solved.masked_fill_(filling, 0.0))
+
+
+def refitted_costs(kept: Tensor, weight: Tensor, refitted: Tensor, curvature: Tensor) -> Tensor:
+    """What changing a weight's place does to the error of its row, all kept weights being re-fitted afterwards.
+
+    Args:
+        kept: bool (n_rows, n_columns).
+        weight: float32, the same shape: the trained weights.
+        refitted: The same shape: the kept weights at their best, 0 elsewhere.
+        curvature: H, (n_columns, n_columns), damped.
+
+    Returns:
+        float32, the same shape: what dropping a kept weight adds to the error, and what growing another one takes away.
+    """
+    width = int(kept.sum(dim=1).max())
+    residual = (weight - refitted) @ curvature
+    diagonal = curvature.diagonal()
+    if not width:
+        return residual.square() / diagonal
+    at, filling, factor = _factored_blocks(kept, curvature, width)
+    beside = curvature[at].masked_fill_(filling[:, :, None], 0.0)
+    # Of the variance of a column, what the kept ones do not explain: no more than rounding where they explain it all.
+    explained = torch.linalg.solve_triangular(factor, beside, upper=False).square().sum(dim=1)
+    unexplained = torch.maximum(diagonal - explained, 1e-6 * diagonal)
+    gain = residual.square() / unexplained
+    inverse = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2)
+    cost = refitted.gather(1, at).square() / inverse
+    return gain.scatter(1, at, torch.where(filling, gain.gather(1, at), cost))
 
 
 class Reconstruction:
@@ -139,7 +183,7 @@ class Reconstruction:
         for name, layer in statistics.items():
             if name not in self.dense:
                 continue
-            groups, n_columns = layer.mean.shape
+            n_columns = layer.mean.shape[1]
             if self.dense[name].numel() != layer.sensitivity.numel() * n_columns:
                 raise ValueError(
                     f"the statistics of '{name}' are for {layer.sensitivity.numel()} x {n_columns} weights, found "
@@ -191,6 +235,26 @@ class Reconstruction:
             (_, old), gone = self._known.popitem(last=False)
             self._held -= gone.nbytes + len(old)
         return solved
+
+    def costs(self, name: str, kept: Tensor) -> Tensor:
+        """What dropping a kept weight of a layer adds to its squared error, and growing another one takes away.
+
+        Both after re-fitting, see `refitted_costs`; for a layer without statistics the squared weights.
+
+        Args:
+            name: Of the tensor.
+            kept: bool, in its shape.
+
+        Returns:
+            float32, in its shape.
+        """
+        dense = self.dense[name]
+        if name not in self._curvature:
+            return dense.square()
+        kept = kept.to(dense.device)
+        parts = (self._grouped(name, tensor) for tensor in (kept, dense, self.layer(name, kept)))
+        found = [refitted_costs(*part) for part in zip(*parts, self._curvature[name], strict=True)]
+        return torch.stack(found).reshape(dense.shape)
 
     def __call__(self, kept: Tensor, skip: frozenset[str] = frozenset()) -> dict[str, Tensor]:
         """Re-fit all layers under one mask.

@@ -148,9 +148,9 @@ class _Pass:
             aim = y + missing
         self._fit(step.module, x_pruned, aim)
         y_pruned = _in_batches(pruned, x_pruned)
-        if step.norm is not None:
+        if step.norm is not None and norm is not None:
             self._correct(step.norm, channel_moments(aim), channel_moments(y_pruned))
-            y, y_pruned = norm(y), self._modules[step.norm](y_pruned)  # type: ignore[misc]
+            y, y_pruned = norm(y), self._modules[step.norm](y_pruned)
         if step.other is not None:
             y, y_pruned = y + before[step.other], y_pruned + after[step.other]
         return (y.relu(), y_pruned.relu()) if step.relu else (y, y_pruned)
@@ -167,9 +167,9 @@ class _Pass:
 
     def _correct(self, norm: str, aim: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]) -> None:
         trained, module = self._dense_modules[norm], self._modules[norm]
-        mean, variance = corrected_statistics((trained.running_mean, trained.running_var), aim, found)  # type: ignore[arg-type]
-        module.running_mean.copy_(mean)  # type: ignore[operator]
-        module.running_var.copy_(variance)  # type: ignore[operator]
+        mean, variance = corrected_statistics((trained.running_mean, trained.running_var), aim, found)
+        module.running_mean.copy_(mean)
+        module.running_var.copy_(variance)
 
     def _fit(self, module_name: str, x: Tensor, aim: Tensor) -> None:
         """Re-fit one layer so that it makes `aim` of `x`, as well as it can."""
@@ -184,11 +184,11 @@ class _Pass:
             moments.add(columns(module, inputs, at), rows(module, outputs, at))
         curvature = moments.second(about_mean=free)
         bias = dense.bias
-        trained = weight_rows(module, dense.weight.double())  # type: ignore[operator]
+        trained = weight_rows(module, dense.weight.double())
         cross = moments.cross(about_mean=free)
         if bias is not None and not free:
             # Without the freedom to shift, the bias is part of what the outputs are.
-            cross = cross - bias.double().view(len(trained), -1, 1) * moments.mean[:, None, :]  # type: ignore[operator]
+            cross = cross - bias.double().view(len(trained), -1, 1) * moments.mean[:, None, :]
         held = damped(curvature, self._owner._damping)
         # The damping holds what the images leave open at the trained weights, not at 0.
         cross = cross + trained * (held - curvature).diagonal(dim1=1, dim2=2)[:, None]
@@ -197,10 +197,10 @@ class _Pass:
             grouped = self._selected(name, grouped, held, cross)
             self._chosen[name] = grouped.reshape(mask.shape)
         fitted = refit(trained, grouped, held, cross)
-        module.weight.copy_(fitted.reshape(mask.shape).float())  # type: ignore[operator]
+        module.weight.copy_(fitted.reshape(mask.shape).float())
         if bias is not None and free:
             shift = moments.target_mean - (fitted @ moments.mean[:, :, None])[:, :, 0]
-            module.bias.copy_(shift.reshape(-1).float())  # type: ignore[operator]
+            module.bias.copy_(shift.reshape(-1).float())
 
     def _selected(self, name: str, mask: Tensor, curvature: Tensor, cross: Tensor) -> Tensor:
         """As many weights as the mask keeps, those that are eliminated last."""

@@ -36,9 +36,18 @@ HISTORY_COLUMNS = ("generation", "evaluations", "seconds", "hypervolume", "stage
 ALGORITHMS = ("nsga2", "moead")
 # Generations without a single new mask after which a search has run dry.
 PATIENCE = 50
+# Of several corridors, every so manieth generation goes to the one that has waited longest.
+WAITING_TURN = 4
+# How much of what was expected of a corridor stays when its next generation is known.
+GAIN_MEMORY = 0.5
+# Fewest individuals of a corridor among several.
+SMALLEST_POPULATION = 8
+# Sparsest rung of a ladder, as a share of a layer.
+LOWEST_RUNG = 0.005
 
 Evaluate = Callable[[PackedMasks], np.ndarray]
 Progress = Callable[[dict[str, Any]], None]
+Allowed = Callable[[PackedMasks], np.ndarray]
 
 
 @dataclass
@@ -82,6 +91,7 @@ class _Judged:
 
     objectives: np.ndarray
     complete: bool
+    allowed: bool = True
 
 
 class _BudgetSpentError(Exception):
@@ -98,6 +108,8 @@ class Recorder:
         stage: Name given to what is found from now on; may be changed.
         before: A search that this one continues: its front is the first front, its history comes first.
         progress: Called with each new history row.
+        allowed: Which masks may be published, bool (n,); others are not judged, count as wrong on every image and never
+            join the front. None to allow all.
 
     Attributes:
         survival: What becomes of the masks judged next, so that judging those that it drops anyway may stop early;
@@ -113,8 +125,9 @@ class Recorder:
         stage: str,
         before: SearchResult | None = None,
         progress: Progress | None = None,
+        allowed: Allowed | None = None,
     ) -> None:
-        self._evaluate = evaluate
+        self._evaluate, self._allowed = evaluate, allowed
         self._progress = progress
         self._known: dict[bytes, _Judged] = {}
         self._start = time.perf_counter()
@@ -157,7 +170,7 @@ class Recorder:
         self._judge(masks, keys, fresh, bounds)
         self.evaluations += len(fresh)
         # The others are dominated: that is why judging them stopped.
-        whole = [i for i in fresh if self._known[keys[i]].complete]
+        whole = [i for i in fresh if self._known[keys[i]].complete and self._known[keys[i]].allowed]
         joined: set[bytes] = set()
         if whole:
             judged = np.array([self._known[keys[i]].objectives for i in whole])
@@ -181,6 +194,11 @@ class Recorder:
 
     def _judge(self, masks: PackedMasks, keys: list[bytes], which: list[int], bounds: np.ndarray) -> None:
         """Have some masks judged, each up to its bound, and remember what came out."""
+        if self._allowed is not None and which:
+            good = self._allowed(masks.select(which))
+            for i, density in zip(which, masks.select(which).density, strict=True):
+                self._known[keys[i]] = _Judged(np.array([1.0, density]), True, allowed=False)
+            which = [i for i, fine in zip(which, good, strict=True) if fine]
         if not which:
             return
         chosen = masks if len(which) == len(masks) else masks.select(which)
@@ -310,26 +328,101 @@ class _PackedMutation(Mutation):
         return _individuals(self._vary(x[:, 0].tolist(), random_state))
 
 
-def run_algorithm(algorithm: Algorithm, problem: PruningProblem, recorder: Recorder, seed: int) -> None:
-    """Let a pymoo algorithm ask and tell until the budget is spent, exactly."""
-    algorithm.setup(problem, termination=NoTermination(), seed=seed)
-    dry = 0
-    while recorder.remaining > 0 and dry < PATIENCE:
+class _Run:
+    """One of pymoo's algorithms, asked and told generation by generation."""
+
+    def __init__(self, algorithm: Algorithm, problem: PruningProblem, recorder: Recorder, seed: int) -> None:
+        algorithm.setup(problem, termination=NoTermination(), seed=seed)
+        self._algorithm, self._problem, self._recorder = algorithm, problem, recorder
+        self._dry = 0
+        self._ended = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing new can be expected, or nothing more can be paid for."""
+        return self._ended or self._dry >= PATIENCE or self._recorder.remaining <= 0
+
+    def step(self) -> None:
+        """Judge one more generation, as far as the budget pays for it."""
+        recorder, algorithm = self._recorder, self._algorithm
         before = recorder.evaluations
         candidates = algorithm.ask()
         if candidates is None or not len(candidates):
-            break
+            self._ended = True
+            return
         recorder.survival = survival_of(algorithm)
         try:
-            algorithm.evaluator.eval(problem, candidates)
+            algorithm.evaluator.eval(self._problem, candidates)
         except _BudgetSpentError:
-            break
+            self._ended = True
+            return
         recorder.close_generation()
         algorithm.tell(infills=candidates)
         # pymoo remembers its last offspring, most of which are dead by now.
         candidates = algorithm.off = None
-        dry = 0 if recorder.evaluations > before else dry + 1
+        self._dry = 0 if recorder.evaluations > before else self._dry + 1
+
+
+def run_algorithm(algorithm: Algorithm, problem: PruningProblem, recorder: Recorder, seed: int) -> None:
+    """Let a pymoo algorithm ask and tell until the budget is spent, exactly."""
+    run = _Run(algorithm, problem, recorder, seed)
+    while not run.ended:
+        run.step()
     recorder.close_generation()
+
+
+def _run_by_gain(runs: Sequence[_Run], recorder: Recorder) -> None:
+    """Give each next generation to the run that is expected to add most hypervolume for an evaluation.
+
+    What a run is expected to add is what its last generations added, the latest counting most; a run that was never
+    asked comes first. Every so often the one that has waited longest has its turn, or a single barren generation would
+    shut it out for good.
+    """
+    gain = np.full(len(runs), np.inf)
+    last_turn = np.zeros(len(runs), dtype=np.int64)
+    turn = 0
+    while any(not run.ended for run in runs):
+        turn += 1
+        open_ = np.array([not run.ended for run in runs])
+        if turn % WAITING_TURN:
+            chosen = int(np.argmax(np.where(open_, gain, -np.inf)))
+        else:
+            chosen = int(np.argmin(np.where(open_, last_turn, np.iinfo(np.int64).max)))
+        evaluations, hypervolume = recorder.evaluations, recorder.front.hypervolume()
+        runs[chosen].step()
+        last_turn[chosen] = turn
+        spent = recorder.evaluations - evaluations
+        found = (recorder.front.hypervolume() - hypervolume) / spent if spent else 0.0
+        gain[chosen] = found if np.isinf(gain[chosen]) else GAIN_MEMORY * gain[chosen] + (1 - GAIN_MEMORY) * found
+    recorder.close_generation()
+
+
+def ladder_of_densities(n_rungs: int) -> np.ndarray:
+    """Densities that a layer may have on a ladder, evenly spaced in their logarithm, sparsest first, 1 last."""
+    return np.geomspace(LOWEST_RUNG, 1.0, n_rungs)
+
+
+class _LevelSwitches(Mutation):
+    """Some individuals are moved along the ladder at constant total density, the others by another mutation.
+
+    Args:
+        rungs: float (n_rungs,), densities.
+        sizes: int (n_layers,), weights of each layer.
+        share: Probability of a level switch.
+        otherwise: What else an individual is varied by.
+    """
+
+    def __init__(self, rungs: np.ndarray, sizes: np.ndarray, share: float, otherwise: Mutation) -> None:
+        super().__init__(prob=1.0)
+        self._rungs, self._share, self._otherwise = rungs, share, otherwise
+        self._n_kept = np.rint(rungs * sizes[:, None]).astype(np.int64)
+
+    def _do(self, problem: Problem, x: np.ndarray, *args: Any, random_state: Any = None, **kwargs: Any) -> np.ndarray:
+        varied = self._otherwise._do(problem, x.copy(), *args, random_state=random_state, **kwargs)
+        for i in np.flatnonzero(random_state.random(len(x)) < self._share):
+            levels = operators.nearest_rungs(1.0 - x[i], self._rungs)
+            varied[i] = 1.0 - self._rungs[operators.switch_levels(levels, self._n_kept, random_state)]
+        return varied
 
 
 def search_thresholds(
@@ -341,7 +434,13 @@ def search_thresholds(
     evaluations: int,
     population: int,
     seed: int,
+    rungs: int | None = None,
+    level_switches: float = 0.0,
+    n_reselected: int = 0,
+    reselect: Callable[[PackedMasks], PackedMasks] | None = None,
+    precompute: Callable[[PackedMasks], None] | None = None,
     progress: Progress | None = None,
+    allowed: Allowed | None = None,
 ) -> SearchResult:
     """Phase 1: one threshold per layer on the importance ranks, by NSGA-II.
 
@@ -352,11 +451,20 @@ def search_thresholds(
         evaluate: Masks to objectives (n, 2).
         layout: The layers.
         scores: float (n_weights,), higher = keep.
-        starts: Classical allocations, each int (n_layers,), the number of weights to keep.
+        starts: Classical allocations, each int (n_layers,), the number of weights to keep; judged exactly as they are.
         evaluations: Number of masks to judge, the starts included.
         population: Size of the population.
         seed: Fixes every draw.
+        rungs: Densities that a layer may have (`ladder_of_densities`): what an evaluator works out for a layer at one
+            of them serves all candidates. None for any density.
+        level_switches: Share of the children that are varied by moving layers along the ladder at constant total
+            density (`paretoprune.operators.switch_levels`).
+        n_reselected: Members of the front, at its end, whose weights are chosen anew by `reselect`; the masks that come
+            back are judged too, within the budget.
+        reselect: Masks to masks that keep as many weights of each layer.
+        precompute: Told of the masks that have all layers on one rung, before anything is judged.
         progress: Called with each history row.
+        allowed: Which masks may be published, see `Recorder`.
 
     Raises:
         ValueError: The budget does not even pay for the starts and one population.
@@ -364,36 +472,58 @@ def search_thresholds(
     Source:
         Deb et al., "A fast and elitist multiobjective genetic algorithm: NSGA-II", 2002, in pymoo, with its simulated
         binary crossover and polynomial mutation. The encoding is our reading of arXiv 2604.01076, which gives none.
+        Level switches: Sieberling et al., "EvoPress", ICML 2025.
     """
-    if evaluations < len(starts) + population:
+    n_reselected = n_reselected if reselect is not None else 0
+    if evaluations < len(starts) + population + n_reselected:
+        anew = f" and {n_reselected} members chosen anew" if n_reselected else ""
         raise ValueError(
-            f"Phase 1 needs at least {len(starts) + population} evaluations ({len(starts)} starting allocations and "
-            f"a population of {population}), found {evaluations}; raise `evaluations` or lower `population`"
+            f"Phase 1 needs at least {len(starts) + population + n_reselected} evaluations ({len(starts)} starting "
+            f"allocations and a population of {population}{anew}), found {evaluations}; raise `evaluations` or lower "
+            "`population`"
         )
     ranks = ranks_within_layers(scores, layout)
+    ladder = None if rungs is None else ladder_of_densities(rungs)
 
-    def decode(thresholds: np.ndarray) -> PackedMasks:
-        counts = np.rint((1.0 - thresholds) * layout.sizes).astype(np.int64)
+    def masks_of(densities: np.ndarray) -> PackedMasks:
+        """From the densities of layers (n, n_layers)."""
+        counts = np.rint(densities * layout.sizes).astype(np.int64)
         return PackedMasks.pack_each((keep_top(ranks, row, layout) for row in counts), layout.n_weights)
 
+    def decode(thresholds: np.ndarray) -> PackedMasks:
+        densities = 1.0 - thresholds
+        return masks_of(densities if ladder is None else ladder[operators.nearest_rungs(densities, ladder)])
+
+    if ladder is not None and precompute is not None:
+        precompute(masks_of(np.repeat(ladder[:, None], layout.n_layers, axis=1)))
     rng = np.random.default_rng(seed)
-    recorder = Recorder(evaluate, layout.n_weights, budget=evaluations, stage="start", progress=progress)
+    recorder = Recorder(
+        evaluate,
+        layout.n_weights,
+        budget=evaluations - n_reselected,
+        stage="start",
+        progress=progress,
+        allowed=allowed,
+    )
     first = [1.0 - np.asarray(counts) / layout.sizes for counts in starts]
     if first:
-        recorder(decode(np.array(first)))
+        recorder(masks_of(1.0 - np.array(first)))
         recorder.close_generation()
     recorder.stage = "phase1"
     for _ in range(max(population - len(starts), population // 4)):
         level = rng.uniform(0.1, 0.98)
         first.append(np.clip(level + 0.15 * rng.standard_normal(layout.n_layers), 0.0, 0.99))
-    algorithm = NSGA2(
-        pop_size=population,
-        sampling=np.array(first),
-        crossover=SBX(prob=0.9, eta=15),
-        mutation=PM(prob=1.0, prob_var=1.0 / layout.n_layers, eta=20),
-    )
+    mutation: Mutation = PM(prob=1.0, prob_var=1.0 / layout.n_layers, eta=20)
+    if ladder is not None and level_switches:
+        mutation = _LevelSwitches(ladder, layout.sizes, level_switches, mutation)
+    algorithm = NSGA2(pop_size=population, sampling=np.array(first), crossover=SBX(prob=0.9, eta=15), mutation=mutation)
     problem = PruningProblem(layout.n_layers, decode, recorder, bounds=(0.0, 1.0))
     run_algorithm(algorithm, problem, recorder, seed)
+    if n_reselected and reselect is not None:
+        recorder.budget, recorder.survival = evaluations, None
+        recorder.stage = "reselected"
+        recorder(reselect(recorder.front.thinned(n_reselected).masks))
+        recorder.close_generation()
     return recorder.result()
 
 
@@ -456,6 +586,8 @@ def guided_algorithm(
     first_rate: float,
     crossover_probability: float,
     rng: np.random.Generator,
+    moving: operators.MovingRanking | None = None,
+    adaptive: bool = True,
 ) -> tuple[Algorithm, operators.AdaptiveVariation]:
     """The algorithm of Phase 2, and the variation to be told of its successes; arguments as for `search_corridor`.
 
@@ -469,9 +601,13 @@ def guided_algorithm(
         first_rate: Of moves.
         crossover_probability: Probability that a child has two parents.
         rng: Draws the samples.
+        moving: A further ranking for moves, which depends on the mask that is varied.
+        adaptive: Whether moves learn from their success.
     """
     layers = corridor.layers
-    variation = operators.AdaptiveVariation(layers, rankings, softness, first_rate)
+    guides: list[operators.Ranking | operators.MovingRanking] = [*rankings]
+    guides += [] if moving is None else [moving]
+    variation = operators.AdaptiveVariation(layers, guides, softness, first_rate, adaptive=adaptive)
     members = [Genome(row) for row in corridor.restrict(starts).words]
     densities = np.linspace(0, 1, max(population - len(members), 1) + 2)[1:-1].tolist()
     samples = operators.sample_bernoulli(layers, rankings[0], corridor.lower, densities, softness, rng)
@@ -512,7 +648,7 @@ def _flipped(genome: Genome, n_weights: int, rate: float, rng: np.random.Generat
 
 def search_corridor(
     evaluate: Evaluate,
-    corridor: Corridor,
+    corridors: Corridor | Sequence[Corridor],
     guides: Sequence[np.ndarray],
     before: SearchResult,
     *,
@@ -523,57 +659,80 @@ def search_corridor(
     first_rate: float,
     crossover_probability: float,
     seed: int,
+    adaptive: bool = True,
+    moving_guide: Callable[[Corridor], operators.MovingRanking] | None = None,
     progress: Progress | None = None,
+    allowed: Allowed | None = None,
 ) -> SearchResult:
     """Phase 2: one bit per corridor weight, by NSGA-II or MOEA/D, merged with Phase 1's front.
 
     The first population holds Phase 1's members, moved into the corridor where they lie outside, and Bernoulli samples
-    along the first guide at densities spread over the corridor.
+    along the first guide at densities spread over the corridor. Several corridors have a population each, and every
+    next generation goes to the corridor that is expected to add most hypervolume.
 
     Args:
         evaluate: Masks to objectives (n, 2).
-        corridor: What is searched.
+        corridors: What is searched, one or several.
         guides: Importance scores, each float (n_weights,), that moves follow; the first also shapes the samples.
         before: Phase 1.
         algorithm: `nsga2` or `moead`.
         evaluations: Number of masks to judge beyond those of Phase 1.
-        population: Size of the population.
+        population: Size of the population, of all corridors together.
         softness: Width of the step in the sampling probabilities and noise of the moves, in corridor coordinates.
         first_rate: Share of the corridor's bits that a move changes at first.
         crossover_probability: Probability that a child mixes two parents before it is varied.
         seed: Fixes every draw.
+        adaptive: Whether the choice and the size of moves learn from their success.
+        moving_guide: Makes a further guide of a corridor, one that depends on the mask that is varied.
         progress: Called with each history row.
+        allowed: Which masks may be published, see `Recorder`.
 
     Raises:
-        ValueError: The algorithm is unknown, or there is no guide.
+        ValueError: The algorithm is unknown, there is no guide, or there is no corridor.
 
     Source:
         NSGA-II: Deb et al., 2002. MOEA/D: Zhang and Li, 2007, with Tchebycheff decomposition; both in pymoo.
     """
-    if not guides:
-        raise ValueError("Phase 2 needs at least one importance score as guide")
+    corridors = [corridors] if isinstance(corridors, Corridor) else list(corridors)
+    if not guides or not corridors:
+        raise ValueError("Phase 2 needs at least one importance score as guide and one corridor")
+    n_weights = corridors[0].layout.n_weights
     recorder = Recorder(
         evaluate,
-        corridor.layout.n_weights,
+        n_weights,
         budget=evaluations,
         stage="phase2",
         before=before,
         progress=progress,
+        allowed=allowed,
     )
-    chosen, variation = guided_algorithm(
-        algorithm,
-        corridor,
-        [corridor.rank(scores) for scores in guides],
-        before.front.thinned(max(2, population * 3 // 4)).masks,
-        population=population,
-        softness=softness,
-        first_rate=first_rate,
-        crossover_probability=crossover_probability,
-        rng=np.random.default_rng(seed),
-    )
-    problem = PruningProblem.packed(corridor.layout.n_weights, recorder, variation.reward)
-    run_algorithm(chosen, problem, recorder, seed)
+    rng = np.random.default_rng(seed)
+    each = population if len(corridors) == 1 else max(SMALLEST_POPULATION, population // len(corridors))
+    runs = []
+    for corridor in corridors:
+        members = before.front if len(corridors) == 1 else _within(before.front, corridor)
+        chosen, variation = guided_algorithm(
+            algorithm,
+            corridor,
+            [corridor.rank(scores) for scores in guides],
+            members.thinned(max(2, each * 3 // 4)).masks,
+            population=each,
+            softness=softness,
+            first_rate=first_rate,
+            crossover_probability=crossover_probability,
+            rng=rng,
+            moving=None if moving_guide is None else moving_guide(corridor),
+            adaptive=adaptive,
+        )
+        runs.append(_Run(chosen, PruningProblem.packed(n_weights, recorder, variation.reward), recorder, seed))
+    _run_by_gain(runs, recorder)
     return recorder.result()
+
+
+def _within(front: Front, corridor: Corridor) -> Front:
+    """The members whose density a corridor can have."""
+    sparsest, densest = PackedMasks(np.stack([corridor.lower, corridor.upper]), corridor.layout.n_weights).density
+    return front.select(np.flatnonzero((front.density >= sparsest) & (front.density <= densest)))
 
 
 def search_flat(
@@ -586,6 +745,7 @@ def search_flat(
     flip_rate: float,
     seed: int,
     progress: Progress | None = None,
+    allowed: Allowed | None = None,
 ) -> SearchResult:
     """The single-phase baseline: NSGA-II or MOEA/D on whole masks, random at first, uniform crossover and bit flips.
 
@@ -598,8 +758,11 @@ def search_flat(
         flip_rate: Probability of each bit to flip in a mutation.
         seed: Fixes every draw.
         progress: Called with each history row.
+        allowed: Which masks may be published, see `Recorder`.
     """
-    recorder = Recorder(evaluate, layout.n_weights, budget=evaluations, stage="flat", progress=progress)
+    recorder = Recorder(
+        evaluate, layout.n_weights, budget=evaluations, stage="flat", progress=progress, allowed=allowed
+    )
     rng = np.random.default_rng(seed)
     chosen = blind_algorithm(algorithm, layout.n_weights, population=population, flip_rate=flip_rate, rng=rng)
     run_algorithm(chosen, PruningProblem.packed(layout.n_weights, recorder), recorder, seed)
@@ -613,6 +776,7 @@ def sweep_allocation(
     counts: Sequence[np.ndarray],
     *,
     progress: Progress | None = None,
+    allowed: Allowed | None = None,
 ) -> SearchResult:
     """The baselines without a search: one score and one allocation rule at a ladder of densities.
 
@@ -622,9 +786,12 @@ def sweep_allocation(
         scores: float (n_weights,), higher = keep.
         counts: Numbers of weights to keep, each int (n_layers,), one per rung of the ladder.
         progress: Called with each history row.
+        allowed: Which masks may be published, see `Recorder`.
     """
     ranks = ranks_within_layers(scores, layout)
-    recorder = Recorder(evaluate, layout.n_weights, budget=len(counts), stage="allocation", progress=progress)
+    recorder = Recorder(
+        evaluate, layout.n_weights, budget=len(counts), stage="allocation", progress=progress, allowed=allowed
+    )
     for row in counts:
         recorder(PackedMasks.pack(keep_top(ranks, row, layout)))
         recorder.close_generation()

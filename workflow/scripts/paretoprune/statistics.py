@@ -93,11 +93,12 @@ def columns(module: nn.Module, inputs: Tensor, positions: Tensor | None = None) 
     for i in range(n_spatial):
         reach = module.dilation[i] * (module.kernel_size[i] - 1) + 1
         windows = windows.unfold(2 + i, reach, module.stride[i])
-    windows = windows[(..., *(slice(None, None, step) for step in module.dilation))]
+    apart: Any = (..., *(slice(None, None, step) for step in module.dilation))
+    windows = windows[apart]
     out_shape = windows.shape[2 : 2 + n_spatial]
     if positions is None:
         positions = torch.arange(prod(out_shape), device=inputs.device)
-    at: list[Tensor] = []
+    at: list[Any] = []
     rest = positions
     for size in reversed(out_shape):
         at.insert(0, rest % size)
@@ -189,9 +190,9 @@ def prunable_modules(network: nn.Module, layout: MaskLayout) -> dict[str, list[t
     found: dict[str, list[tuple[str, nn.Module]]] = {name: [] for name in layout.names}
     for module_name, module in network.named_modules():
         weight = getattr(module, "weight", None)
-        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and not isinstance(module, _TRANSPOSED):
-            if id(weight) in named:
-                found[named[id(weight)]].append((module_name, module))
+        kind = isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and not isinstance(module, _TRANSPOSED)
+        if kind and id(weight) in named:
+            found[named[id(weight)]].append((module_name, module))
     return {name: modules for name, modules in found.items() if modules}
 
 
@@ -285,7 +286,7 @@ def collect_statistics(
     for name, held in modules.items():
         if not moments[name].n:
             continue
-        n_rows = held[0][1].weight.shape[0]
+        n_rows = layout.shapes[layout.names.index(name)][0]
         square = squares[name] if isinstance(squares[name], Tensor) else torch.zeros(n_rows, dtype=torch.float64)
         found[name] = LayerStatistics(
             moments[name].second(about_mean=True).float().cpu(),
@@ -354,8 +355,6 @@ def load_statistics(path: str | os.PathLike[str]) -> dict[str, LayerStatistics]:
     found = {}
     for name in names:
         n_samples, shifts_freely = tensors[f"{name}/facts"].tolist()
-        parts = (tensors[f"{name}/{part}"] for part in ("covariance", "mean", "sensitivity"))
-        found[name] = LayerStatistics(*parts, n_samples, bool(shifts_freely))
+        covariance, mean, sensitivity = (tensors[f"{name}/{part}"] for part in ("covariance", "mean", "sensitivity"))
+        found[name] = LayerStatistics(covariance, mean, sensitivity, n_samples, bool(shifts_freely))
     return found
-
-
