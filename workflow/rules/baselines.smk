@@ -3,9 +3,11 @@ rule search_flat:
         images=IMAGES,
         splits=SPLITS,
         network=DENSE,
+        statistics=statistics_of_method,
         code=code("search_flat"),
     output:
         masks=f"{METHOD}/masks.npz",
+        networks=f"{METHOD}/networks.safetensors",
         history=f"{METHOD}/history.csv",
     log:
         f"{RESULTS}/logs/{LOG}/{{method}}/search_flat.log",
@@ -31,10 +33,12 @@ rule sweep_allocation:
         images=IMAGES,
         splits=SPLITS,
         network=DENSE,
+        statistics=statistics_of_method,
         scores=score_files(lambda settings: [settings["importance"]]),
         code=code("sweep_allocation"),
     output:
         masks=f"{METHOD}/masks.npz",
+        networks=f"{METHOD}/networks.safetensors",
         history=f"{METHOD}/history.csv",
     log:
         f"{RESULTS}/logs/{LOG}/{{method}}/sweep_allocation.log",
@@ -44,7 +48,7 @@ rule sweep_allocation:
         method=any_of(configuration.methods_of_kind(config, "allocation")),
     conda:
         "../../envs/environment.yaml"
-    threads: 1
+    threads: lookup("threads_per_search", within=config)
     resources:
         mem_mb=8000,
         runtime=240,

@@ -23,6 +23,7 @@ IMAGES = f"{RESULTS}/{{dataset}}/data/images.safetensors"
 SPLITS = f"{RESULTS}/{{dataset}}/data/splits-seed{{seed}}.npz"
 SEED = f"{RESULTS}/{{dataset}}/{{network}}/seed{{seed}}"
 DENSE = f"{SEED}/dense/model.safetensors"
+STATISTICS = f"{SEED}/statistics.safetensors"
 METRICS = f"{SEED}/dense/metrics.json"
 METHOD = f"{SEED}/{{method}}"
 LOG = "{dataset}/{network}/seed{seed}"
@@ -60,6 +61,18 @@ def score_files(names):
         f"{SEED}/importance/{score}.safetensors".format(**wildcards)
         for score in dict.fromkeys(names(settings_of(wildcards)))
     ]
+
+
+def statistics_of_method(wildcards):
+    """The layer statistics, for a method that re-fits weights."""
+    refits = "reconstruct" in configuration.repairs_of(settings_of(wildcards))
+    return [STATISTICS.format(**wildcards)] if refits else []
+
+
+def statistics_of_score(wildcards):
+    """The layer statistics, for a score that follows from them."""
+    follows = wildcards.score in ("curvature", "elimination")
+    return [STATISTICS.format(**wildcards)] if follows else []
 
 
 def each_method(file, methods):
@@ -126,13 +139,8 @@ def phase1_file(file):
 
 def phase1_scores(settings):
     """The score that thresholds cut, and those that the starting allocations follow."""
-    return [settings["importance"], "magnitude", "lamp"]
-
-
-def full_precision(wildcards):
-    """How finished networks are judged: by the method's own repair and objective, in float32."""
-    settings = configuration.judging_settings(settings_of(wildcards))
-    return settings | {"precision": "float32"}
+    starts = settings["phase1"]["starts"]
+    return [settings["importance"], *configuration.start_scores(starts)]
 
 
 def finetuning_recipe(wildcards):

@@ -4,6 +4,7 @@ rule evaluate_front:
         splits=SPLITS,
         network=DENSE,
         masks=f"{METHOD}/masks.npz",
+        networks=f"{METHOD}/networks.safetensors",
         code=code("evaluate_front"),
     output:
         front=f"{METHOD}/front.csv",
@@ -19,7 +20,5 @@ rule evaluate_front:
         mem_mb=8000,
         runtime=240,
         gpu=lookup("gpus_per_job", within=config),
-    params:
-        settings=full_precision,
     script:
         "../scripts/evaluate_front.py"

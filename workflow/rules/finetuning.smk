@@ -4,6 +4,7 @@ rule finetune_members:
         splits=SPLITS,
         network=DENSE,
         masks=f"{METHOD}/masks.npz",
+        networks=f"{METHOD}/networks.safetensors",
         code=code("finetune_members"),
     output:
         finetuned=f"{METHOD}/finetuned.csv",
@@ -20,7 +21,6 @@ rule finetune_members:
         runtime=720,
         gpu=lookup("gpus_per_job", within=config),
     params:
-        settings=full_precision,
         recipe=finetuning_recipe,
         members={key: config["finetune"][key] for key in ("sparsities", "knee")},
     script:

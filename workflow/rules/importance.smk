@@ -1,8 +1,34 @@
+rule collect_statistics:
+    input:
+        images=IMAGES,
+        splits=SPLITS,
+        network=DENSE,
+        code=code("collect_statistics"),
+    output:
+        statistics=STATISTICS,
+    log:
+        f"{RESULTS}/logs/{LOG}/collect_statistics.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/{LOG}/collect_statistics.tsv"
+    conda:
+        "../../envs/environment.yaml"
+    threads: 1
+    resources:
+        mem_mb=8000,
+        runtime=120,
+        gpu=lookup("gpus_per_job", within=config),
+    params:
+        positions=lookup("importance/positions", within=config),
+    script:
+        "../scripts/collect_statistics.py"
+
+
 rule compute_importance:
     input:
         images=IMAGES,
         splits=SPLITS,
         network=DENSE,
+        statistics=statistics_of_score,
         code=code("compute_importance"),
     output:
         scores=f"{SEED}/importance/{{score}}.safetensors",

@@ -3,6 +3,7 @@ rule search_thresholds:
         images=IMAGES,
         splits=SPLITS,
         network=DENSE,
+        statistics=statistics_of_method,
         scores=score_files(phase1_scores),
         code=code("search_thresholds"),
     output:
@@ -50,7 +51,10 @@ rule choose_anchors:
         runtime=10,
         gpu=0,
     params:
-        tolerances=lambda wildcards: settings_of(wildcards)["anchors"],
+        tolerances=lambda wildcards: configuration.anchor_tolerances(
+            settings_of(wildcards)
+        ),
+        n_corridors=lambda wildcards: settings_of(wildcards)["anchors"]["corridors"],
         objective=lambda wildcards: settings_of(wildcards)["objective"],
     script:
         "../scripts/choose_anchors.py"
@@ -61,13 +65,15 @@ rule search_corridor:
         images=IMAGES,
         splits=SPLITS,
         network=DENSE,
-        scores=score_files(lambda settings: settings["phase2"]["guides"]),
+        statistics=statistics_of_method,
+        scores=score_files(configuration.score_guides),
         front=phase1_file("phase1.npz"),
         history=phase1_file("phase1_history.csv"),
         anchors=f"{METHOD}/anchors.npz",
         code=code("search_corridor"),
     output:
         masks=f"{METHOD}/masks.npz",
+        networks=f"{METHOD}/networks.safetensors",
         history=f"{METHOD}/history.csv",
     log:
         f"{RESULTS}/logs/{LOG}/{{method}}/search_corridor.log",

@@ -1,7 +1,7 @@
 """Choose the light and the heavy anchor and report the corridor between them."""
 
 from paretoprune.checkpoints import DenseNetwork
-from paretoprune.corridor import Corridor, choose_anchors, describe_corridor
+from paretoprune.corridor import anchors_between, choose_anchors, corridor_around, describe_corridor
 from paretoprune.files import read_json, write_json
 from paretoprune.fronts import Front
 from paretoprune.masks import MaskLayout
@@ -14,10 +14,11 @@ with step(name, snakemake.log[0]) as (log, _):
     dense = DenseNetwork.load(snakemake.input.network)
     layout = MaskLayout.of(dense.network, dense.exclude)
     dense_error = 0.0 if snakemake.params.objective == "divergence" else 1 - metrics["accuracy"]["search"]
-    tolerances = snakemake.params.tolerances
+    tolerances, n_corridors = snakemake.params.tolerances, snakemake.params.n_corridors
     light, heavy = choose_anchors(front, dense_error, 1 - 1 / metrics["n_classes"], **tolerances)
-    front.select([light, heavy]).save(snakemake.output.anchors)
-    corridor = Corridor.between(front.masks.unpack(light), front.masks.unpack(heavy), layout)
+    anchors = anchors_between(front, light, heavy, max(1, n_corridors))
+    front.select(anchors).save(snakemake.output.anchors)
+    corridor = corridor_around(front.masks.select(anchors), n_corridors, layout)
     description = describe_corridor(front, light, heavy, corridor)
-    write_json(snakemake.output.corridor, {**tolerances, **description})
+    write_json(snakemake.output.corridor, {**tolerances, "n_corridors": n_corridors, **description})
     log.info("corridor of %d bits out of %d weights", corridor.n_searched, layout.n_weights)

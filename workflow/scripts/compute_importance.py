@@ -3,7 +3,7 @@
 from paretoprune.checkpoints import DenseNetwork, save_tensors
 from paretoprune.importance import compute_importance
 from paretoprune.masks import MaskLayout
-from paretoprune.steps import read_splits, step
+from paretoprune.steps import read_splits, read_statistics, step
 
 name = "{dataset} {network} seed {seed}: {score}".format(**snakemake.wildcards)
 with step(name, snakemake.log[0], snakemake.threads) as (log, _):
@@ -12,6 +12,14 @@ with step(name, snakemake.log[0], snakemake.threads) as (log, _):
     seed = int(snakemake.wildcards.seed)
     chosen = train.sample(snakemake.params.n_images, seed)
     layout = MaskLayout.of(dense.network, dense.exclude)
-    scores = compute_importance(snakemake.wildcards.score, dense.network, layout, chosen.images, chosen.labels, seed)
+    scores = compute_importance(
+        snakemake.wildcards.score,
+        dense.network,
+        layout,
+        chosen.images,
+        chosen.labels,
+        seed,
+        read_statistics(snakemake.input),
+    )
     save_tensors(snakemake.output.scores, scores)
     log.info("importance of %d weights", layout.n_weights)

@@ -1,17 +1,18 @@
-"""Measure every member of a final front on the test split, once, in float32."""
+"""Measure every finished network of a front on the test split, once, in float32."""
 
-from paretoprune.checkpoints import DenseNetwork
+from paretoprune.checkpoints import DenseNetwork, load_networks
 from paretoprune.files import write_csv
 from paretoprune.fronts import Front
 from paretoprune.measurement import FRONT_COLUMNS, LAYER_COLUMNS, front_rows, layer_rows
-from paretoprune.steps import make_evaluator, read_splits, step
+from paretoprune.steps import make_measurer, read_splits, step
 
 name = "{dataset} {network} seed {seed}: {method}, test".format(**snakemake.wildcards)
 with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as (log, device):
     front = Front.load(snakemake.input.masks)
     dense = DenseNetwork.load(snakemake.input.network)
-    test, calibration = read_splits(snakemake.input.images, snakemake.input.splits, dense, "test", "calibration")
-    judge = make_evaluator(dense, test, calibration, snakemake.params.settings, device, workers=snakemake.threads)
-    write_csv(snakemake.output.front, front_rows(front, judge), FRONT_COLUMNS)
+    (test,) = read_splits(snakemake.input.images, snakemake.input.splits, dense, "test")
+    judge = make_measurer(dense, test, device, workers=snakemake.threads)
+    errors = judge.measure_all(load_networks(snakemake.input.networks)).error
+    write_csv(snakemake.output.front, front_rows(front, errors), FRONT_COLUMNS)
     write_csv(snakemake.output.layers, layer_rows(front, judge.layout), LAYER_COLUMNS)
     log.info("%d members measured", len(front))

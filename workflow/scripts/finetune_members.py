@@ -2,24 +2,22 @@
 
 from pathlib import Path
 
-from paretoprune.checkpoints import DenseNetwork
+from paretoprune.checkpoints import DenseNetwork, load_networks
 from paretoprune.files import write_csv
 from paretoprune.finetuning import FINETUNED_COLUMNS, finetune_members
 from paretoprune.fronts import Front
-from paretoprune.steps import make_evaluator, read_splits, step
+from paretoprune.steps import make_measurer, read_splits, step
 from paretoprune.training import Recipe
 
 name = "{dataset} {network} seed {seed}: {method}, fine-tuning".format(**snakemake.wildcards)
 with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as (log, device):
     front = Front.load(snakemake.input.masks)
     dense = DenseNetwork.load(snakemake.input.network)
-    train, *judged = read_splits(
-        snakemake.input.images, snakemake.input.splits, dense, "train", "search", "test", "calibration"
-    )
-    judges = [make_evaluator(dense, part, judged[2], snakemake.params.settings, device) for part in judged[:2]]
+    train, *judged = read_splits(snakemake.input.images, snakemake.input.splits, dense, "train", "search", "test")
     rows = finetune_members(
         front,
-        *judges,
+        load_networks(snakemake.input.networks),
+        *(make_measurer(dense, part, device) for part in judged),
         dense.network,
         train,
         Recipe(**snakemake.params.recipe),

@@ -1,9 +1,10 @@
 """Phase 2: search a bit per corridor weight, and publish the front of both phases."""
 
-from paretoprune.corridor import Corridor
+from paretoprune.corridor import corridors_of
 from paretoprune.fronts import Front
+from paretoprune.guidance import curvature_guide
 from paretoprune.search import SearchResult, read_history, search_corridor
-from paretoprune.search_steps import log_progress, make_search_evaluator, publish, read_scores
+from paretoprune.search_steps import allowed_masks, log_progress, make_search_evaluator, publish, read_scores
 from paretoprune.steps import step
 
 name = "{dataset} {network} seed {seed}: {method}, phase 2".format(**snakemake.wildcards)
@@ -16,11 +17,13 @@ with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as
     before = SearchResult(Front.load(snakemake.input.front), read_history(snakemake.input.history))
     found = search_corridor(
         evaluate,
-        Corridor.between(anchors.unpack(0), anchors.unpack(1), evaluate.layout),
+        corridors_of(anchors, settings["corridors"], evaluate.layout),
         [scores[guide] for guide in settings["guides"]],
         before,
         **settings["algorithm"],
         seed=int(snakemake.wildcards.seed),
+        moving_guide=curvature_guide(evaluate) if settings["refit_guide"] else None,
         progress=log_progress(log, before.history[-1]["evaluations"] + settings["algorithm"]["evaluations"]),
+        allowed=allowed_masks(settings, evaluate.layout),
     )
     publish(found, evaluate, snakemake.input, snakemake.output, settings, device)

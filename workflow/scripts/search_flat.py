@@ -1,7 +1,7 @@
 """Baseline: search whole masks in a single phase."""
 
 from paretoprune.search import search_flat
-from paretoprune.search_steps import log_progress, make_search_evaluator, publish
+from paretoprune.search_steps import allowed_masks, log_progress, make_search_evaluator, publish
 from paretoprune.steps import step
 
 name = "{dataset} {network} seed {seed}: {method}".format(**snakemake.wildcards)
@@ -14,5 +14,6 @@ with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as
         **settings["algorithm"],
         seed=int(snakemake.wildcards.seed),
         progress=log_progress(log, settings["algorithm"]["evaluations"]),
+        allowed=allowed_masks(settings, evaluate.layout),
     )
     publish(found, evaluate, snakemake.input, snakemake.output, settings, device)

@@ -3,7 +3,7 @@
 from paretoprune.allocation import starting_allocations
 from paretoprune.files import write_csv
 from paretoprune.search import HISTORY_COLUMNS, search_thresholds
-from paretoprune.search_steps import log_progress, make_search_evaluator, read_scores
+from paretoprune.search_steps import allowed_masks, log_progress, make_search_evaluator, read_scores
 from paretoprune.steps import step
 
 name = "{dataset} {network} seed {seed}: {method}, phase 1".format(**snakemake.wildcards)
@@ -16,10 +16,12 @@ with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as
         evaluate.layout,
         scores[settings["importance"]],
         starting_allocations(settings["starts"], settings["start_densities"], scores, evaluate.layout),
-        evaluations=settings["evaluations"],
-        population=settings["population"],
+        **settings["algorithm"],
         seed=int(snakemake.wildcards.seed),
-        progress=log_progress(log, settings["evaluations"]),
+        reselect=evaluate.reselect,
+        precompute=evaluate.precompute,
+        progress=log_progress(log, settings["algorithm"]["evaluations"]),
+        allowed=allowed_masks(settings, evaluate.layout),
     )
     found.front.save(snakemake.output.front)
     write_csv(snakemake.output.history, found.history, HISTORY_COLUMNS)

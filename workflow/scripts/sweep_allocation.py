@@ -3,15 +3,16 @@
 import numpy as np
 from paretoprune.allocation import allocate
 from paretoprune.search import sweep_allocation
-from paretoprune.search_steps import log_progress, make_search_evaluator, publish, read_scores
+from paretoprune.search_steps import allowed_masks, log_progress, make_search_evaluator, publish, read_scores
 from paretoprune.steps import step
 
 name = "{dataset} {network} seed {seed}: {method}".format(**snakemake.wildcards)
 with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as (log, device):
     settings, ladder = snakemake.params.settings, snakemake.params.settings["ladder"]
-    evaluate = make_search_evaluator(snakemake.input, settings, device)
+    evaluate = make_search_evaluator(snakemake.input, settings, device, workers=snakemake.threads)
     (scores,) = read_scores(snakemake.input.scores, evaluate.layout).values()
     densities = np.geomspace(ladder["lowest"], ladder["highest"], ladder["size"])
     counts = [allocate(settings["allocation"], scores, evaluate.layout, density) for density in densities]
-    found = sweep_allocation(evaluate, evaluate.layout, scores, counts, progress=log_progress(log, len(counts)))
+    progress, allowed = log_progress(log, len(counts)), allowed_masks(settings, evaluate.layout)
+    found = sweep_allocation(evaluate, evaluate.layout, scores, counts, progress=progress, allowed=allowed)
     publish(found, evaluate, snakemake.input, snakemake.output, settings, device)

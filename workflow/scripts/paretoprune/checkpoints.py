@@ -3,7 +3,7 @@
 import json
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,20 @@ def save_tensors(
 def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read the tensors of a safetensors file."""
     return load_file(path)
+
+
+def save_networks(path: str | os.PathLike[str], states: Sequence[Mapping[str, Tensor]]) -> None:
+    """Write the states of several networks to one safetensors file, each tensor under `<member>/<name>`."""
+    save_tensors(path, {f"{i}/{name}": tensor for i, state in enumerate(states) for name, tensor in state.items()})
+
+
+def load_networks(path: str | os.PathLike[str]) -> list[dict[str, Tensor]]:
+    """Read what `save_networks` wrote."""
+    states: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in load_tensors(path).items():
+        member, _, name = key.partition("/")
+        states.setdefault(int(member), {})[name] = tensor
+    return [states[i] for i in range(len(states))]
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -3,13 +3,17 @@
 import copy
 import difflib
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 
+from paretoprune.allocation import STARTS
+
 Config = Mapping[str, Any]
+# The guide of Phase 2 that is no score: costs of drops and gains of grows as re-fitted for each candidate.
+REFIT_GUIDE = "refit"
 
 
 class ConfigurationError(ValueError):
@@ -97,15 +101,17 @@ def _broken_method(config: Config, name: str) -> Iterator[str]:
     if own["kind"] == "two_phase":
         phase1 = merged["phase1"]
         starts = len(phase1["starts"]) * len(phase1["start_densities"])
-        needed = starts + merged["population"]
+        needed = starts + merged["population"] + phase1["n_reselected"]
         if phase1_evaluations(merged) < needed:
             yield (
                 f"method_settings.{name}: Phase 1 gets {phase1_evaluations(merged)} evaluations, expected at least "
-                f"{needed} ({starts} starting allocations and a population of {merged['population']}); raise "
+                f"{needed} ({starts} starting allocations, a population of {merged['population']} and "
+                f"{phase1['n_reselected']} members chosen anew); raise "
                 "`evaluations` or `phase1.share`, or start from fewer densities"
             )
-        if phase1_evaluations(merged) >= merged["evaluations"]:
-            yield f"method_settings.{name}: phase1.share leaves Phase 2 no evaluations; lower it"
+        if phase1["share"] < 1 and phase1_evaluations(merged) >= merged["evaluations"]:
+            yield f"method_settings.{name}: phase1.share leaves Phase 2 no evaluations; lower it, or 1 for none at all"
+        yield from _broken_refitting(merged, name)
         if merged["anchors"]["light_tolerance"] >= merged["anchors"]["heavy_tolerance"]:
             yield f"method_settings.{name}: anchors.light_tolerance must be smaller than anchors.heavy_tolerance"
     if source is None:
@@ -119,6 +125,18 @@ def _broken_method(config: Config, name: str) -> Iterator[str]:
             f"method_settings.{name}: phase1_from takes Phase 1 from '{source}', but the two differ in settings that "
             "Phase 1 depends on; make them equal or remove phase1_from"
         )
+
+
+def _broken_refitting(merged: Config, name: str) -> Iterator[str]:
+    """What only makes sense where candidates are re-fitted."""
+    refits = (merged["search_repair"] or merged["repair"]) == "reconstruct"
+    guides = merged["phase2"]["guides"]
+    if REFIT_GUIDE in guides and not refits:
+        yield f"method_settings.{name}: guide '{REFIT_GUIDE}' needs repair reconstruct during the search; remove it"
+    if guides[0] == REFIT_GUIDE:
+        yield f"method_settings.{name}: the first guide shapes the first population and must be a score; reorder `guides`"
+    if merged["phase1"]["n_reselected"] and not refits:
+        yield f"method_settings.{name}: phase1.n_reselected needs repair reconstruct during the search; set it to 0"
 
 
 def _missing_files(config: Config) -> Iterator[str]:
@@ -182,19 +200,51 @@ def phase1_evaluations(settings: Config) -> int:
 
 def phase1_settings(settings: Config) -> dict[str, Any]:
     """The part of a method's settings that its Phase 1 depends on."""
+    own = dict(settings["phase1"])
+    own.pop("share")
     return {
-        **judging_settings(settings),
+        **searching_settings(settings),
         "importance": settings["importance"],
-        "evaluations": phase1_evaluations(settings),
-        "population": settings["population"],
-        "starts": settings["phase1"]["starts"],
-        "start_densities": settings["phase1"]["start_densities"],
+        "starts": own.pop("starts"),
+        "start_densities": own.pop("start_densities"),
+        "algorithm": {
+            **own,
+            "evaluations": phase1_evaluations(settings),
+            "population": settings["population"],
+        },
     }
 
 
 def judging_settings(settings: Config) -> dict[str, Any]:
-    """The part of a method's settings that says how candidates are judged."""
-    return {key: settings[key] for key in ("repair", "objective", "precision", "batch_size")}
+    """The part of a method's settings that says how finished networks are made and judged."""
+    keys = ("repair", "repair_images", "damping", "objective", "precision", "batch_size")
+    return {key: settings[key] for key in keys}
+
+
+def searching_settings(settings: Config) -> dict[str, Any]:
+    """The part of a method's settings that says how candidates are judged during a search."""
+    keys = ("search_repair", "empty_layers")
+    return {**judging_settings(settings), **{key: settings[key] for key in keys}}
+
+
+def repairs_of(settings: Config) -> set[str]:
+    """The repairs that a method uses, during the search and afterwards."""
+    return {settings["repair"], settings["search_repair"] or settings["repair"]}
+
+
+def start_scores(starts: Sequence[str]) -> list[str]:
+    """The scores that classical allocations follow."""
+    return [STARTS[name][1] for name in starts]
+
+
+def anchor_tolerances(settings: Config) -> dict[str, Any]:
+    """How the light and the heavy anchor are chosen."""
+    return {key: settings["anchors"][key] for key in ("light_tolerance", "heavy_tolerance")}
+
+
+def score_guides(settings: Config) -> list[str]:
+    """The importance scores among Phase 2's guides; `refit` is worked out for each candidate."""
+    return [guide for guide in settings["phase2"]["guides"] if guide != REFIT_GUIDE]
 
 
 def search_is_memorised(config: Config, network: str) -> bool:
@@ -214,9 +264,11 @@ def phase2_settings(settings: Config) -> dict[str, Any]:
     """The part of a method's settings that its Phase 2 depends on, beyond the results of Phase 1."""
     own = dict(settings["phase2"])
     return {
-        **judging_settings(settings),
+        **searching_settings(settings),
         "front_size": settings["front_size"],
-        "guides": own.pop("guides"),
+        "guides": score_guides(settings),
+        "refit_guide": REFIT_GUIDE in own.pop("guides"),
+        "corridors": settings["anchors"]["corridors"],
         "algorithm": {
             **own,
             "evaluations": settings["evaluations"] - phase1_evaluations(settings),
@@ -228,7 +280,7 @@ def phase2_settings(settings: Config) -> dict[str, Any]:
 def flat_settings(settings: Config) -> dict[str, Any]:
     """The part of a method's settings that a flat search depends on."""
     return {
-        **judging_settings(settings),
+        **searching_settings(settings),
         "front_size": settings["front_size"],
         "algorithm": {**settings["flat"], **{key: settings[key] for key in ("evaluations", "population")}},
     }
@@ -237,4 +289,4 @@ def flat_settings(settings: Config) -> dict[str, Any]:
 def allocation_settings(settings: Config) -> dict[str, Any]:
     """The part of a method's settings that an allocation baseline depends on."""
     own = ("importance", "allocation", "ladder", "front_size")
-    return {**judging_settings(settings), **{key: settings[key] for key in own}}
+    return {**searching_settings(settings), **{key: settings[key] for key in own}}

@@ -169,6 +169,11 @@ def corridors_of(anchors: PackedMasks, n_corridors: int, layout: MaskLayout) -> 
     return [Corridor.around(anchors.select([i, i + 1]), layout) for i in range(len(anchors) - 1)]
 
 
+def corridor_around(anchors: PackedMasks, n_corridors: int, layout: MaskLayout) -> Corridor:
+    """The one corridor that holds all of `corridors_of`, for a description."""
+    return Corridor.around(anchors, layout) if n_corridors else Corridor.everything(layout)
+
+
 def describe_corridor(front: Front, light: int, heavy: int, corridor: Corridor) -> dict[str, Any]:
     """What a report says about the anchors and the corridor between them, as plain numbers.
 

@@ -28,7 +28,7 @@ def damped(curvature: Tensor, damping: float = DAMPING) -> Tensor:
     """Curvature with a share of its mean diagonal added to its diagonal, so that it can be inverted.
 
     With too few samples, or dead inputs, some directions of the weights leave no trace in the outputs. The damping
-    holds them at the trained weights, and keeps rounding from being magnified; 1 % costs well-determined layers nothing.
+    holds them at the trained weights, and keeps rounding from being magnified; 1 % costs other layers nothing.
 
     Args:
         curvature: (groups, n_columns, n_columns), positive semi-definite.

@@ -432,7 +432,7 @@ class PopulationEvaluator:
         return self._statistics
 
     def precompute(self, masks: PackedMasks) -> None:
-        """Re-fit the layers of some masks ahead, so that candidates made of such layers, in every process, find them."""
+        """Re-fit the layers of some masks ahead: candidates made of them find them, in every process."""
         if self._reconstruction is None:
             return
         self._stop_workers()
@@ -483,6 +483,17 @@ class PopulationEvaluator:
             logits = predict(network, self._images.float(), 64)
             wrong, kl = image_losses(logits, self._labels, self._dense_log_probabilities)
         return int(wrong.sum()) / len(wrong), divergence_of(float(kl.sum()) / len(kl))
+
+    def load(self, state: Mapping[str, Tensor]) -> nn.Module:
+        """A network of the dense one's architecture with other weights, on the CPU, in evaluation mode."""
+        network = copy.deepcopy(self._original).cpu()
+        network.load_state_dict(dict(state))
+        return network
+
+    def measure_all(self, states: Sequence[Mapping[str, Tensor]]) -> Scores:
+        """Measure finished networks by their states, in the evaluator's processes."""
+        found = self._in_processes(lambda i: self.measure(self.load(states[i])), len(states))
+        return Scores(np.array([e for e, _ in found]), np.array([d for _, d in found]))
 
     def finish(self, masks: PackedMasks) -> tuple[list[dict[str, Tensor]], Scores]:
         """Build the networks of masks and measure them, in the evaluator's processes.

@@ -1,12 +1,12 @@
 """Fine-tuning: which members of a front are trained further, and how."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from paretoprune.checkpoints import save_tensors
 from paretoprune.evaluation import PopulationEvaluator, predict, top1_error
@@ -48,6 +48,7 @@ def choose_members(front: Front, sparsities: Sequence[float], with_knee: bool) -
 
 def finetune_members(
     front: Front,
+    states: Sequence[Mapping[str, Tensor]],
     search: PopulationEvaluator,
     test: PopulationEvaluator,
     dense: nn.Module,
@@ -65,7 +66,8 @@ def finetune_members(
 
     Args:
         front: A final front.
-        search: Judges on the search split, in float32; also makes the pruned and repaired start.
+        states: Of its finished networks, from which training starts.
+        search: Judges on the search split, in float32.
         test: Judges on the test split, in float32.
         dense: The teacher.
         data: Training images.
@@ -85,7 +87,7 @@ def finetune_members(
     for member, target in choose_members(front, sparsities, with_knee).items():
         mask = front.masks.unpack(member)
         masks = {name: torch.from_numpy(part.copy()) for name, part in search.layout.split(mask).items()}
-        start = search.build(mask)
+        start = search.load(states[member])
         before = _error(start, test, device)
         trained, _ = train(start, data, recipe, seed=seed, device=device, masks=masks, teacher=dense)
         check_mask(trained, masks)

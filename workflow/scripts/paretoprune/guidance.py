@@ -5,11 +5,13 @@ path; here the costs are worked out anew for the layers that a move is about to 
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 
+from paretoprune.corridor import Corridor
+from paretoprune.evaluation import PopulationEvaluator
 from paretoprune.masks import MaskLayout, unpack_row
 from paretoprune.operators import SearchedLayer
 from paretoprune.reconstruction import Reconstruction
@@ -32,7 +34,7 @@ class CurvatureGuide:
     def __init__(
         self,
         reconstruction: Reconstruction,
-        statistics: dict[str, LayerStatistics],
+        statistics: Mapping[str, LayerStatistics],
         layout: MaskLayout,
         layers: Sequence[SearchedLayer],
     ) -> None:
@@ -73,3 +75,15 @@ class CurvatureGuide:
                 costs = costs * self._sensitivity[name].to(costs).view(-1, *[1] * (costs.ndim - 1))
             scores: np.ndarray = costs.cpu().reshape(-1).numpy()
         return scores
+
+
+def curvature_guide(evaluate: PopulationEvaluator) -> Callable[[Corridor], CurvatureGuide]:
+    """Makes the guide of each corridor, with what an evaluator re-fits its candidates by.
+
+    Raises:
+        ValueError: The evaluator does not re-fit.
+    """
+    reconstruction = evaluate.reconstruction
+    if reconstruction is None:
+        raise ValueError("a guide by re-fitted costs needs repair 'reconstruct'; choose it, or other guides")
+    return lambda corridor: CurvatureGuide(reconstruction, evaluate.statistics, evaluate.layout, corridor.layers)

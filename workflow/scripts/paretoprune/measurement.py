@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from paretoprune.evaluation import PopulationEvaluator
+import numpy as np
+
 from paretoprune.fronts import Front
 from paretoprune.masks import MaskLayout
 
@@ -10,14 +11,13 @@ FRONT_COLUMNS = ("id", "stage", "density", "sparsity", "search_error", "test_err
 LAYER_COLUMNS = ("id", "layer", "n_weights", "n_kept")
 
 
-def front_rows(front: Front, test: PopulationEvaluator) -> list[dict[str, Any]]:
+def front_rows(front: Front, test_errors: np.ndarray) -> list[dict[str, Any]]:
     """Describe each member; its id is its position in the front.
 
     Args:
         front: A final front; its objectives were measured in float32 already.
-        test: Judges on the test split.
+        test_errors: float (n_members,), top-1 errors of its finished networks on the test split.
     """
-    test_errors = test.score(front.masks).error
     return [
         {
             "id": i,

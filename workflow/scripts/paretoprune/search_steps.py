@@ -8,26 +8,39 @@ from typing import Any
 import numpy as np
 import torch
 
-from paretoprune.checkpoints import DenseNetwork, load_tensors
+from paretoprune.checkpoints import DenseNetwork, load_tensors, save_networks
 from paretoprune.evaluation import PopulationEvaluator
 from paretoprune.files import write_csv
+from paretoprune.fronts import Front, non_dominated
 from paretoprune.importance import flat_scores
-from paretoprune.masks import MaskLayout
-from paretoprune.search import HISTORY_COLUMNS, SearchResult, judge_again
-from paretoprune.steps import make_evaluator, read_splits
+from paretoprune.masks import MaskLayout, PackedMasks
+from paretoprune.search import HISTORY_COLUMNS, SearchResult
+from paretoprune.steps import make_evaluator, read_splits, read_statistics
 
 
 def make_search_evaluator(
     inputs: Mapping[str, Any], settings: Mapping[str, Any], device: torch.device, **changed: Any
 ) -> PopulationEvaluator:
-    """A judge on the search split, from a step's input files `network`, `images` and `splits`.
+    """A judge of candidates on the search split, from a step's files `network`, `images`, `splits` and `statistics`.
 
-    Settings are those of `paretoprune.steps.make_evaluator`; `changed` ones go first. It may also hold other arguments
-    of `paretoprune.evaluation.PopulationEvaluator`.
+    Settings are those of `paretoprune.configuration.searching_settings`; `changed` ones go first. It may also hold
+    other arguments of `paretoprune.evaluation.PopulationEvaluator`.
     """
     dense = DenseNetwork.load(inputs["network"])
     search, calibration = read_splits(inputs["images"], inputs["splits"], dense, "search", "calibration")
-    return make_evaluator(dense, search, calibration, settings, device, **changed)
+    chosen = {"repair": settings["search_repair"] or settings["repair"], "statistics": read_statistics(inputs)}
+    return make_evaluator(dense, search, calibration, settings, device, **{**chosen, **changed})
+
+
+def allowed_masks(settings: Mapping[str, Any], layout: MaskLayout) -> Callable[[PackedMasks], np.ndarray] | None:
+    """Which masks may be published by the setting `empty_layers`; None for all."""
+    if settings["empty_layers"] == "allow":
+        return None
+
+    def no_layer_is_empty(masks: PackedMasks) -> np.ndarray:
+        return np.asarray((layout.n_kept(masks) > 0).all(axis=1))
+
+    return no_layer_is_empty
 
 
 def read_scores(files: Sequence[str], layout: MaskLayout) -> dict[str, np.ndarray]:
@@ -63,15 +76,19 @@ def publish(
     settings: Mapping[str, Any],
     device: torch.device,
 ) -> None:
-    """Thin a front to `front_size` and write the output files `masks` and `history`.
+    """Thin a front to `front_size`, finish its networks, and write the output files `masks`, `networks` and `history`.
 
-    A front that was searched in another precision than float32 is judged again in float32 first, in as many processes.
+    What is published is judged once more in float32, in as many processes, as it is finished: with the repair of the
+    method, and re-fitted layer by layer where that is `reconstruct`. Members that others then dominate are dropped.
     """
-    front = found.front
+    front = found.front.thinned(settings["front_size"])
     evaluate.close()
-    if evaluate.precision != "float32":
-        changed = {"precision": "float32", "workers": evaluate.n_workers}
-        with make_search_evaluator(inputs, settings, device, **changed) as exact:
-            front = judge_again(front, exact)
-    front.thinned(settings["front_size"]).save(outputs["masks"])
+    changed = {"precision": "float32", "workers": evaluate.n_workers, "repair": settings["repair"]}
+    with make_search_evaluator(inputs, settings, device, **changed) as exact:
+        states, scores = exact.finish(front.masks)
+    objectives = np.column_stack([scores.objective(settings["objective"]), front.density])
+    judged = Front(front.masks, objectives, front.stages)
+    kept = non_dominated(judged.objectives)
+    judged.select(kept).save(outputs["masks"])
+    save_networks(outputs["networks"], [states[i] for i in kept])
     write_csv(outputs["history"], found.history, HISTORY_COLUMNS)

@@ -15,6 +15,7 @@ from paretoprune.evaluation import PopulationEvaluator
 from paretoprune.logs import logged
 from paretoprune.masks import MaskLayout
 from paretoprune.splits import LabelledImages, Splits
+from paretoprune.statistics import LayerStatistics, load_statistics
 
 
 @contextmanager
@@ -50,6 +51,12 @@ def read_splits(images: str, splits: str, dense: DenseNetwork, *names: str) -> l
     return [LabelledImages.of(image_set, getattr(indices, name), dense.mean, dense.std) for name in names]
 
 
+def read_statistics(inputs: Mapping[str, Any]) -> dict[str, LayerStatistics] | None:
+    """The layer statistics among a step's input files; None where its repairs need none."""
+    file = inputs.get("statistics")
+    return load_statistics(file) if file else None
+
+
 def make_evaluator(
     dense: DenseNetwork,
     judged: LabelledImages,
@@ -58,11 +65,12 @@ def make_evaluator(
     device: torch.device,
     **changed: Any,
 ) -> PopulationEvaluator:
-    """An evaluator by the settings `repair`, `objective`, `precision` and `batch_size`.
+    """An evaluator by the settings of `paretoprune.configuration.judging_settings`.
 
     `changed` ones go first; it may also hold other arguments of `PopulationEvaluator`.
     """
-    chosen = {key: settings[key] for key in ("repair", "objective", "precision", "batch_size")} | changed
+    keys = ("repair", "repair_images", "damping", "objective", "precision", "batch_size")
+    chosen = {key: settings[key] for key in keys} | changed
     if chosen["batch_size"] == "auto":
         chosen["batch_size"] = None
     return PopulationEvaluator(
@@ -73,4 +81,21 @@ def make_evaluator(
         calibration_images=calibration.images,
         device=device,
         **chosen,
+    )
+
+
+def make_measurer(
+    dense: DenseNetwork, judged: LabelledImages, device: torch.device, workers: int = 1
+) -> PopulationEvaluator:
+    """An evaluator that only measures finished networks, in float32."""
+    return PopulationEvaluator(
+        dense.network,
+        MaskLayout.of(dense.network, dense.exclude),
+        judged.images,
+        judged.labels,
+        repair="none",
+        calibration_images=judged.images[:0],
+        precision="float32",
+        device=device,
+        workers=workers,
     )
