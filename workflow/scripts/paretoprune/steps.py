@@ -53,8 +53,10 @@ def read_splits(images: str, splits: str, dense: DenseNetwork, *names: str) -> l
 
 def read_statistics(inputs: Mapping[str, Any]) -> dict[str, LayerStatistics] | None:
     """The layer statistics among a step's input files; None where its repairs need none."""
-    file = inputs.get("statistics")
-    return load_statistics(file) if file else None
+    # Snakemake gives one file as it is, or a list of it, or an empty list.
+    found = inputs.get("statistics") or []
+    files = [found] if isinstance(found, str) else list(found)
+    return load_statistics(files[0]) if files else None
 
 
 def make_evaluator(
