@@ -377,5 +377,6 @@ def test_frequencies_that_would_leave_nothing_are_not_followed() -> None:
     variation._frequency[:] = 0
     first, second = packed(random_mask(0, 0.0)), packed(random_mask(1, 0.0))
     np.testing.assert_array_equal(variation.cross(first, second, np.random.default_rng(0)), first)
-    (kept,) = variation.vary([Genome(first)], np.random.default_rng(0))
-    assert booleans(kept.words).sum() == 1
+    # One time in three the only weight is not picked.
+    for kept in variation.vary([Genome(first)] * 20, np.random.default_rng(0)):
+        assert booleans(kept.words).sum() == 1

@@ -329,8 +329,8 @@ class StagedVariation(TournamentVariation):
     def _redraw(self, words: np.ndarray, rng: Generator) -> None:
         """Draw a few bits anew by their frequency, unless nothing would be left."""
         n = self._step(len(self.costs), rng)
-        at = np.unique(rng.integers(len(self.costs), size=n))
-        drawn = (words & ~self._words(at)) | self._words(self._drawn(at, rng))
+        picked = self._words(rng.integers(len(self.costs), size=n))
+        drawn = (words & ~picked) | self._words(self._drawn(self._ones(picked), rng))
         if drawn.any():
             words[:] = drawn
 
