@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from paretoprune import configuration
+from paretoprune import configuration, search, sparse
 from paretoprune.configuration import ConfigurationError, check_configuration, merge, method_settings
 
 ROOT = Path(__file__).parents[1]
@@ -159,6 +159,8 @@ def test_keys_that_are_no_text_are_named_as_well() -> None:
         ({"search": {"phase2": {"crossover_probability": 1.2}}}, "search.phase2.crossover_probability", "1.2"),
         ({"search": {"phase2": {"guides": []}}}, "search.phase2.guides", "[]"),
         ({"search": {"flat": {"flip_rate": 0}}}, "search.flat.flip_rate", "0"),
+        ({"search": {"flat": {"score_share": 1}}}, "search.flat.score_share", "1"),
+        ({"search": {"flat": {"algorithm": "sparseea"}}}, "search.flat.algorithm", "'sparseea'"),
         ({"method_settings": {"lamp": {"kind": "prune"}}}, "method_settings.lamp.kind", "'prune'"),
         ({"method_settings": {"lamp": {"population": 2}}}, "method_settings.lamp.population", "2"),
         ({"finetune": {"sparsities": [90]}}, "finetune.sparsities.0", "90"),
@@ -276,6 +278,42 @@ def test_too_few_evaluations_are_refused_before_anything_starts() -> None:
     assert "evaluations is 29, expected at least 30" in only_problem(method("other", kind="flat", evaluations=29))
     assert problems(method("other", kind="flat", evaluations=30)) == []
     assert problems(method("other", kind="allocation", allocation="uniform", evaluations=1)) == []
+
+
+@pytest.mark.parametrize("algorithm", ["sparse_ea", "mskea"])
+def test_a_sparse_algorithm_must_get_enough_for_scores_and_a_population(algorithm: str) -> None:
+    def other(evaluations: int, share: float) -> dict[str, Any]:
+        flat = {"algorithm": algorithm, "score_share": share}
+        return method("other", kind="flat", evaluations=evaluations, population=30, flat=flat)
+
+    assert problems(other(32, 0.01)) == problems(other(60, 0.5)) == []
+    assert only_problem(other(58, 0.5)) == (
+        "method_settings.other: evaluations is 58, expected at least 59 (29 groups of weights to score and a "
+        "population of 30); raise `evaluations`, or lower `population` or `flat.score_share`"
+    )
+    assert "expected at least 32 (2 groups" in only_problem(other(31, 0.01))
+
+
+@pytest.mark.parametrize("evaluations", [32, 57, 100, 290, 600])
+@pytest.mark.parametrize("share", [0.01, 0.05, 0.15, 0.29, 0.49, 0.9])
+def test_the_configuration_counts_groups_as_the_search_does(evaluations: int, share: float) -> None:
+    flat = {"algorithm": "mskea", "score_share": share}
+    fits = evaluations >= sparse.n_groups_within(evaluations, share) + 30
+    assert (problems(method("other", kind="flat", evaluations=evaluations, flat=flat)) == []) is fits
+
+
+def test_only_the_flat_search_knows_sparse_algorithms() -> None:
+    assert "'mskea' is not one of" in only_problem({"search": {"phase2": {"algorithm": "mskea"}}})
+    assert configuration.SPARSE_ALGORITHMS == search.SPARSE_ALGORITHMS
+    flat = SCHEMA["$defs"]["search"]["flat"]["properties"]["algorithm"]["enum"]
+    assert flat == [*search.ALGORITHMS, *search.SPARSE_ALGORITHMS]
+
+
+def test_the_share_for_scores_is_passed_to_algorithms_that_have_scores_only() -> None:
+    for name, has in (("flat_nsga2", False), ("sparse_ea", True), ("mskea", True)):
+        settings = configuration.flat_settings(method_settings(DEFAULT, name))["algorithm"]
+        assert ("score_share" in settings) is has
+        assert settings["algorithm"] == ("nsga2" if name == "flat_nsga2" else name)
 
 
 def test_phase_1_must_get_enough_for_its_starts_and_a_population() -> None:
@@ -476,7 +514,7 @@ def test_a_methods_own_settings_go_before_the_common_ones() -> None:
 
 def test_methods_are_found_by_kind_and_by_their_source_of_phase_1() -> None:
     assert configuration.methods_of_kind(DEFAULT, "two_phase") == ["two_phase_moead", "two_phase_nsga2"]
-    assert configuration.methods_of_kind(DEFAULT, "flat") == ["flat_nsga2"]
+    assert configuration.methods_of_kind(DEFAULT, "flat") == ["flat_nsga2", "mskea", "sparse_ea"]
     assert configuration.phase1_source(DEFAULT, "two_phase_moead") == "two_phase_nsga2"
     assert configuration.phase1_source(DEFAULT, "two_phase_nsga2") == "two_phase_nsga2"
 
@@ -498,6 +536,8 @@ def test_both_phases_share_the_evaluations_without_a_remainder(evaluations: int)
         ({"phase2": {"softness": 0.1}}, {"phase2"}),
         ({"phase2": {"guides": ["lamp"]}}, {"phase2"}),
         ({"flat": {"flip_rate": 0.1}}, {"flat"}),
+        ({"flat": {"score_share": 0.1}}, set()),
+        ({"flat": {"algorithm": "sparse_ea"}}, {"flat"}),
         ({"front_size": 10}, {"phase2", "flat", "allocation"}),
         ({"population": 20}, {"phase1", "phase2", "flat"}),
         ({"evaluations": 800}, {"phase1", "phase2", "flat"}),

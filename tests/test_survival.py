@@ -93,13 +93,18 @@ def test_both_phases_find_the_same_with_and_without_stopping(layout: MaskLayout,
     assert bounded.n_judged - plain.n_judged < 0.3 * bounded.n_stopped
 
 
-@pytest.mark.parametrize("algorithm", ["nsga2", "moead"])
-def test_the_flat_search_finds_the_same_with_and_without_stopping(layout: MaskLayout, algorithm: str) -> None:
+@pytest.mark.parametrize("algorithm", ["nsga2", "moead", "sparse_ea", "mskea"])
+@pytest.mark.parametrize("seed", [3, 4])
+def test_the_flat_search_finds_the_same_with_and_without_stopping(
+    layout: MaskLayout, algorithm: str, seed: int
+) -> None:
+    plain, bounded = Plain(layout), Bounded(layout)
     found = [
-        search_flat(kind(layout), layout, algorithm=algorithm, evaluations=300, population=14, flip_rate=0.02, seed=3)
-        for kind in (Plain, Bounded)
+        search_flat(evaluate, layout, algorithm=algorithm, evaluations=300, population=14, flip_rate=0.02, seed=seed)
+        for evaluate in (plain, bounded)
     ]
     assert same(*found)
+    assert bounded.n_stopped >= 20
 
 
 def test_a_known_lower_bound_is_completed_when_it_matters(layout: MaskLayout) -> None:

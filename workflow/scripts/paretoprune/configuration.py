@@ -15,6 +15,9 @@ Config = Mapping[str, Any]
 # The guide of Phase 2 that is no score: costs of drops and gains of grows as re-fitted for each candidate.
 REFIT_GUIDE = "refit"
 
+# Flat algorithms that judge groups of weights before they start.
+SPARSE_ALGORITHMS = ("sparse_ea", "mskea")
+
 
 class ConfigurationError(ValueError):
     """The configuration cannot be used; the message lists every problem found."""
@@ -96,6 +99,15 @@ def _broken_method(config: Config, name: str) -> Iterator[str]:
             yield (
                 f"method_settings.{name}: evaluations is {merged['evaluations']}, expected at least {smallest} for a "
                 f"population of {merged['population']}; raise `evaluations` or lower `population`"
+            )
+    if own["kind"] == "flat" and merged["flat"]["algorithm"] in SPARSE_ALGORITHMS:
+        # As `paretoprune.sparse.n_groups_within` has it, which takes numpy to import.
+        groups = max(2, int(merged["flat"]["score_share"] * merged["evaluations"]))
+        if merged["evaluations"] < groups + merged["population"]:
+            yield (
+                f"method_settings.{name}: evaluations is {merged['evaluations']}, expected at least "
+                f"{groups + merged['population']} ({groups} groups of weights to score and a population of "
+                f"{merged['population']}); raise `evaluations`, or lower `population` or `flat.score_share`"
             )
     source = own.get("phase1_from")
     if own["kind"] == "two_phase":
@@ -279,10 +291,13 @@ def phase2_settings(settings: Config) -> dict[str, Any]:
 
 def flat_settings(settings: Config) -> dict[str, Any]:
     """The part of a method's settings that a flat search depends on."""
+    own = dict(settings["flat"])
+    if own["algorithm"] not in SPARSE_ALGORITHMS:
+        del own["score_share"]
     return {
         **searching_settings(settings),
         "front_size": settings["front_size"],
-        "algorithm": {**settings["flat"], **{key: settings[key] for key in ("evaluations", "population")}},
+        "algorithm": {**own, **{key: settings[key] for key in ("evaluations", "population")}},
     }
 
 

@@ -24,9 +24,11 @@ from pymoo.core.problem import Problem
 from pymoo.core.termination import NoTermination
 from pymoo.operators.crossover.sbx import SBX
 from pymoo.operators.mutation.pm import PM
+from pymoo.operators.survival.rank_and_crowding import RankAndCrowding
+from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 from pymoo.util.ref_dirs import get_reference_directions
 
-from paretoprune import operators
+from paretoprune import operators, sparse
 from paretoprune.corridor import Corridor
 from paretoprune.fronts import Front
 from paretoprune.masks import Genome, MaskLayout, PackedMasks, keep_top, ranks_within_layers
@@ -34,6 +36,8 @@ from paretoprune.survival import Survival, survival_of
 
 HISTORY_COLUMNS = ("generation", "evaluations", "seconds", "hypervolume", "stage")
 ALGORITHMS = ("nsga2", "moead")
+# Those that judge groups of weights before they start, see `paretoprune.sparse`.
+SPARSE_ALGORITHMS = ("sparse_ea", "mskea")
 # Generations without a single new mask after which a search has run dry.
 PATIENCE = 50
 # Of several corridors, every so manieth generation goes to the one that has waited longest.
@@ -527,13 +531,12 @@ def search_thresholds(
     return recorder.result()
 
 
+Cross = Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]
+Vary = Callable[[Sequence[Genome], np.random.Generator], Sequence[Genome]]
+
+
 def _packed_algorithm(
-    name: str,
-    population: int,
-    first: list[Genome],
-    cross: Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray],
-    vary: Callable[[Sequence[Genome], np.random.Generator], Sequence[Genome]],
-    crossover_probability: float,
+    name: str, population: int, first: list[Genome], cross: Cross, vary: Vary, crossover_probability: float
 ) -> Algorithm:
     """One of pymoo's algorithms on packed genomes.
 
@@ -548,6 +551,35 @@ def _packed_algorithm(
     Raises:
         ValueError: The algorithm is unknown.
     """
+    if name == "nsga2":
+        return _packed_nsga2(population, first, cross, vary, crossover_probability)
+    if name == "moead":
+        return ParallelMOEAD(
+            ref_dirs=get_reference_directions("uniform", 2, n_partitions=population - 1),
+            n_neighbors=max(2, min(20, population // 3)),
+            sampling=_handing_over(first),
+            crossover=_PackedCrossover(cross, crossover_probability),
+            mutation=_PackedMutation(vary),
+        )
+    raise ValueError(f"expected an algorithm among {', '.join(ALGORITHMS)}, found '{name}'")
+
+
+def _packed_nsga2(
+    population: int, first: list[Genome], cross: Cross, vary: Vary, crossover_probability: float, **changed: Any
+) -> NSGA2:
+    """NSGA-II on packed genomes; arguments as for `_packed_algorithm`, and pymoo's own."""
+    return NSGA2(
+        pop_size=population,
+        sampling=_handing_over(first),
+        crossover=_PackedCrossover(cross, crossover_probability),
+        mutation=_PackedMutation(vary),
+        eliminate_duplicates=_PackedDuplicates(),
+        **changed,
+    )
+
+
+def _handing_over(first: list[Genome]) -> Callable[..., Population]:
+    """pymoo's sampling of a given first population, which empties the list."""
 
     # pymoo would hold an array that it is given, and with it all genomes that die out, until the end.
     def sample(*args: Any, **kwargs: Any) -> Population:
@@ -555,24 +587,7 @@ def _packed_algorithm(
         first.clear()
         return Population.new("X", x)
 
-    crossover, mutation = _PackedCrossover(cross, crossover_probability), _PackedMutation(vary)
-    if name == "nsga2":
-        return NSGA2(
-            pop_size=population,
-            sampling=sample,
-            crossover=crossover,
-            mutation=mutation,
-            eliminate_duplicates=_PackedDuplicates(),
-        )
-    if name == "moead":
-        return ParallelMOEAD(
-            ref_dirs=get_reference_directions("uniform", 2, n_partitions=population - 1),
-            n_neighbors=max(2, min(20, population // 3)),
-            sampling=sample,
-            crossover=crossover,
-            mutation=mutation,
-        )
-    raise ValueError(f"expected an algorithm among {', '.join(ALGORITHMS)}, found '{name}'")
+    return sample
 
 
 def guided_algorithm(
@@ -638,6 +653,68 @@ def blind_algorithm(
     densities = np.linspace(0.02, 1.0, population).tolist()
     first = [Genome(words) for words in operators.sample_blind(n_weights, densities, rng)]
     return _packed_algorithm(name, population, first, operators.uniform_crossover, flip, 0.9)
+
+
+def sparse_algorithm(
+    name: str,
+    layout: MaskLayout,
+    recorder: Recorder,
+    *,
+    population: int,
+    least_share: float,
+    score_share: float,
+    rng: np.random.Generator,
+) -> Algorithm:
+    """SparseEA or MSKEA, once it has judged the groups of weights and its first population; both are paid for.
+
+    Its population at the start are the best of the two together. Children always have two parents, and survive as in
+    NSGA-II; MSKEA's authors thin the last rank one by one, as SPEA2 does, for which pymoo's pruning by the distances to
+    the two nearest neighbours stands in.
+
+    Args:
+        name: `sparse_ea` or `mskea`.
+        layout: The layers.
+        recorder: Judges masks.
+        population: Size of the population.
+        least_share: The smallest step, see `sparse.TournamentVariation`.
+        score_share: Share of the budget that judges groups.
+        rng: Draws the first population and, for MSKEA, what leads each generation.
+
+    Raises:
+        ValueError: The budget does not pay for groups and a population.
+    """
+    n_groups = sparse.n_groups_within(recorder.budget, score_share)
+    if recorder.budget < n_groups + population:
+        raise ValueError(
+            f"{name} needs at least {n_groups + population} evaluations ({n_groups} groups of weights and a population "
+            f"of {population}), found {recorder.budget}; raise `evaluations`, or lower `population` or `score_share`"
+        )
+    bounds = sparse.cut_into_groups(layout, n_groups)
+    lacking = sparse.masks_without_each(bounds)
+    answers, _ = recorder(lacking)
+    recorder.close_generation()
+    _, fronts = NonDominatedSorting().do(answers, return_rank=True)
+    costs = sparse.costs_of_weights(bounds, fronts)
+    drawn = PackedMasks.of_genomes(map(Genome, sparse.sample_by_tournaments(costs, population, rng)), layout.n_weights)
+    objectives, _ = recorder(drawn)
+    recorder.close_generation()
+
+    survival = RankAndCrowding(crowding_func="2nn" if name == "mskea" else "cd")
+    genomes = [Genome(row) for masks in (lacking, drawn) for row in masks.words]
+    pool = Population.new("X", _individuals(genomes), "F", np.concatenate([answers, objectives]))
+    problem = PruningProblem.packed(layout.n_weights, recorder)
+    best = survival.do(problem, _PackedDuplicates().do(pool), n_survive=population, random_state=rng)
+    first = [individual.X[0] for individual in best]
+    if name == "sparse_ea":
+        simple = sparse.TournamentVariation(costs, least_share)
+        return _packed_nsga2(population, first, simple.cross, simple.vary, 1.0, survival=survival)
+    staged = sparse.StagedVariation(costs, least_share)
+
+    def learn(algorithm: Algorithm) -> None:
+        front = [individual.X[0] for individual in algorithm.pop if individual.get("rank") == 0]
+        staged.learn(front, recorder.evaluations / recorder.budget, rng)
+
+    return _packed_nsga2(population, first, staged.cross, staged.vary, 1.0, survival=survival, callback=learn)
 
 
 def _flipped(genome: Genome, n_weights: int, rate: float, rng: np.random.Generator) -> Genome:
@@ -744,27 +821,53 @@ def search_flat(
     population: int,
     flip_rate: float,
     seed: int,
+    score_share: float = 0.05,
     progress: Progress | None = None,
     allowed: Allowed | None = None,
 ) -> SearchResult:
-    """The single-phase baseline: NSGA-II or MOEA/D on whole masks, random at first, uniform crossover and bit flips.
+    """The single-phase baselines, on whole masks and without importance scores.
+
+    NSGA-II or MOEA/D with random masks at first, uniform crossover and bit flips; or SparseEA or MSKEA, which start
+    with scores of their own and follow these.
 
     Args:
         evaluate: Masks to objectives (n, 2).
         layout: The layers.
-        algorithm: `nsga2` or `moead`.
-        evaluations: Number of masks to judge.
+        algorithm: `nsga2`, `moead`, `sparse_ea` or `mskea`.
+        evaluations: Number of masks to judge, those for scores included.
         population: Size of the population.
-        flip_rate: Probability of each bit to flip in a mutation.
+        flip_rate: Probability of each bit to flip in a mutation; of `sparse_ea` and `mskea` the smallest step, as a
+            share of the kept weights.
         seed: Fixes every draw.
+        score_share: Share of the evaluations that `sparse_ea` and `mskea` judge groups of weights with.
         progress: Called with each history row.
         allowed: Which masks may be published, see `Recorder`.
+
+    Raises:
+        ValueError: The algorithm is unknown, or the budget pays for scores but no population.
+
+    Source:
+        See `paretoprune.sparse` for SparseEA and MSKEA, and for how they are adapted to networks.
     """
+    known = (*ALGORITHMS, *SPARSE_ALGORITHMS)
+    if algorithm not in known:
+        raise ValueError(f"expected an algorithm among {', '.join(known)}, found '{algorithm}'")
     recorder = Recorder(
         evaluate, layout.n_weights, budget=evaluations, stage="flat", progress=progress, allowed=allowed
     )
     rng = np.random.default_rng(seed)
-    chosen = blind_algorithm(algorithm, layout.n_weights, population=population, flip_rate=flip_rate, rng=rng)
+    if algorithm in SPARSE_ALGORITHMS:
+        chosen = sparse_algorithm(
+            algorithm,
+            layout,
+            recorder,
+            population=population,
+            least_share=flip_rate,
+            score_share=score_share,
+            rng=rng,
+        )
+    else:
+        chosen = blind_algorithm(algorithm, layout.n_weights, population=population, flip_rate=flip_rate, rng=rng)
     run_algorithm(chosen, PruningProblem.packed(layout.n_weights, recorder), recorder, seed)
     return recorder.result()
 
