@@ -146,7 +146,7 @@ def _broken_refitting(merged: Config, name: str) -> Iterator[str]:
     if REFIT_GUIDE in guides and not refits:
         yield f"method_settings.{name}: guide '{REFIT_GUIDE}' needs repair reconstruct during the search; remove it"
     if guides[0] == REFIT_GUIDE:
-        yield f"method_settings.{name}: the first guide shapes the first population and must be a score; reorder `guides`"
+        yield f"method_settings.{name}: the first guide shapes the first population and must be a score; reorder them"
     if merged["phase1"]["n_reselected"] and not refits:
         yield f"method_settings.{name}: phase1.n_reselected needs repair reconstruct during the search; set it to 0"
 
