@@ -80,7 +80,7 @@ def each_method(file, methods):
     return [
         f"{METHOD}/{file}".format(**run, seed=seed, method=method)
         for run in config["runs"]
-        for seed in config["seeds"]
+        for seed in configuration.seeds_of(config, run)
         for method in methods
     ]
 

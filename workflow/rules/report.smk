@@ -3,7 +3,7 @@ rule write_report:
         metrics=[
             METRICS.format(**run, seed=seed)
             for run in config["runs"]
-            for seed in config["seeds"]
+            for seed in configuration.seeds_of(config, run)
         ],
         fronts=each_method("front.csv", config["methods"]),
         layers=each_method("layers.csv", compared("two_phase")),
@@ -29,7 +29,11 @@ rule write_report:
         gpu=0,
     params:
         runs=[
-            run | {"objective": configuration.objective(config, run["network"])}
+            run
+            | {
+                "objective": configuration.objective(config, run["network"]),
+                "seeds": configuration.seeds_of(config, run),
+            }
             for run in config["runs"]
         ],
         seeds=config["seeds"],

@@ -10,18 +10,29 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from paretoprune.allocation import STARTS, starting_allocations
-from paretoprune.corridor import Corridor, choose_anchors
+from paretoprune.corridor import anchors_between, choose_anchors, corridors_of
 from paretoprune.evaluation import PopulationEvaluator, predict
 from paretoprune.fronts import Front
+from paretoprune.guidance import curvature_guide
 from paretoprune.importance import compute_importance, flat_scores
 from paretoprune.masks import MaskLayout
-from paretoprune.search import judge_again, search_corridor, search_thresholds
+from paretoprune.repair import REFITTING
+from paretoprune.search import search_corridor, search_thresholds
 from paretoprune.splits import split_images
+from paretoprune.statistics import collect_statistics
 
 START_DENSITIES = (0.8, 0.5, 0.3, 0.2, 0.1)
 N_CALIBRATION = 512
 N_GRADIENT_IMAGES = 256
+# Of the calibration images, those that a candidate's batch-norm statistics are corrected on.
+N_REPAIR = 256
+# Classical allocations at each of these densities: four, with or without the order of elimination.
+N_STARTS = 4
 PREFIX_CACHE_MB = 1000
+# What differs where candidates are re-fitted.
+REFITTED_PHASE1: dict[str, Any] = {"rungs": 24, "level_switches": 0.5, "n_reselected": 8}
+NO_LADDER: dict[str, Any] = {"rungs": None, "level_switches": 0.0, "n_reselected": 0}
+N_CORRIDORS = 4
 
 
 def pareto_prune(
@@ -50,7 +61,9 @@ def pareto_prune(
         search_images: Images to judge candidates on, which the network was not trained on; without them a fifth of
             `images` (at most 2,000) is held out.
         search_labels: Their labels; given exactly when `search_images` is.
-        repair: `batchnorm` corrects batch-norm statistics of each candidate before it is judged, `none` does not.
+        repair: What is put right in each candidate before it is judged: `batchnorm` corrects batch-norm statistics,
+            `reconstruct` re-fits the kept weights in closed form first (and the finished networks once more, layer by
+            layer), `none` nothing.
         evaluations: Candidates to judge.
         seed: Fixes every draw; equal calls on one machine give equal fronts.
         device: Where to compute; by default a GPU where there is one.
@@ -66,7 +79,7 @@ def pareto_prune(
         ValueError: Images, labels, options or network cannot be used; the message says what was expected.
     """
     population = int(np.clip(evaluations // 20, 8, 40))
-    needed = 2 * (len(STARTS) * len(START_DENSITIES) + population)
+    needed = 2 * (N_STARTS * len(START_DENSITIES) + population)
     if evaluations < needed:
         raise ValueError(
             f"expected at least {needed} evaluations, half of them for the classical allocations and one population of "
@@ -101,9 +114,13 @@ def pareto_prune(
             )
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    refits = repair in REFITTING
+    statistics = collect_statistics(network, layout, calibration, seed=seed, device=device) if refits else None
     judging: dict[str, Any] = {
         "repair": repair,
         "calibration_images": calibration,
+        "repair_images": N_REPAIR,
+        "statistics": statistics,
         "device": device,
         "workers": workers,
     }
@@ -112,10 +129,14 @@ def pareto_prune(
     )
     sample = order[:N_GRADIENT_IMAGES]
     scores = {
-        score: flat_scores(compute_importance(score, network, layout, images[sample], labels[sample], seed), layout)
-        for score in ("magnitude", "lamp", "fisher")
+        score: flat_scores(
+            compute_importance(score, network, layout, images[sample], labels[sample], seed, statistics), layout
+        )
+        for score in ("magnitude", "lamp", "elimination" if refits else "fisher")
     }
-    starts = starting_allocations(list(STARTS), START_DENSITIES, scores, layout)
+    chosen = [name for name, (_, score) in STARTS.items() if score in scores][-N_STARTS:]
+    starts = starting_allocations(chosen, START_DENSITIES, scores, layout)
+    guides = [scores["elimination"]] if refits else [scores["magnitude"], scores["fisher"]]
     first_half = evaluations // 2
     with tqdm(total=evaluations, desc="pareto_prune", unit="network", disable=not progress) as bar:
 
@@ -126,22 +147,25 @@ def pareto_prune(
         found = search_thresholds(
             evaluate,
             layout,
-            scores["magnitude"],
+            guides[0],
             starts,
             evaluations=first_half,
             population=population,
             seed=seed,
+            **(REFITTED_PHASE1 if refits else NO_LADDER),
+            reselect=evaluate.reselect,
+            precompute=evaluate.precompute,
             progress=show,
         )
         chance = 1 - 1 / evaluate.n_classes
         light, heavy = choose_anchors(
             found.front, float(evaluate.dense.error[0]), chance, light_tolerance=0.01, heavy_tolerance=0.8
         )
-        corridor = Corridor.between(found.front.masks.unpack(light), found.front.masks.unpack(heavy), layout)
+        anchors = anchors_between(found.front, light, heavy, N_CORRIDORS if refits else 1)
         found = search_corridor(
             evaluate,
-            corridor,
-            [scores["magnitude"], scores["fisher"]],
+            corridors_of(found.front.masks.select(anchors), len(anchors) - 1, layout),
+            guides,
             found,
             algorithm="nsga2",
             evaluations=evaluations - first_half,
@@ -150,14 +174,19 @@ def pareto_prune(
             first_rate=0.02,
             crossover_probability=0.3,
             seed=seed,
+            moving_guide=curvature_guide(evaluate) if refits else None,
             progress=show,
         )
     front = found.front
     evaluate.close()
-    if evaluate.precision != "float32":
-        evaluate = PopulationEvaluator(network, layout, search_images, search_labels, **judging, precision="float32")
-        front = judge_again(front, evaluate)
-        evaluate.close()
+    if refits or evaluate.precision != "float32":
+        exact = PopulationEvaluator(network, layout, search_images, search_labels, **judging, precision="float32")
+        with exact:
+            if refits:
+                front = front.thinned(population)
+            _, measured = exact.finish(front.masks)
+            front = Front(front.masks, np.column_stack([measured.error, front.density]), front.stages)
+            front = Front.empty(layout.n_weights).merge(front)
     front.builder = evaluate.build
     return front
 

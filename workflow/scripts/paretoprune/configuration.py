@@ -175,6 +175,11 @@ def merge(base: Config, override: Config) -> dict[str, Any]:
     return merged
 
 
+def seeds_of(config: Config, run: Config) -> list[int]:
+    """The seeds of one run: its own, or those of all."""
+    return list(run.get("seeds", config["seeds"]))
+
+
 def data_path(config: Config, path: str) -> Path:
     """A path of a dataset or checkpoint: as it stands when absolute, otherwise inside `data_directory`."""
     return Path(config["data_directory"]).expanduser() / Path(path).expanduser()
@@ -229,7 +234,7 @@ def phase1_settings(settings: Config) -> dict[str, Any]:
 
 def judging_settings(settings: Config) -> dict[str, Any]:
     """The part of a method's settings that says how finished networks are made and judged."""
-    keys = ("repair", "repair_images", "damping", "objective", "precision", "batch_size")
+    keys = ("repair", "repair_images", "damping", "refine", "objective", "precision", "batch_size")
     return {key: settings[key] for key in keys}
 
 

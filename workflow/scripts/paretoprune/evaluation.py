@@ -135,6 +135,7 @@ class PopulationEvaluator:
         statistics: For repair `reconstruct`, of the layers (`paretoprune.statistics`); None to collect them on the
             calibration images.
         damping: For repair `reconstruct`, see `paretoprune.curvature.damped`.
+        refine: For repair `reconstruct`, whether finished networks are re-fitted once more (`paretoprune.refinement`).
         objective: `error` (top-1) or `divergence` (from the dense network's answers, see `divergence`).
         precision: `float32`, or `bfloat16` for weights and activations (statistics and scores are float32 either way),
             or `auto`: bfloat16 where the device computes in it.
@@ -160,6 +161,7 @@ class PopulationEvaluator:
         repair_images: int | None = None,
         statistics: Mapping[str, LayerStatistics] | None = None,
         damping: float = DAMPING,
+        refine: bool = True,
         objective: str = "error",
         precision: str = "auto",
         batch_size: int | None = None,
@@ -177,9 +179,11 @@ class PopulationEvaluator:
         if repair not in REPAIRS:
             raise ValueError(f"expected a repair mode among {', '.join(REPAIRS)}, found '{repair}'")
         self._calibration, self._all_calibration = calibration_images[:repair_images], calibration_images
+        self._refine = refine
         self._damping, self._statistics = damping, self._known_statistics(statistics)
         self._reconstruction = self._prepare_reconstruction()
         self._refinement: Refinement | None = None
+        self._plain: LayerwiseNetwork | None = None
         if precision == "auto":
             precision = "bfloat16" if computes_bfloat16(self._device) else "float32"
         batch_size = batch_size or default_batch_size(images, self._device)
@@ -249,15 +253,17 @@ class PopulationEvaluator:
 
     def _reference(self) -> LayerwiseNetwork:
         """The plain way: float32, layer by layer."""
-        calibration = self._place(self._calibration, torch.float32)
-        return LayerwiseNetwork(
-            self._original,
-            self.layout,
-            calibration,
-            repair=self._repair,
-            calibration_images=calibration,
-            reconstruction=self._reconstruction,
-        )
+        if self._plain is None:
+            calibration = self._place(self._calibration, torch.float32)
+            self._plain = LayerwiseNetwork(
+                self._original,
+                self.layout,
+                calibration,
+                repair=self._repair,
+                calibration_images=calibration,
+                reconstruction=self._reconstruction,
+            )
+        return self._plain
 
     def _choose(self, images: Tensor, dtype: torch.dtype) -> tuple[PrunableNetwork, torch.dtype]:
         """The fastest way to compute that agrees with the plain one, and its type."""
@@ -441,7 +447,7 @@ class PopulationEvaluator:
                 self._reconstruction(torch.from_numpy(masks.unpack(i)).to(self._device))
 
     def _prepare_refinement(self) -> Refinement | None:
-        """Ready the sequential re-fit of finished networks; None where the repair or the network has none."""
+        """Ready the sequential re-fit of networks; None where the repair or the network has none."""
         if self._reconstruction is None:
             return None
         if self._refinement is None:
@@ -466,7 +472,7 @@ class PopulationEvaluator:
             mask: bool (n_weights,).
         """
         kept = torch.from_numpy(mask).to(self._device)
-        refinement = self._prepare_refinement()
+        refinement = self._prepare_refinement() if self._refine else None
         with repeatable(), torch.inference_mode():
             if refinement is not None and self._reconstruction is not None:
                 return refinement(kept, self._reconstruction(kept)).network
@@ -507,7 +513,8 @@ class PopulationEvaluator:
             state = {key: value.numpy() for key, value in network.state_dict().items()}
             return state, *self.measure(network)
 
-        self._prepare_refinement()
+        if self._refine:
+            self._prepare_refinement()
         found = self._in_processes(finish_one, len(masks))
         states = [{key: torch.from_numpy(value) for key, value in state.items()} for state, _, _ in found]
         return states, Scores(np.array([e for _, e, _ in found]), np.array([d for _, _, d in found]))

@@ -85,7 +85,7 @@ _PHASES = (
 
 def write_report(
     results: Path,
-    runs: list[dict[str, str]],
+    runs: list[dict[str, Any]],
     seeds: list[int],
     methods: list[str],
     output: Path,
@@ -95,8 +95,9 @@ def write_report(
 
     Args:
         results: Folder that holds {dataset}/{network}/seed{seed}/.
-        runs: `dataset`, `network` and `objective` of each run, in the order of the page.
-        seeds: Seeds of every run.
+        runs: `dataset`, `network` and `objective` of each run, in the order of the page, and `seeds` of those that have
+            their own.
+        seeds: Seeds of every other run.
         methods: Methods of every run, in the order of tables and legends.
         output: Folder of the report.
         settings: `method_kinds`, "two_phase", "flat" or "allocation" per method, and `finetuned_methods`, the methods
@@ -113,7 +114,8 @@ def write_report(
     kinds = method_kinds(methods, settings["method_kinds"])
     finetuned = settings["finetuned_methods"]
     read = [
-        read_run(results, run["dataset"], run["network"], seeds, kinds, finetuned, run["objective"]) for run in runs
+        read_run(results, run["dataset"], run["network"], run.get("seeds", seeds), kinds, finetuned, run["objective"])
+        for run in runs
     ]
     summaries = [summarise(run) for run in read]
 

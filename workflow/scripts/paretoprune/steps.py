@@ -71,7 +71,7 @@ def make_evaluator(
 
     `changed` ones go first; it may also hold other arguments of `PopulationEvaluator`.
     """
-    keys = ("repair", "repair_images", "damping", "objective", "precision", "batch_size")
+    keys = ("repair", "repair_images", "damping", "refine", "objective", "precision", "batch_size")
     chosen = {key: settings[key] for key in keys} | changed
     if chosen["batch_size"] == "auto":
         chosen["batch_size"] = None
