@@ -128,6 +128,10 @@ def refitted_costs(kept: Tensor, weight: Tensor, refitted: Tensor, curvature: Te
         float32, the same shape: what dropping a kept weight adds to the error, and what growing another one takes away.
     """
     width = int(kept.sum(dim=1).max())
+    n = max(1, _BLOCK_ENTRIES // max(1, width * kept.shape[1]))
+    if len(kept) > n:
+        parts = zip(kept.split(n), weight.split(n), refitted.split(n), strict=True)
+        return torch.cat([refitted_costs(*part, curvature) for part in parts])
     residual = (weight - refitted) @ curvature
     diagonal = curvature.diagonal()
     if not width:
