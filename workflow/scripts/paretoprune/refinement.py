@@ -30,6 +30,8 @@ from paretoprune.statistics import (
 from paretoprune.tracing import Call, Convolution, run_call, trace
 
 BATCH_SIZE = 64
+# Samples of a layer's columns, for each of its columns: so many output positions of all images are looked at.
+SAMPLES_PER_COLUMN = 64
 # A channel whose normalised output hardly depends on the convolution cannot make up for a shortcut.
 _LEAST_SCALE = 1e-3
 Registers = dict[fx.Node, Any]
@@ -178,9 +180,11 @@ class _Pass:
             return
         dense, module, mask = self._dense_modules[module_name], self._modules[module_name], self._masks[name]
         free = self._owner._statistics[name].shifts_freely
+        n_columns = dense.weight[0].numel()
+        n_positions = min(POSITIONS, max(1, -(-SAMPLES_PER_COLUMN * n_columns // len(x))))
         moments = Moments()
         for inputs, outputs in zip(x.split(BATCH_SIZE), aim.split(BATCH_SIZE), strict=True):
-            at = some_positions(module, outputs, POSITIONS, self._generator)
+            at = some_positions(module, outputs, n_positions, self._generator)
             moments.add(columns(module, inputs, at), rows(module, outputs, at))
         curvature = moments.second(about_mean=free)
         bias = dense.bias
