@@ -471,12 +471,6 @@ def test_error_at_sparsity_takes_the_densest_member_that_is_sparse_enough() -> N
     np.testing.assert_array_equal(errors, [0.1, 0.1, 0.3, 0.3, np.nan])
 
 
-def test_hypervolume_at_is_a_step_that_holds() -> None:
-    history = pd.DataFrame({"evaluations": [10, 20], "hypervolume": [0.4, 0.6]})
-    values = plots.hypervolume_at(history, np.array([9, 10, 19.9, 20, 100]))
-    np.testing.assert_array_equal(values, [np.nan, 0.4, 0.4, 0.6, 0.6])
-
-
 def test_every_method_looks_different() -> None:
     kinds = {"a": "two_phase", "b": "two_phase", **dict.fromkeys("cd", "flat"), **dict.fromkeys("efghij", "allocation")}
     styles = plots.method_styles(kinds)
