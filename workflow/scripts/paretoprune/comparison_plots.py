@@ -259,7 +259,7 @@ def _draw_differences(axes: Axes, table: pd.DataFrame, order: Sequence[str], run
         axes.set_xscale("symlog", linthresh=threshold)
         axes.set_xticks([0.0, *_round_numbers(table["difference"].to_numpy(dtype=float), threshold / 2)])
         axes.minorticks_off()
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
     axes.axvline(0, color=_DENSE_COLOR, lw=1.1, zorder=2)
     lanes = np.linspace(-0.24, 0.24, len(runs)) if len(runs) > 1 else np.zeros(1)
     for y, method in enumerate(order):
