@@ -407,6 +407,13 @@ def test_the_member_at_a_sparsity_does_not_depend_on_the_test(
     assert other.name == chosen.name
 
 
+def test_of_members_with_equal_search_error_the_sparsest_is_taken() -> None:
+    front = pd.DataFrame({"sparsity": [0.5, 0.7, 0.6], "search_error": 0.1, "test_error": [0.1, 0.3, 0.2]})
+    chosen = member_at_sparsity(front, 0.5)
+    assert chosen is not None
+    assert chosen["sparsity"] == 0.7
+
+
 def test_a_share_met_exactly_counts_in_spite_of_rounding() -> None:
     front = pd.DataFrame({"sparsity": [1 - 0.1 - 1e-16], "search_error": [0.1], "test_error": [0.2]})
     assert member_at_sparsity(front, 0.9) is not None
