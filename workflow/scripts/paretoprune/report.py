@@ -158,7 +158,7 @@ def write_report(
         sections.append(_section(run, own, figures))
     comparison = None
     # One pair, or one method, leaves nothing to compare over.
-    if len(methods) > 1 and len(read) * len(seeds) > 1:
+    if len(methods) > 1 and sum(len(run.seeds) for run in read) > 1:
         shown = leading_methods(summary, reference, comparison_plots.MOST_SHOWN)
         with plots.figure_style():
             figures = {
