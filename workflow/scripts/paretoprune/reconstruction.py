@@ -137,7 +137,7 @@ def refitted_costs(
     n = max(1, _BLOCK_ENTRIES // max(1, width * kept.shape[1]))
     if len(kept) > n:
         parts = zip(kept.split(n), weight.split(n), refitted.split(n), strict=True)
-        return torch.cat([refitted_costs(*part, curvature) for part in parts])
+        return torch.cat([refitted_costs(*part, curvature, inverse) for part in parts])
     residual = (weight - refitted) @ curvature
     diagonal = curvature.diagonal()
     if not width:
