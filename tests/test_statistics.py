@@ -356,12 +356,25 @@ def test_a_relu_in_place_does_not_hide_which_outputs_it_cuts_off() -> None:
         torch.testing.assert_close(in_place[name].sensitivity, layer.sensitivity, rtol=1e-6, atol=0)
 
 
+class Detached(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.detach()
+
+
 # Bad input, and what stays as it was
 
 
 def test_without_images_there_are_no_statistics() -> None:
     with pytest.raises(ValueError, match="layer statistics need calibration images, found none; raise `calibration`"):
         collected(trained("residual"), calibration()[:0])
+
+
+@pytest.mark.parametrize(
+    "kind", [architectures.InPlace, lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10), Detached())]
+)
+def test_a_network_without_derivatives_is_refused_with_the_reason(kind: Callable[[], nn.Module]) -> None:
+    with pytest.raises(ValueError, match=r"has no derivatives \(.*\); let no layer change in place what"):
+        collected(made(kind))
 
 
 @pytest.mark.parametrize("where", ["image", "weight"])

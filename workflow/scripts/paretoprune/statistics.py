@@ -230,7 +230,8 @@ def collect_statistics(
         By tensor name. A tensor of transposed convolutions, or one that the network does not run, has none.
 
     Raises:
-        ValueError: There are no images, or the inputs of a layer are not finite; the message names it.
+        ValueError: There are no images, the network cannot be differentiated, or the inputs of a layer are not finite;
+            the message names it.
 
     Source:
         Second moments of inputs as curvature: Hassibi and Stork, "Second order derivatives for network pruning: Optimal
@@ -291,7 +292,14 @@ def collect_statistics(
             logits = network(batch.requires_grad_(True))
             signs = torch.randint(0, 2, logits.shape, generator=generator).to(logits) * 2 - 1
             # A constant added to all logits changes no answer.
-            ((signs - signs.mean(dim=1, keepdim=True)) * logits).sum().backward()
+            projection = ((signs - signs.mean(dim=1, keepdim=True)) * logits).sum()
+            try:
+                projection.backward()
+            except RuntimeError as error:
+                raise ValueError(
+                    f"the network has no derivatives ({str(error).splitlines()[0]}); let no layer change in place what "
+                    "its derivative needs, or use a repair and importance scores without statistics"
+                ) from error
             normed = {(id(x), version) for x, version in given}
             normalised = {
                 name: all((id(x), version) in normed for x, version in outputs) for name, outputs in made.items()
