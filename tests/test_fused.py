@@ -132,8 +132,8 @@ def test_a_fused_network_with_re_fitted_weights_answers_as_layer_by_layer(name: 
     for i in (5, 0, 1, 3, 4, 7, 5):
         expected = logits_of(plain, masks.unpack(i), judged())
         found = logits_of(quick, masks.unpack(i), judged())
-        # Without any weights, what is normalised is rounding.
-        allowed = (10 if i == 1 else 1) * tolerance(torch.float32, "reconstruct") * spread(network)
+        # Where a layer keeps no weights, what is normalised is rounding.
+        allowed = (10 if i in (1, 7) else 1) * tolerance(torch.float32, "reconstruct") * spread(network)
         torch.testing.assert_close(found, expected, rtol=0, atol=allowed)
         if i in (3, 4, 5):
             # It is not the masked network that both answer as.
