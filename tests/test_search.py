@@ -7,11 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-<<<<<<< HEAD
-from paretoprune import search, sparse
-=======
-from paretoprune import operators, search
->>>>>>> mathtests
+from paretoprune import operators, search, sparse
 from paretoprune.allocation import allocate, starting_allocations
 from paretoprune.corridor import Corridor, anchors_between, choose_anchors, corridors_of
 from paretoprune.files import write_csv
