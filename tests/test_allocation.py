@@ -117,7 +117,7 @@ def test_starts_follow_their_own_scores_at_every_density(layout: MaskLayout) -> 
 
 @pytest.mark.parametrize("name", STARTS)
 def test_every_start_adds_up(name: str, layout: MaskLayout) -> None:
-    scores = dict.fromkeys(("magnitude", "lamp"), np.arange(layout.n_weights, dtype=float))
+    scores = dict.fromkeys(("magnitude", "lamp", "elimination"), np.arange(layout.n_weights, dtype=float))
     (counts,) = starting_allocations([name], [0.25], scores, layout)
     assert counts.sum() == round(0.25 * layout.n_weights)
 

@@ -247,10 +247,29 @@ def test_several_problems_are_listed_at_once() -> None:
             {"methods": ["lamp"], "finetune": {"methods": ["lamp", "random"]}},
             "finetune.methods: 'random' is not among `methods`; add it there or remove it here",
         ),
+        (
+            {"report": {"reference": "two_phase_nsga"}},
+            "report.reference: expected one of `methods`, found 'two_phase_nsga'; did you mean 'two_phase_nsga2'?",
+        ),
+        (
+            # Defined, but not compared.
+            {"methods": ["lamp"], "finetune": {"methods": []}, "report": {"reference": "random"}},
+            "report.reference: expected one of `methods`, found 'random'; defined: lamp",
+        ),
     ],
 )
 def test_a_name_that_is_not_defined_is_told_with_what_is(override: dict[str, Any], expected: str) -> None:
     assert only_problem(override) == expected
+
+
+def test_the_reference_is_the_first_method_unless_another_is_named() -> None:
+    named = merge(DEFAULT, {"report": {"reference": "lamp"}})
+    assert problems({"report": {"reference": "lamp"}}) == []
+    assert configuration.reference_method(named) == "lamp"
+    assert configuration.reference_method(DEFAULT) == DEFAULT["methods"][0]
+    without = {key: value for key, value in DEFAULT.items() if key != "report"}
+    assert problems({}, without) == []
+    assert configuration.reference_method(without) == DEFAULT["methods"][0]
 
 
 def test_several_broken_references_are_listed_at_once() -> None:

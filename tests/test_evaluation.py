@@ -314,7 +314,7 @@ def test_three_dimensional_convolutions_can_be_judged() -> None:
     [
         ({"objective": "loss"}, "expected an objective among error, divergence, found 'loss'"),
         ({"precision": "int8"}, "expected a precision among float32, bfloat16 and auto, found 'int8'"),
-        ({"repair": "magic"}, "expected a repair mode among none, batchnorm, found 'magic'"),
+        ({"repair": "magic"}, "expected a repair mode among none, batchnorm, reconstruct, found 'magic'"),
     ],
 )
 def test_an_unknown_option_is_named_with_the_known_ones(option: dict[str, str], message: str) -> None:

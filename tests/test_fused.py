@@ -199,8 +199,8 @@ def test_sums_are_written_over_their_shortcut_only_where_nobody_reads_it_again()
 
 
 def test_only_the_repairs_it_knows_are_taken() -> None:
-    with pytest.raises(NotTraceableError, match="repair 'reconstruct' works layer by layer"):
-        fused(trained("residual"), "reconstruct")
+    with pytest.raises(NotTraceableError, match="repair 'magic' works layer by layer"):
+        fused(trained("residual"), "magic")
 
 
 def test_an_answer_that_is_no_matrix_is_refused() -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from paretoprune import plots
+from paretoprune.comparison import COMPARISON_COLUMNS
 from paretoprune.files import write_csv, write_json
 from paretoprune.report import write_report
 from paretoprune.results import SUMMARY_COLUMNS, read_run
@@ -144,6 +145,41 @@ def results(tmp_path: Path) -> Path:
     return tmp_path / "results"
 
 
+COMPARISON_FIGURES = {"comparison-differences", "comparison-attainment", "comparison-hypervolume"}
+COMPARED_SEEDS = [0, 1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report on three methods, two runs and four seeds; `nsga2` is the reference and loses to `pareto`.
+
+    On test images `nsga2` is ahead of `uniform` in every pair, and on the search split in all but one.
+    """
+    root = tmp_path_factory.mktemp("compared")
+    for run, network in enumerate((ERRORS, DIVERGENCE)):
+        for seed in COMPARED_SEEDS:
+            folder = root / "results" / network["dataset"] / network["network"] / f"seed{seed}"
+            write_dense(folder, network, seed, accuracy=0.9, objective=network["objective"])
+            step = 0.001 * (1 + seed + 4 * run)
+            upset = 0.2 if (run, seed) == (1, 3) else 0.0
+            for method, behind in (("pareto", 0.0), ("nsga2", 10 * step), ("uniform", 30 * step)):
+                search = behind - upset if method == "uniform" else behind
+                write_front(
+                    folder / method,
+                    [("phase1", 0.5, 0.3 + search, 0.12 + behind), ("phase2", 0.1, 0.5 + search, 0.2 + behind)],
+                )
+                write_history(
+                    folder / method,
+                    [(20 + seed, 1.0, 0.4 - behind, "phase1"), (40, 2.0, 0.4 - behind + step, "phase2")],
+                )
+            write_layers(folder / "pareto", [0.5, 0.1], n_layers=4)
+            write_anchors(folder / "pareto", n_layers=4)
+    output = root / "report"
+    names = settings(finetuned=[]) | {"reference": "nsga2"}
+    write_report(root / "results", [ERRORS, DIVERGENCE], COMPARED_SEEDS, list(KINDS), output, names)
+    return output
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report on two runs, the second with the divergence as objective."""
@@ -238,6 +274,7 @@ def test_front_without_members_counts_as_nothing(results: Path) -> None:
 def test_figures_are_written_and_not_trivial(report: Path) -> None:
     kinds = ("fronts", "hypervolume", "phase2", "stages", "layers", "corridor", "finetuned")
     expected = {f"{run['dataset']}-{run['network']}-{kind}" for run in (ERRORS, DIVERGENCE) for kind in kinds}
+    expected |= COMPARISON_FIGURES
     assert {path.stem for path in (report / "figures").iterdir()} == expected
     for name in expected:
         svg = (report / "figures" / f"{name}.svg").read_text(encoding="utf-8")
@@ -273,7 +310,7 @@ def test_page_shows_the_tables(report: Path) -> None:
 
 
 def test_page_marks_the_best_of_a_column(report: Path) -> None:
-    page = (report / "index.html").read_text(encoding="utf-8")
+    _, page = (report / "index.html").read_text(encoding="utf-8").split('<section id="digits-resnet8">')
     best = re.findall(r'<td class="number best">(.*?)</td>', page)
     # Per run: two hypervolumes, the sparsity of the one method that qualifies in every seed, and
     # the one fine-tuned target whose sparsities can be compared.
@@ -285,7 +322,7 @@ def test_page_is_complete_and_self_contained(report: Path) -> None:
     page = (report / "index.html").read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>")
     images = re.findall(r"<img [^>]*>", page)
-    assert len(images) == 14
+    assert len(images) == 17
     for image in images:
         assert re.search(r'alt="[^"]{20,}"', image)
         source = re.search(r'src="([^"]+)"', image)
@@ -317,6 +354,7 @@ def test_figures_with_nothing_to_show_are_left_out(results: Path) -> None:
     assert {path.stem for path in (output / "figures").iterdir()} == {
         "digits-resnet8-fronts",
         "digits-resnet8-hypervolume",
+        *COMPARISON_FIGURES,
     }
     page = (output / "index.html").read_text(encoding="utf-8")
     assert "Progress of the search" in page
@@ -471,12 +509,6 @@ def test_error_at_sparsity_takes_the_densest_member_that_is_sparse_enough() -> N
     np.testing.assert_array_equal(errors, [0.1, 0.1, 0.3, 0.3, np.nan])
 
 
-def test_hypervolume_at_is_a_step_that_holds() -> None:
-    history = pd.DataFrame({"evaluations": [10, 20], "hypervolume": [0.4, 0.6]})
-    values = plots.hypervolume_at(history, np.array([9, 10, 19.9, 20, 100]))
-    np.testing.assert_array_equal(values, [np.nan, 0.4, 0.4, 0.6, 0.6])
-
-
 def test_every_method_looks_different() -> None:
     kinds = {"a": "two_phase", "b": "two_phase", **dict.fromkeys("cd", "flat"), **dict.fromkeys("efghij", "allocation")}
     styles = plots.method_styles(kinds)
@@ -495,3 +527,95 @@ def test_a_member_fine_tuned_for_several_targets_counts_for_each_of_them(results
         ("sparsity 0.5", 0),
         ("sparsity 0.5", 1),
     ]
+
+
+# The comparison over runs and seeds
+
+
+def table_by(path: Path, *keys: str) -> dict[Any, dict[str, Any]]:
+    """Rows of a CSV file by what they hold under `keys`."""
+    records = pd.read_csv(path, keep_default_na=False).to_dict("records")
+    return {tuple(row[key] for key in keys): {str(name): value for name, value in row.items()} for row in records}
+
+
+def test_comparison_hand_computed(compared: Path) -> None:
+    tests = table_by(compared / "comparison.csv", "measure", "method")
+    assert {tuple(row) for row in tests.values()} == {COMPARISON_COLUMNS}
+    assert {row["reference"] for row in tests.values()} == {"nsga2"}
+    pareto, uniform = (tests["hypervolume_test", method] for method in ("pareto", "uniform"))
+    assert (pareto["wins"], pareto["ties"], pareto["losses"]) == (0, 0, 8)
+    assert (uniform["wins"], uniform["ties"], uniform["losses"]) == (8, 0, 0)
+    # An error that is larger by e takes e x (1 - density of the sparsest member) of area; e is 0.01 to 0.08.
+    assert pareto["median_difference"] == pytest.approx(-0.9 * 0.045)
+    assert pareto["p_value"] == pytest.approx(2 / 2**8)
+    assert pareto["p_holm"] == pytest.approx(4 / 2**8)
+    assert (pareto["rank_biserial"], pareto["note"]) == (-1.0, "")
+    search = tests["hypervolume_search", "uniform"]
+    assert (search["wins"], search["losses"]) == (7, 1)
+    # The one loss, 0.16 - 0.2, is as large as the second smallest win: they share the ranks 2 and 3 of 8.
+    assert search["rank_biserial"] == pytest.approx((36 - 2 * 2.5) / 36)
+
+
+def test_sparsities_and_gains_hand_computed(compared: Path) -> None:
+    sparsities = table_by(compared / "sparsities.csv", "dataset", "method", "at_least_sparsity")
+    half = sparsities["digits", "nsga2", 0.5]
+    assert float(half["test_error_mean"]) == pytest.approx(0.12 + 0.025)
+    assert float(half["points_over_dense_mean"]) == pytest.approx(4.5)
+    assert float(sparsities["cifar10", "pareto", 0.8]["test_error_mean"]) == pytest.approx(0.2)
+    assert sparsities["digits", "pareto", 0.95]["n_found"] == 0
+    gains = pd.read_csv(compared / "phase2_gain.csv")
+    assert list(gains["method"]) == ["pareto"] * 3
+    assert list(gains["n_searches"]) == [8, 4, 4]
+    np.testing.assert_allclose(gains["min"], [0.001, 0.001, 0.005])
+    np.testing.assert_allclose(gains["median"], [0.0045, 0.0025, 0.0065])
+    np.testing.assert_allclose(gains["max"], [0.008, 0.004, 0.008])
+
+
+def test_page_shows_the_comparison(compared: Path) -> None:
+    page = (compared / "index.html").read_text(encoding="utf-8")
+    assert '<a href="#comparison">Comparison</a>' in page
+    section, _ = page.split('<section id="comparison">')[1].split("</section>", 1)
+    assert "Every method against <strong>nsga2</strong>" in section
+    text = " ".join(re.sub(r"<[^>]+>", "", section).split())
+    assert "a larger hypervolume on the test split than 1 of the other methods and a smaller one than 1 (p" in text
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", section)
+    assert "0 / 0 / 8" in cells
+    assert "-0.0405" in cells
+    assert "+0.0045" in cells
+    assert "none" in cells
+    assert re.findall(r'<td class="number best">(0\.\d+)</td>', section)[:2] == ["0.0156", "0.0156"]
+    assert {path.stem for path in (compared / "figures").iterdir()} >= COMPARISON_FIGURES
+    for name in COMPARISON_FIGURES:
+        assert f'src="figures/{name}.svg"' in section
+        assert (compared / "figures" / f"{name}.png").read_bytes().startswith(PNG_MAGIC)
+
+
+def test_the_first_method_is_the_reference_unless_another_is_named(results: Path, compared: Path) -> None:
+    assert set(pd.read_csv(report_on(results) / "comparison.csv")["reference"]) == {"pareto"}
+    assert set(pd.read_csv(compared / "comparison.csv")["method"]) == {"pareto", "uniform"}
+
+
+def test_an_unknown_reference_is_refused_before_anything_is_written(results: Path) -> None:
+    with pytest.raises(ValueError, match=r"settings\['reference'\] to be one of pareto, .*, found 'lamp'; correct"):
+        report_on(results, settings=settings() | {"reference": "lamp"})
+    assert not (results.parent / "report").exists()
+
+
+@pytest.mark.parametrize(("seeds", "methods"), [([0], list(KINDS)), (SEEDS, ["pareto"])])
+def test_one_pair_or_one_method_is_no_comparison(results: Path, seeds: list[int], methods: list[str]) -> None:
+    output = report_on(results, methods, seeds=seeds)
+    page = (output / "index.html").read_text(encoding="utf-8")
+    assert "<h2>Comparison</h2>" not in page
+    assert "#comparison" not in page
+    assert not any(path.stem.startswith("comparison") for path in (output / "figures").iterdir())
+    # The tables are outputs of the workflow and always there, if only with their heads.
+    assert tuple(pd.read_csv(output / "comparison.csv").columns) == COMPARISON_COLUMNS
+    assert len(pd.read_csv(output / "sparsities.csv")) == 6 * len(methods)
+    assert len(pd.read_csv(output / "phase2_gain.csv")) == 2
+
+
+def test_a_method_without_members_is_compared_all_the_same(results: Path) -> None:
+    for seed in SEEDS:
+        write_front(results / "digits" / "resnet8" / f"seed{seed}" / "nsga2", [])
+    tests = table_by(report_on(results) / "comparison.csv", "measure", "method")
+    assert tests["hypervolume_test", "nsga2"]["median_difference"] == pytest.approx(0.656)

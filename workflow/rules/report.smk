@@ -15,6 +15,9 @@ rule write_report:
     output:
         page=f"{RESULTS}/report/index.html",
         summary=f"{RESULTS}/report/summary.csv",
+        comparison=f"{RESULTS}/report/comparison.csv",
+        sparsities=f"{RESULTS}/report/sparsities.csv",
+        phase2_gain=f"{RESULTS}/report/phase2_gain.csv",
         figures=directory(f"{RESULTS}/report/figures"),
     log:
         f"{RESULTS}/logs/write_report.log",
@@ -44,6 +47,7 @@ rule write_report:
                 for name in config["methods"]
             },
             "finetuned_methods": config["finetune"]["methods"],
+            "reference": configuration.reference_method(config),
         },
     script:
         "../scripts/write_report.py"

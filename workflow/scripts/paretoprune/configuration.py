@@ -78,6 +78,10 @@ def _broken_references(config: Config) -> Iterator[str]:
     for name in config["finetune"]["methods"]:
         if name in settings and name not in config["methods"]:
             yield f"finetune.methods: '{name}' is not among `methods`; add it there or remove it here"
+    reference = reference_method(config)
+    if reference not in config["methods"]:
+        close = _suggest(reference, dict.fromkeys(config["methods"]))
+        yield f"report.reference: expected one of `methods`, found '{reference}'; {close}"
     for name in config["methods"]:
         if name in settings:
             yield from _broken_method(config, name)
@@ -203,6 +207,11 @@ def method_settings(config: Config, name: str) -> dict[str, Any]:
 def methods_of_kind(config: Config, kind: str) -> list[str]:
     """Names of all defined methods of one kind, whether compared or not."""
     return sorted(name for name, own in config["method_settings"].items() if own["kind"] == kind)
+
+
+def reference_method(config: Config) -> str:
+    """The method that the report tests the others against: the first, unless `report` names another."""
+    return str(config.get("report", {}).get("reference") or config["methods"][0])
 
 
 def phase1_source(config: Config, name: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from paretoprune.corridor import Corridor
-from paretoprune.evaluation import PopulationEvaluator
+from paretoprune.evaluation import PopulationEvaluator, repeatable
 from paretoprune.masks import MaskLayout, unpack_row
 from paretoprune.operators import SearchedLayer
 from paretoprune.reconstruction import Reconstruction
@@ -68,7 +68,7 @@ class CurvatureGuide:
 
     def _scores(self, name: str, kept: np.ndarray) -> np.ndarray:
         """float32 (n_weights of the layer,); by magnitude where the layer has no statistics."""
-        with torch.inference_mode():
+        with repeatable(), torch.inference_mode():
             mask = torch.from_numpy(kept.copy())
             costs = self._reconstruction.costs(name, mask)
             if name in self._sensitivity:

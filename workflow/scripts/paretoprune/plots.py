@@ -15,11 +15,13 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
+from paretoprune.comparison import hypervolume_at
 from paretoprune.files import atomic_path
 
 # Our searches in strong solid colours, the others muted and dashed: told apart in grey print, too.
@@ -146,21 +148,6 @@ def error_at_sparsity(front: pd.DataFrame, sparsities: np.ndarray) -> np.ndarray
     return np.append(members["test_error"].to_numpy(dtype=float), np.nan)[position]
 
 
-def hypervolume_at(history: pd.DataFrame, evaluations: np.ndarray) -> np.ndarray:
-    """Hypervolume reached after a number of evaluations.
-
-    Args:
-        history: Columns `evaluations` (cumulative, ascending) and `hypervolume`.
-        evaluations: float (n,), budgets asked for.
-
-    Returns:
-        float (n,); NaN before the first row, the last value beyond the last.
-    """
-    position = np.searchsorted(history["evaluations"].to_numpy(dtype=float), evaluations, side="right") - 1
-    # Position -1, before the first row, picks the NaN at the end.
-    return np.append(history["hypervolume"].to_numpy(dtype=float), np.nan)[position]
-
-
 def draw_fronts(fronts: pd.DataFrame, dense_error: float, styles: Mapping[str, MethodStyle]) -> Figure:
     """Test error against sparsity: everything, and close to the dense network.
 
@@ -195,8 +182,8 @@ def draw_fronts(fronts: pd.DataFrame, dense_error: float, styles: Mapping[str, M
         panels[1].set(title=f"Close to the dense network: up to {_ZOOM_POINTS:.0f} points more error")
         panels[1].set(xlim=(100 * window[0], 100 * window[1]))
         panels[1].set_ylim(max(0.0, 100 * dense_error - 2), 100 * dense_error + _ZOOM_POINTS)
-    _legend_below(figure, panels[0])
-    return _finished(figure)
+    legend_below(figure, *panels[0].get_legend_handles_labels())
+    return finished(figure)
 
 
 def draw_hypervolume(histories: pd.DataFrame, styles: Mapping[str, MethodStyle]) -> Figure:
@@ -242,8 +229,8 @@ def draw_hypervolume(histories: pd.DataFrame, styles: Mapping[str, MethodStyle])
     if (histories["stage"] == "phase2").any():
         handles.append(Line2D([], [], ls="none", marker="o", ms=7, mfc="white", mec="#5A6572", mew=1.8))
         labels.append("Phase 2 begins")
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)))
-    return _finished(figure)
+    legend_below(figure, handles, labels)
+    return finished(figure)
 
 
 def draw_phase2_gain(summary: pd.DataFrame, styles: Mapping[str, MethodStyle]) -> Figure:
@@ -279,7 +266,7 @@ def draw_phase2_gain(summary: pd.DataFrame, styles: Mapping[str, MethodStyle]) -
         Line2D([], [], ls="none", marker="o", ms=7, color=grey),
     ]
     figure.legend(handles, ["after Phase 1", "after Phase 2"], loc="outside upper right", ncols=2)
-    return _finished(figure)
+    return finished(figure)
 
 
 def draw_stages(fronts: pd.DataFrame, methods: Sequence[str], error_label: str) -> Figure:
@@ -290,7 +277,7 @@ def draw_stages(fronts: pd.DataFrame, methods: Sequence[str], error_label: str) 
         methods: Methods to draw, a panel each.
         error_label: What `search_error` is, with its unit in %.
     """
-    figure, panels = _panel_grid(len(methods), width=4.2, height=3.5)
+    figure, panels = panel_grid(len(methods), width=4.2, height=3.5)
     found = list(dict.fromkeys(fronts.loc[fronts["method"].isin(methods), "stage"]))
     order = [stage for stage in _STAGE_COLORS if stage in found] + [s for s in found if s not in _STAGE_COLORS]
     others = cycle(_OTHER_STAGE_COLORS)
@@ -314,7 +301,7 @@ def draw_stages(fronts: pd.DataFrame, methods: Sequence[str], error_label: str) 
         axes.set(title=method, xlabel="sparsity (%)", ylabel=error_label)
         # Fronts rise to the right: the upper left is free.
         axes.legend(loc="upper left", handletextpad=0.2)
-    return _finished(figure)
+    return finished(figure)
 
 
 def draw_layer_densities(layers: pd.DataFrame, methods: Sequence[str]) -> Figure:
@@ -344,7 +331,7 @@ def draw_layer_densities(layers: pd.DataFrame, methods: Sequence[str]) -> Figure
         mpl.cm.ScalarMappable(percent, "mako_r"), ax=panels, label="weights kept (%)", fraction=0.04, pad=0.02
     )
     bar.outline.set_visible(False)
-    return _finished(figure)
+    return finished(figure)
 
 
 def draw_corridor(anchors: Mapping[str, Mapping[str, Any]]) -> Figure:
@@ -371,8 +358,8 @@ def draw_corridor(anchors: Mapping[str, Mapping[str, Any]]) -> Figure:
         )
         axes.annotate(details, (0, 1), (0, 5), xycoords="axes fraction", textcoords="offset points", fontsize=8.5)
         axes.set(xlabel="share of the layer's weights (%)", xlim=(0, 100))
-    _legend_below(figure, panels[0])
-    return _finished(figure)
+    legend_below(figure, *panels[0].get_legend_handles_labels())
+    return finished(figure)
 
 
 def draw_finetuned(finetuned: pd.DataFrame, dense_error: float, styles: Mapping[str, MethodStyle]) -> Figure:
@@ -409,8 +396,8 @@ def draw_finetuned(finetuned: pd.DataFrame, dense_error: float, styles: Mapping[
     low, high = after.get_ylim()
     after.set_title(f"After, up to {_ZOOM_POINTS:.0f} points more error" if high > top else "After fine-tuning")
     after.set_ylim(max(0.0, low), min(top, high))
-    _legend_below(figure, after)
-    return _finished(figure)
+    legend_below(figure, *after.get_legend_handles_labels())
+    return finished(figure)
 
 
 def _by_method(table: pd.DataFrame, styles: Mapping[str, MethodStyle]) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -435,9 +422,11 @@ def _zoom_window(
     return max(0.0, min(left, right) - 0.12), min(1.0, right + 0.02)
 
 
-def _panel_grid(n_panels: int, width: float, height: float, *, share_y: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure of `n_panels` panels, at most two in a row; sizes of one panel in inches."""
-    columns = min(n_panels, _MAX_COLUMNS)
+def panel_grid(
+    n_panels: int, width: float, height: float, *, max_columns: int = _MAX_COLUMNS, share_y: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `n_panels` panels, at most `max_columns` in a row; sizes of one panel in inches."""
+    columns = min(n_panels, max_columns)
     n_rows = -(-n_panels // columns)
     figure = Figure(figsize=(max(6.0, width * columns), height * n_rows), layout="constrained")
     panels = list(figure.subplots(n_rows, columns, sharey=share_y, squeeze=False).flat)
@@ -450,7 +439,7 @@ def _layer_panels(names: Sequence[str], n_panels: int) -> tuple[Figure, list[Axe
     """Panels that share one axis of layer names, the input layer on top."""
     n_layers = len(names)
     height = 1.6 + min(10.5, 0.215 * max(6, n_layers))
-    figure, panels = _panel_grid(n_panels, width=4.9, height=height, share_y=True)
+    figure, panels = panel_grid(n_panels, width=4.9, height=height, share_y=True)
     every = -(-n_layers // _MAX_LAYER_LABELS)
     labels = [name.removesuffix(".weight") if i % every == 0 else "" for i, name in enumerate(names)]
     panels[0].set_yticks(np.arange(n_layers) + 0.5, labels)
@@ -463,12 +452,27 @@ def _layer_panels(names: Sequence[str], n_panels: int) -> tuple[Figure, list[Axe
     return figure, panels
 
 
-def _legend_below(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), handlelength=3.2)
+def legend_below(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:
+    """A legend under all panels, in as many columns, at most five, as fit the figure's width."""
+    n_columns = min(5, len(labels))
+    while n_columns > 1 and _legend_width(labels, n_columns) > figure.get_figwidth():
+        n_columns -= 1
+    figure.legend(handles, labels, loc="outside lower center", ncols=n_columns, handlelength=3.2)
 
 
-def _finished(figure: Figure) -> Figure:
+def _legend_width(labels: Sequence[str], n_columns: int) -> float:
+    """About how wide a legend is, in inches at the font size of `figure_style`; columns are filled one by one."""
+    short, n_longer = divmod(len(labels), n_columns)
+    widths, first = 0.0, 0
+    for column in range(n_columns):
+        end = first + short + (column < n_longer)
+        widths += 0.78 + 0.076 * max(len(label) for label in labels[first:end])
+        first = end
+    return widths
+
+
+def finished(figure: Figure) -> Figure:
+    """The figure without the frame lines that hold no scale."""
     for axes in figure.axes:
         if axes.get_label() != "<colorbar>":
             sns.despine(ax=axes)

@@ -16,6 +16,8 @@ from paretoprune.statistics import LayerStatistics, prunable_modules
 
 # Memory (MB) for re-fitted layers that other candidates share.
 CACHE_MB = 256
+# Kept weights of a row up to which what growing others gains is worked out exactly.
+EXACT_WIDTH = 96
 # Entries of the kept blocks that are gathered and factored at a time: 64 MB in float32.
 _BLOCK_ENTRIES = 16 * 2**20
 
@@ -115,7 +117,9 @@ def _solve_rows(within: Tensor, matrix: Tensor, aim: Tensor, width: int) -> Tens
     return torch.zeros_like(aim).scatter_(1, at, solved.masked_fill_(filling, 0.0))
 
 
-def refitted_costs(kept: Tensor, weight: Tensor, refitted: Tensor, curvature: Tensor) -> Tensor:
+def refitted_costs(
+    kept: Tensor, weight: Tensor, refitted: Tensor, curvature: Tensor, inverse: Tensor | None = None
+) -> Tensor:
     """What changing a weight's place does to the error of its row, all kept weights being re-fitted afterwards.
 
     Args:
@@ -123,20 +127,29 @@ def refitted_costs(kept: Tensor, weight: Tensor, refitted: Tensor, curvature: Te
         weight: float32, the same shape: the trained weights.
         refitted: The same shape: the kept weights at their best, 0 elsewhere.
         curvature: H, (n_columns, n_columns), damped.
+        inverse: H⁻¹; where it is given and rows keep more than `EXACT_WIDTH` weights, gains are taken as if every other
+            weight were kept (1 / [H⁻¹]_jj for the part of a column that the kept ones do not explain): an upper bound.
 
     Returns:
         float32, the same shape: what dropping a kept weight adds to the error, and what growing another one takes away.
     """
     width = int(kept.sum(dim=1).max())
+    n = max(1, _BLOCK_ENTRIES // max(1, width * kept.shape[1]))
+    if len(kept) > n:
+        parts = zip(kept.split(n), weight.split(n), refitted.split(n), strict=True)
+        return torch.cat([refitted_costs(*part, curvature, inverse) for part in parts])
     residual = (weight - refitted) @ curvature
     diagonal = curvature.diagonal()
     if not width:
         return residual.square() / diagonal
     at, filling, factor = _factored_blocks(kept, curvature, width)
-    beside = curvature[at].masked_fill_(filling[:, :, None], 0.0)
-    # Of the variance of a column, what the kept ones do not explain: no more than rounding where they explain it all.
-    explained = torch.linalg.solve_triangular(factor, beside, upper=False).square().sum(dim=1)
-    unexplained = torch.maximum(diagonal - explained, 1e-6 * diagonal)
+    if inverse is not None and width > EXACT_WIDTH:
+        unexplained = (1 / inverse.diagonal()).expand_as(weight)
+    else:
+        beside = curvature[at].masked_fill_(filling[:, :, None], 0.0)
+        # Of the variance of a column, what the kept ones do not explain: no more than rounding where they explain all.
+        explained = torch.linalg.solve_triangular(factor, beside, upper=False).square().sum(dim=1)
+        unexplained = torch.maximum(diagonal - explained, 1e-6 * diagonal)
     gain = residual.square() / unexplained
     inverse = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2)
     cost = refitted.gather(1, at).square() / inverse
@@ -253,7 +266,7 @@ class Reconstruction:
             return dense.square()
         kept = kept.to(dense.device)
         parts = (self._grouped(name, tensor) for tensor in (kept, dense, self.layer(name, kept)))
-        found = [refitted_costs(*part) for part in zip(*parts, self._curvature[name], strict=True)]
+        found = [refitted_costs(*part) for part in zip(*parts, self._curvature[name], self._inverse[name], strict=True)]
         return torch.stack(found).reshape(dense.shape)
 
     def __call__(self, kept: Tensor, skip: frozenset[str] = frozenset()) -> dict[str, Tensor]:

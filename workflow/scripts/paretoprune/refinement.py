@@ -6,6 +6,7 @@ errors of those before it: also for what a shortcut brings in, where the layer's
 """
 
 import copy
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,8 @@ from paretoprune.statistics import (
 from paretoprune.tracing import Call, Convolution, run_call, trace
 
 BATCH_SIZE = 64
+# Samples of a layer's columns, for each of its columns: so many output positions of all images are looked at.
+SAMPLES_PER_COLUMN = 64
 # A channel whose normalised output hardly depends on the convolution cannot make up for a shortcut.
 _LEAST_SCALE = 1e-3
 Registers = dict[fx.Node, Any]
@@ -77,8 +80,11 @@ class Refinement:
         self._program = trace(network)
         self._program.network.to(images.device).float()
         held = prunable_modules(network, layout)
-        # Of a tensor that several modules use, no one may take possession.
-        self._tensor_of = {modules[0][0]: name for name, modules in held.items() if len(modules) == 1}
+        runs = Counter(_module_of(step) for step in self._program.steps)
+        # Of a tensor that several modules or several runs use, no one may take possession.
+        self._tensor_of = {
+            modules[0][0]: name for name, modules in held.items() if len(modules) == 1 and runs[modules[0][0]] == 1
+        }
 
     def __call__(self, kept: Tensor, start: Mapping[str, Tensor], *, reselect: bool = False) -> Refined:
         """Refine the network of one mask.
@@ -102,9 +108,10 @@ class Refinement:
             for name, mask in masks.items():
                 parameters[name].data = torch.where(mask, start[name].to(parameters[name]), 0.0)
             masks |= _Pass(self, pruned, masks, reselect).run(self._images)
-        network = copy.deepcopy(self._original).cpu()
-        found = {key: value.clone() for key, value in pruned.state_dict().items()}
-        network.load_state_dict(found)
+        # Whoever builds networks may be in inference mode; what comes out can be trained.
+        with torch.inference_mode(mode=False):
+            network = copy.deepcopy(self._original).cpu()
+            network.load_state_dict({key: value.clone() for key, value in pruned.state_dict().items()})
         return Refined(network.eval(), torch.cat([masks[name].reshape(-1) for name in self.layout.names]))
 
 
@@ -117,6 +124,7 @@ class _Pass:
         self._dense_modules = dict(self._dense.named_modules())
         self._modules = dict(pruned.named_modules())
         self._chosen: dict[str, Tensor] = {}
+        self._corrected: set[str] = set()
         self._generator = torch.Generator().manual_seed(0)
 
     def run(self, images: Tensor) -> dict[str, Tensor]:
@@ -145,7 +153,10 @@ class _Pass:
                 scale = scale if norm.weight is None else scale * norm.weight
                 able = scale.abs() > _LEAST_SCALE * scale.abs().max()
                 missing = missing * torch.where(able, 1 / scale, 0.0).view(1, -1, 1, 1)
-            aim = y + missing
+            missing = missing.expand(torch.broadcast_shapes(missing.shape, y.shape))
+            # One output that is added in many places can make up for their mean.
+            wider = [i for i, size in enumerate(y.shape) if size < missing.shape[i]]
+            aim = y + (missing.mean(dim=wider, keepdim=True) if wider else missing)
         self._fit(step.module, x_pruned, aim)
         y_pruned = _in_batches(pruned, x_pruned)
         if step.norm is not None and norm is not None:
@@ -166,6 +177,10 @@ class _Pass:
         return result, run_call(step, after, self._pruned)
 
     def _correct(self, norm: str, aim: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]) -> None:
+        if norm in self._corrected:
+            return
+        # One that runs several times keeps what its first run says, as in `paretoprune.repair`.
+        self._corrected.add(norm)
         trained, module = self._dense_modules[norm], self._modules[norm]
         mean, variance = corrected_statistics((trained.running_mean, trained.running_var), aim, found)
         module.running_mean.copy_(mean)
@@ -178,9 +193,11 @@ class _Pass:
             return
         dense, module, mask = self._dense_modules[module_name], self._modules[module_name], self._masks[name]
         free = self._owner._statistics[name].shifts_freely
+        n_columns = dense.weight[0].numel()
+        n_positions = min(POSITIONS, max(1, -(-SAMPLES_PER_COLUMN * n_columns // len(x))))
         moments = Moments()
         for inputs, outputs in zip(x.split(BATCH_SIZE), aim.split(BATCH_SIZE), strict=True):
-            at = some_positions(module, outputs, POSITIONS, self._generator)
+            at = some_positions(module, outputs, n_positions, self._generator)
             moments.add(columns(module, inputs, at), rows(module, outputs, at))
         curvature = moments.second(about_mean=free)
         bias = dense.bias
@@ -210,6 +227,13 @@ class _Pass:
         chosen = torch.zeros_like(losses, dtype=torch.bool)
         chosen[losses.argsort(descending=True, stable=True)[: int(mask.sum())]] = True
         return chosen.view(mask.shape)
+
+
+def _module_of(step: Convolution | Call) -> str | None:
+    """Name of the module that a step runs."""
+    if isinstance(step, Convolution):
+        return step.module
+    return str(step.output.target) if step.output.op == "call_module" else None
 
 
 def _in_batches(module: nn.Module, x: Tensor) -> Tensor:

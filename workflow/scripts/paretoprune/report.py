@@ -1,4 +1,4 @@
-"""The report: summary.csv, the figures and one page, index.html, from result files alone.
+"""The report: its tables as CSV files, the figures and one page, index.html, from result files alone.
 
 Everything is read and checked before anything is written, and nothing is recomputed that needs a network.
 """
@@ -13,7 +13,19 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from paretoprune import __version__, plots
+from paretoprune import __version__, comparison_plots, plots
+from paretoprune.comparison import (
+    ALL_RUNS,
+    MEASURES,
+    SIGNIFICANCE,
+    attainment_surfaces,
+    compare_methods,
+    errors_at_sparsities,
+    hypervolume_bands,
+    leading_methods,
+    paired_differences,
+    phase2_gains,
+)
 from paretoprune.files import atomic_path
 from paretoprune.results import SPLITS, RunResults, method_kinds, read_run, summarise
 
@@ -23,6 +35,9 @@ _ERROR_LABELS = {
     "error": "search error (%)",
     "divergence": "divergence from the dense network,\n1 − exp(−KL) (%)",
 }
+_MEASURE_TITLES = {"hypervolume_test": "Hypervolume, test split", "hypervolume_search": "Hypervolume, search split"}
+# Points of the evaluation axis at which bands over seeds are drawn.
+_BAND_STEPS = 400
 
 
 @dataclass(frozen=True)
@@ -91,7 +106,7 @@ def write_report(
     output: Path,
     settings: dict[str, Any],
 ) -> None:
-    """Write summary.csv, figures/*.svg and *.png, and last index.html.
+    """Write summary.csv, comparison.csv, sparsities.csv, phase2_gain.csv, figures/*.svg and *.png, last index.html.
 
     Args:
         results: Folder that holds {dataset}/{network}/seed{seed}/.
@@ -100,12 +115,14 @@ def write_report(
         seeds: Seeds of every other run.
         methods: Methods of every run, in the order of tables and legends.
         output: Folder of the report.
-        settings: `method_kinds`, "two_phase", "flat" or "allocation" per method, and `finetuned_methods`, the methods
-            that have a finetuned.csv.
+        settings: `method_kinds`, "two_phase", "flat" or "allocation" per method; `finetuned_methods`, the methods
+            that have a finetuned.csv; and `reference`, the method that the others are tested against, the first where
+            it is missing or None.
 
     Raises:
         FileNotFoundError: A result file is missing; nothing was written.
-        ValueError: A result file lacks a column or holds something impossible; nothing was written.
+        ValueError: A result file lacks a column or holds something impossible, or the reference is not among the
+            methods; nothing was written.
     """
     results, output = Path(results), Path(output)
     for name, wanted in (("runs", runs), ("seeds", seeds), ("methods", methods)):
@@ -113,26 +130,49 @@ def write_report(
             raise ValueError(f"expected at least one of {name}, found none; name what the report is about")
     kinds = method_kinds(methods, settings["method_kinds"])
     finetuned = settings["finetuned_methods"]
+    reference = settings.get("reference") or methods[0]
+    if reference not in methods:
+        raise ValueError(
+            f"expected settings['reference'] to be one of {', '.join(methods)}, found '{reference}'; correct it, or "
+            "leave it out for the first"
+        )
     read = [
         read_run(results, run["dataset"], run["network"], run.get("seeds", seeds), kinds, finetuned, run["objective"])
         for run in runs
     ]
     summaries = [summarise(run) for run in read]
+    summary = pd.concat(summaries, ignore_index=True)
+    tables = {
+        "summary": summary,
+        "comparison": compare_methods(summary, reference),
+        "sparsities": pd.concat([errors_at_sparsities(run) for run in read], ignore_index=True),
+        "phase2_gain": phase2_gains(summary),
+    }
 
     styles = plots.method_styles(kinds)
     sections = []
-    for run, summary in zip(read, summaries, strict=True):
+    for run, own in zip(read, summaries, strict=True):
         with plots.figure_style():
             figures = {
                 kind: _save(figure, output, f"{run.dataset}-{run.network}-{kind}")
-                for kind, figure in draw_figures(run, summary, styles)
+                for kind, figure in draw_figures(run, own, styles)
             }
-        sections.append(_section(run, summary, figures))
-    summary = pd.concat(summaries, ignore_index=True)
-    with atomic_path(output / "summary.csv") as temporary:
-        summary.to_csv(temporary, index=False)
+        sections.append(_section(run, own, figures))
+    comparison = None
+    # One pair, or one method, leaves nothing to compare over.
+    if len(methods) > 1 and sum(len(run.seeds) for run in read) > 1:
+        shown = leading_methods(summary, reference, comparison_plots.MOST_SHOWN)
+        with plots.figure_style():
+            figures = {
+                kind: _save(figure, output, f"comparison-{kind}")
+                for kind, figure in draw_comparison(read, summary, tables["comparison"], shown)
+            }
+        comparison = _comparison(read, tables, shown, figures)
+    for name, table in tables.items():
+        with atomic_path(output / f"{name}.csv") as temporary:
+            table.to_csv(temporary, index=False)
     with atomic_path(output / "index.html") as temporary:
-        temporary.write_text(_page(sections, summary, kinds), encoding="utf-8")
+        temporary.write_text(_page(sections, comparison, summary, kinds), encoding="utf-8")
 
 
 def draw_figures(
@@ -167,13 +207,54 @@ def draw_figures(
         yield "finetuned", plots.draw_finetuned(run.finetuned, run.dense_test_error, styles)
 
 
+def draw_comparison(
+    runs: Sequence[RunResults], summary: pd.DataFrame, tests: pd.DataFrame, shown: Sequence[str]
+) -> Iterable[tuple[str, Figure]]:
+    """Draw, one after the other, the figures over all runs.
+
+    Args:
+        runs: Results of every run.
+        summary: From `summarise`, of all runs.
+        tests: From `comparison.compare_methods`.
+        shown: From `comparison.leading_methods`: the reference and the others that get a colour.
+
+    Yields:
+        Name and figure.
+    """
+    names = {f"{run.dataset} / {run.network}": run for run in runs}
+    looks = comparison_plots.comparison_looks(shown)
+    differences = {measure: paired_differences(summary, shown[0], measure) for measure in MEASURES}
+    yield "differences", comparison_plots.draw_paired_differences(differences, tests, _MEASURE_TITLES)
+    surfaces = {
+        name: {
+            method: attainment_surfaces(run.fronts[run.fronts["method"] == method], run.seeds, "test_error")
+            for method in shown
+        }
+        for name, run in names.items()
+    }
+    dense_errors = {name: run.dense_test_error for name, run in names.items()}
+    yield "attainment", comparison_plots.draw_attainment(surfaces, dense_errors, looks)
+    ends, bands = {}, {}
+    for name, run in names.items():
+        grid = np.linspace(0, run.histories["evaluations"].max(), _BAND_STEPS)
+        histories = {method: run.histories[run.histories["method"] == method] for method in run.kinds}
+        bands[name] = {method: hypervolume_bands(history, grid) for method, history in histories.items()}
+        ends[name] = {method: float(history["evaluations"].max()) for method, history in histories.items()}
+    yield "hypervolume", comparison_plots.draw_hypervolume_bands(bands, ends, looks)
+
+
 def _save(figure: Figure, output: Path, name: str) -> str:
     """Save a figure and return its path relative to the page, without the suffix."""
     plots.save_figure(figure, output / "figures" / name)
     return f"figures/{name}"
 
 
-def _page(sections: Sequence[Mapping[str, Any]], summary: pd.DataFrame, kinds: Mapping[str, str]) -> str:
+def _page(
+    sections: Sequence[Mapping[str, Any]],
+    comparison: Mapping[str, Any] | None,
+    summary: pd.DataFrame,
+    kinds: Mapping[str, str],
+) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -183,6 +264,7 @@ def _page(sections: Sequence[Mapping[str, Any]], summary: pd.DataFrame, kinds: M
     )
     return environment.get_template("report.html.jinja").render(
         sections=sections,
+        comparison=comparison,
         kinds=kinds,
         objectives=sorted(set(summary["objective"])),
         evaluations=f"{summary['evaluations'].sum():,}",
@@ -216,6 +298,113 @@ def _section(run: RunResults, summary: pd.DataFrame, figures: Mapping[str, str])
         "finetuned": _finetuned_table(run) if len(run.finetuned) else None,
         "figures": dict(figures),
     }
+
+
+def _comparison(
+    runs: Sequence[RunResults], tables: Mapping[str, pd.DataFrame], shown: Sequence[str], figures: Mapping[str, str]
+) -> dict[str, Any]:
+    """What the template shows of all runs together."""
+    tests = tables["comparison"]
+    clear = tests[(tests["measure"] == "hypervolume_test") & (tests["p_holm"] < SIGNIFICANCE)]
+    sparsities = tables["sparsities"]
+    gains = tables["phase2_gain"]
+    return {
+        "reference": shown[0],
+        "rivals": list(shown[1:]),
+        "n_others": tests["method"].nunique(),
+        "n_pairs": int(tests["n_pairs"].max()),
+        "n_better": int((clear["rank_biserial"] > 0).sum()),
+        "n_worse": int((clear["rank_biserial"] < 0).sum()),
+        "level": SIGNIFICANCE,
+        "tests": [(_MEASURE_TITLES[measure], _tests_table(tests[tests["measure"] == measure])) for measure in MEASURES],
+        "sparsities": [
+            (
+                f"{run.dataset} / {run.network}",
+                f"{100 * run.dense_test_error:.2f}",
+                _sparsities_table(
+                    sparsities[(sparsities["dataset"] == run.dataset) & (sparsities["network"] == run.network)]
+                ),
+            )
+            for run in runs
+        ],
+        "gains": _gains_table(gains) if len(gains) else None,
+        "figures": dict(figures),
+    }
+
+
+def _tests_table(tests: pd.DataFrame) -> Table:
+    """Every other method against the reference; corrected p-values below the level are marked."""
+    head = [
+        "method",
+        "pairs",
+        "better / equal / worse",
+        "median difference",
+        "rank-biserial (paired)",
+        "A12 (unpaired)",
+        "p",
+        "p, Holm",
+        "note",
+    ]
+    rows = [
+        [
+            Cell(row["method"], number=False),
+            Cell(str(row["n_pairs"])),
+            Cell(f"{row['wins']} / {row['ties']} / {row['losses']}"),
+            Cell(f"{row['median_difference']:+.4f}"),
+            Cell(f"{row['rank_biserial']:+.2f}"),
+            Cell(f"{row['a12']:.2f}"),
+            Cell(_p_value(row["p_value"]) + ("" if row["exact"] else " (approximate)")),
+            Cell(_p_value(row["p_holm"]), row["p_holm"] < SIGNIFICANCE),
+            Cell(row["note"], number=False),
+        ]
+        for row in tests.to_dict("records")
+    ]
+    return Table(head, rows)
+
+
+def _p_value(p: float) -> str:
+    return "< 0.0001" if p < 0.0001 else f"{p:.4f}"
+
+
+def _sparsities_table(sparsities: pd.DataFrame) -> Table:
+    """Test error per method and least sparsity; the least is marked among methods that every seed speaks for."""
+    levels = list(dict.fromkeys(sparsities["at_least_sparsity"]))
+    complete = sparsities[sparsities["n_found"] == sparsities["n_seeds"]]
+    least = complete.groupby("at_least_sparsity")["test_error_mean"].min()
+    rows = []
+    for method, group in sparsities.groupby("method", sort=False):
+        cells = []
+        for row in group.to_dict("records"):
+            text = "none"
+            if row["n_found"]:
+                text = f"{100 * row['test_error_mean']:.2f}"
+                if row["n_found"] > 1:
+                    text += f" ± {100 * row['test_error_std']:.2f}"
+                text += f" ({row['points_over_dense_mean']:+.2f})"
+            if 0 < row["n_found"] < row["n_seeds"]:
+                text += f", {row['n_found']} of {row['n_seeds']} seeds"
+            best = row["n_found"] == row["n_seeds"] and np.isclose(
+                row["test_error_mean"], least[row["at_least_sparsity"]]
+            )
+            cells.append(Cell(text, bool(best)))
+        rows.append([Cell(str(method), number=False), *cells])
+    return Table(["method", *(f"≥ {100 * level:.0f} % removed" for level in levels)], rows)
+
+
+def _gains_table(gains: pd.DataFrame) -> Table:
+    head = ["method", "dataset / network", "searches", "positive in", "least", "median", "largest"]
+    rows = [
+        [
+            Cell(str(method), number=False),
+            Cell("all" if row["dataset"] == ALL_RUNS else f"{row['dataset']} / {row['network']}", number=False),
+            Cell(str(row["n_searches"])),
+            Cell(str(row["n_positive"])),
+            *(Cell(f"{row[column]:+.4f}") for column in ("min", "median", "max")),
+        ]
+        for method, group in gains.groupby("method", sort=False)
+        for row in group.to_dict("records")
+    ]
+    return Table(head, rows)
 
 
 def _headlines(summary: pd.DataFrame) -> list[dict[str, str]]:

@@ -138,11 +138,13 @@ def some_positions(module: nn.Module, outputs: Tensor, n: int | None, generator:
 class Moments:
     """Sums of columns and of their products with each other and with targets, added up batch by batch.
 
-    A batch is summed in float32, the batches in float64, so that a long pass loses no digits.
+    A batch is summed in float32, the batches in float64, so that a long pass loses no digits. Columns are taken from
+    the first batch's mean, or those that hardly vary would be lost in the rounding of their squares.
     """
 
     def __init__(self) -> None:
         self.n = 0
+        self._origin: Tensor | None = None
         self._x: Any = 0.0
         self._y: Any = 0.0
         self._xx: Any = 0.0
@@ -151,6 +153,9 @@ class Moments:
     def add(self, x: Tensor, y: Tensor | None = None) -> None:
         """Add columns (groups, n, n_columns) and, beside them, targets (groups, n, n_rows)."""
         self.n += x.shape[1]
+        if self._origin is None:
+            self._origin = x.mean(dim=1, keepdim=True, dtype=torch.float64).to(x.dtype)
+        x = x - self._origin
         self._x = self._x + x.sum(dim=1, dtype=torch.float64)
         self._xx = self._xx + (x.mT @ x).double()
         if y is not None:
@@ -160,8 +165,14 @@ class Moments:
     @property
     def mean(self) -> Tensor:
         """Of the columns, float64 (groups, n_columns)."""
-        mean: Tensor = self._x / self.n
-        return mean
+        assert self._origin is not None
+        return self._origin[:, 0].double() + self._offset
+
+    @property
+    def _offset(self) -> Tensor:
+        """Mean of the columns from where they are taken."""
+        offset: Tensor = self._x / self.n
+        return offset
 
     @property
     def target_mean(self) -> Tensor:
@@ -171,13 +182,13 @@ class Moments:
 
     def second(self, *, about_mean: bool) -> Tensor:
         """Second moment of the columns, float64 (groups, n_columns, n_columns)."""
-        moment: Tensor = self._xx / self.n
-        return moment - self.mean[:, :, None] * self.mean[:, None, :] if about_mean else moment
+        moment: Tensor = self._xx / self.n - self._offset[:, :, None] * self._offset[:, None, :]
+        return moment if about_mean else moment + self.mean[:, :, None] * self.mean[:, None, :]
 
     def cross(self, *, about_mean: bool) -> Tensor:
         """Mean product of targets and columns, float64 (groups, n_rows, n_columns)."""
-        moment: Tensor = self._yx / self.n
-        return moment - self.target_mean[:, :, None] * self.mean[:, None, :] if about_mean else moment
+        moment: Tensor = self._yx / self.n - self.target_mean[:, :, None] * self._offset[:, None, :]
+        return moment if about_mean else moment + self.target_mean[:, :, None] * self.mean[:, None, :]
 
 
 def prunable_modules(network: nn.Module, layout: MaskLayout) -> dict[str, list[tuple[str, nn.Module]]]:
@@ -219,7 +230,8 @@ def collect_statistics(
         By tensor name. A tensor of transposed convolutions, or one that the network does not run, has none.
 
     Raises:
-        ValueError: There are no images, or the inputs of a layer are not finite; the message names it.
+        ValueError: There are no images, the network cannot be differentiated, or the inputs of a layer are not finite;
+            the message names it.
 
     Source:
         Second moments of inputs as curvature: Hassibi and Stork, "Second order derivatives for network pruning: Optimal
@@ -236,22 +248,28 @@ def collect_statistics(
     squares: dict[str, Any] = dict.fromkeys(modules, 0.0)
     normalised: dict[str, bool] = {}
     generator = torch.Generator().manual_seed(seed)
-    made: dict[str, list[Tensor]] = {}
+    # The outputs of a batch, and what its batch norms are given; each with its version, since what has been changed in
+    # place meanwhile is something else.
+    made: dict[str, list[tuple[Tensor, int]]] = {}
+    given: list[tuple[Tensor, int]] = []
     watching = {"gradients": True}
+
+    def weigh(name: str, module: nn.Module, gradient: Tensor) -> None:
+        squares[name] = squares[name] + _per_row(module, gradient)
 
     def observe(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         x = inputs[0].detach()
         at = some_positions(module, output, positions, generator)
         moments[name].add(columns(module, x, at))
         if watching["gradients"]:
-            made.setdefault(name, []).append(output)
-            output.retain_grad()
+            made.setdefault(name, []).append((output, output._version))
+            if output.requires_grad:
+                # Unlike the gradient that a tensor retains, it is that of the output before a ReLU in place.
+                output.register_hook(lambda gradient: weigh(name, module, gradient))
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        for name, outputs in made.items():
-            for output in outputs:
-                if inputs[0] is output:
-                    normalised[name] = True
+        if watching["gradients"]:
+            given.append((inputs[0], inputs[0]._version))
 
     handles = [
         module.register_forward_hook(
@@ -270,14 +288,22 @@ def collect_statistics(
                     network(batch)
                 continue
             made.clear()
+            given.clear()
             logits = network(batch.requires_grad_(True))
             signs = torch.randint(0, 2, logits.shape, generator=generator).to(logits) * 2 - 1
             # A constant added to all logits changes no answer.
-            ((signs - signs.mean(dim=1, keepdim=True)) * logits).sum().backward()
-            for name, outputs in made.items():
-                for output in outputs:
-                    if output.grad is not None:
-                        squares[name] = squares[name] + _per_row(modules[name][0][1], output.grad)
+            projection = ((signs - signs.mean(dim=1, keepdim=True)) * logits).sum()
+            try:
+                projection.backward()
+            except RuntimeError as error:
+                raise ValueError(
+                    f"the network has no derivatives ({str(error).splitlines()[0]}); let no layer change in place what "
+                    "its derivative needs, or use a repair and importance scores without statistics"
+                ) from error
+            normed = {(id(x), version) for x, version in given}
+            normalised = {
+                name: all((id(x), version) in normed for x, version in outputs) for name, outputs in made.items()
+            }
             n_sensitive += len(batch)
     finally:
         for handle in handles:
