@@ -161,7 +161,9 @@ def test_a_front_is_thinned_and_then_its_networks_are_finished_and_measured(
     front, states = published(inputs, tmp_path, found, precision=precision, front_size=5, **changed)
     # By hand: five members are chosen by what the search says of them, and only then is anything built.
     thinned = found.front.thinned(5)
-    made = {"repair": "batchnorm", "refine": True} | {k: v for k, v in changed.items() if k != "search_repair"}
+    made: dict[str, Any] = {"repair": "batchnorm", "refine": True} | {
+        k: v for k, v in changed.items() if k != "search_repair"
+    }
     exact = by_hand(inputs, "float32", **made)
     built = [exact.build(thinned.masks.unpack(i)) for i in range(5)]
     objectives = np.column_stack([[exact.measure(network)[1] for network in built], thinned.density])
