@@ -9,12 +9,19 @@ import numpy as np
 import pytest
 import torch
 from paretoprune.checkpoints import DenseNetwork, load_networks, save_tensors
+from paretoprune.corridor import Corridor
 from paretoprune.datasets import ImageSet
 from paretoprune.evaluation import PopulationEvaluator, predict, top1_error
 from paretoprune.fronts import Front, non_dominated
 from paretoprune.masks import MaskLayout, PackedMasks
 from paretoprune.networks import Architecture
-from paretoprune.search import SearchResult, read_history
+from paretoprune.search import (
+    SearchResult,
+    read_history,
+    search_corridor,
+    search_thresholds,
+    sweep_allocation,
+)
 from paretoprune.search_steps import allowed_masks, log_progress, make_search_evaluator, publish, read_scores
 from paretoprune.splits import LabelledImages, Splits
 from paretoprune.statistics import LayerStatistics, collect_statistics, save_statistics
@@ -209,6 +216,13 @@ def test_published_networks_keep_to_their_masks_and_have_the_published_error(
         assert front.error[i] == top1_error(predict(network, search.images, 64), search.labels)
 
 
+def test_a_search_that_found_nothing_to_publish_says_why(inputs: dict[str, str], tmp_path: Path) -> None:
+    nothing = SearchResult(Front.empty(some_masks().n_weights), HISTORY)
+    with pytest.raises(ValueError, match=r"found none: each .* keeps nothing; set `empty_layers: allow`"):
+        published(inputs, tmp_path, nothing, empty_layers="forbid")
+    assert not (tmp_path / "out").exists()
+
+
 def test_publishing_does_not_depend_on_the_number_of_processes(inputs: dict[str, str], tmp_path: Path) -> None:
     found, settings = a_search(some_masks()), SETTINGS | {"repair": "reconstruct"}
     fronts, networks = [], []
@@ -247,6 +261,37 @@ def test_masks_with_an_empty_layer_may_be_published_unless_they_are_forbidden() 
     assert allowed is not None
     assert allowed(masks).tolist() == [True, False, True, False]
     assert allowed(masks.select(np.array([], dtype=np.int64))).shape == (0,)
+
+
+@pytest.mark.parametrize("search", ["thresholds", "corridor", "sweep"])
+def test_no_published_mask_has_an_empty_layer_where_that_is_forbidden(
+    search: str, inputs: dict[str, str], tmp_path: Path
+) -> None:
+    """The sparsest masks that are tried keep nothing of the smallest layers."""
+
+    def found(empty_layers: str) -> Front:
+        settings = SETTINGS | {"empty_layers": empty_layers, "repair": "none"}
+        evaluate = make_search_evaluator(inputs, settings, CPU)
+        layout, allowed = evaluate.layout, allowed_masks(settings, evaluate.layout)
+        random = np.random.default_rng(0).random(layout.n_weights)
+        budget: dict[str, Any] = {"evaluations": 40, "population": 10, "seed": 0, "allowed": allowed}
+        counts = [np.floor(density * layout.sizes).astype(int) for density in (0.001, 0.01, 0.1, 0.5)]
+        if search == "sweep":
+            judged = sweep_allocation(evaluate, layout, random, counts, allowed=allowed)
+        else:
+            judged = search_thresholds(evaluate, layout, random, counts, **budget)
+            if search == "corridor":
+                moves: dict[str, Any] = {"softness": 0.5, "first_rate": 0.3, "crossover_probability": 0.5}
+                everything = Corridor.everything(layout)
+                judged = search_corridor(evaluate, everything, [random], judged, algorithm="nsga2", **moves, **budget)
+        front, states = published(inputs, tmp_path / empty_layers, judged, **settings | {"front_size": None})
+        assert len(states) == len(front) >= 1
+        return front
+
+    layout = MaskLayout.of(dense().network, ["conv1.weight"])
+    forbidden, allowed = (layout.n_kept(found(choice).masks) for choice in ("forbid", "allow"))
+    assert (forbidden > 0).all()
+    assert (allowed == 0).any()
 
 
 def test_scores_are_read_by_the_names_of_their_files(tmp_path: Path) -> None:
