@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from paretoprune.checkpoints import DenseNetwork, load_tensors, load_weights, read_state_dict, save_tensors
+from paretoprune.checkpoints import (
+    DenseNetwork,
+    load_networks,
+    load_tensors,
+    load_weights,
+    read_state_dict,
+    save_networks,
+    save_tensors,
+)
 from paretoprune.networks import Architecture, CifarResNet
 from safetensors.torch import save_file
 from small_networks import RESNET20, states_equal
@@ -171,6 +179,27 @@ def test_tensors_and_metadata_survive_saving(tmp_path: Path) -> None:
     }
     save_tensors(tmp_path / "folder" / "t.safetensors", tensors)
     assert_same(load_tensors(tmp_path / "folder" / "t.safetensors"), {k: v.detach() for k, v in tensors.items()})
+
+
+def test_several_networks_survive_saving_in_their_order(tmp_path: Path) -> None:
+    # Twelve: as text, "10" would come before "2".
+    modules = [network(seed) for seed in range(12)]
+    with torch.no_grad():
+        modules[3].get_parameter("conv1.weight").zero_()
+    save_networks(tmp_path / "folder" / "networks.safetensors", [module.state_dict() for module in modules])
+    found = load_networks(tmp_path / "folder" / "networks.safetensors")
+    assert len(found) == 12
+    for state, module in zip(found, modules, strict=True):
+        assert_same(state, module.state_dict())
+        fresh = network(99)
+        fresh.load_state_dict(state)
+        assert states_equal(fresh, module)
+
+
+def test_names_with_slashes_are_whole_when_networks_are_read(tmp_path: Path) -> None:
+    states = [{"a/b.weight": torch.ones(2), "0/c": torch.zeros(1)}]
+    save_networks(tmp_path / "networks.safetensors", states)
+    assert_same(load_networks(tmp_path / "networks.safetensors")[0], states[0])
 
 
 def test_dense_networks_survive_saving(tmp_path: Path) -> None:

@@ -62,7 +62,9 @@ def test_experiments_laid_over_the_default_have_no_problems(path: Path, monkeypa
 def described(schema: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
     """Every property in a schema by path, and whether it or the definition that it refers to has a description."""
     for name, rule in schema.get("properties", {}).items():
-        definition = SCHEMA["$defs"][rule["$ref"].rpartition("/")[2]] if "$ref" in rule else {}
+        definition: Any = SCHEMA if "$ref" in rule else {}
+        for key in rule.get("$ref", "").split("/")[1:]:
+            definition = definition[key]
         yield name, bool(rule.get("description") or definition.get("description"))
         yield from ((f"{name}.{inner}", known) for inner, known in described(rule))
     for key in ("items", "additionalProperties"):
@@ -72,7 +74,8 @@ def described(schema: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
 
 def test_every_property_of_the_schema_has_a_description() -> None:
     found = dict(described(SCHEMA))
-    assert {"seeds", "search.phase2.guides", "datasets.*.augmentation.crop", "runs.*.network"} <= found.keys()
+    some = {"seeds", "search.phase2.guides", "datasets.*.augmentation.crop", "runs.*.network", "runs.*.seeds"}
+    assert some <= found.keys()
     assert len(found) > 100
     assert [path for path, has_description in found.items() if not has_description] == []
 
@@ -109,7 +112,7 @@ def test_a_misspelt_key_suggests_the_right_one(override: dict[str, Any], expecte
 
 
 def test_a_key_like_none_lists_what_is_known() -> None:
-    assert only_problem({"importance": {"zzz": 1}}) == "unknown key 'importance.zzz'; known here: images"
+    assert only_problem({"importance": {"zzz": 1}}) == "unknown key 'importance.zzz'; known here: images, positions"
 
 
 @pytest.mark.parametrize("search", [{"precision": p} for p in ("auto", "float32", "bfloat16")])
@@ -149,12 +152,31 @@ def test_keys_that_are_no_text_are_named_as_well() -> None:
         ({"training": {"learning_rate": 0}}, "training.learning_rate", "0"),
         ({"search": {"population": 3}}, "search.population", "3"),
         ({"search": {"importance": "snip"}}, "search.importance", "'snip'"),
-        ({"search": {"repair": "reconstruct"}}, "search.repair", "'reconstruct'"),
+        ({"runs": [{"dataset": "digits", "network": "resnet8", "seeds": []}]}, "runs.0.seeds", "[]"),
+        ({"runs": [{"dataset": "digits", "network": "resnet8", "seeds": [-1]}]}, "runs.0.seeds.0", "-1"),
+        ({"importance": {"positions": 0}}, "importance.positions", "0"),
+        ({"search": {"importance": "refit"}}, "search.importance", "'refit'"),
+        ({"search": {"repair": "refit"}}, "search.repair", "'refit'"),
+        ({"search": {"repair": None}}, "search.repair", "None"),
+        ({"search": {"search_repair": "refit"}}, "search.search_repair", "'refit'"),
+        ({"search": {"repair_images": 0}}, "search.repair_images", "0"),
+        ({"search": {"damping": 0}}, "search.damping", "0"),
+        ({"search": {"damping": 1.5}}, "search.damping", "1.5"),
+        ({"search": {"refine": 1}}, "search.refine", "1"),
+        ({"search": {"empty_layers": "never"}}, "search.empty_layers", "'never'"),
         ({"search": {"front_size": 1}}, "search.front_size", "1"),
         ({"search": {"precision": "float16"}}, "search.precision", "'float16'"),
         ({"search": {"batch_size": 0}}, "search.batch_size", "0"),
         ({"search": {"batch_size": "large"}}, "search.batch_size", "'large'"),
-        ({"search": {"phase1": {"share": 1.0}}}, "search.phase1.share", "1.0"),
+        ({"search": {"phase1": {"share": 0}}}, "search.phase1.share", "0"),
+        ({"search": {"phase1": {"share": 1.1}}}, "search.phase1.share", "1.1"),
+        ({"search": {"phase1": {"rungs": 1}}}, "search.phase1.rungs", "1"),
+        ({"search": {"phase1": {"level_switches": 2}}}, "search.phase1.level_switches", "2"),
+        ({"search": {"phase1": {"n_reselected": -1}}}, "search.phase1.n_reselected", "-1"),
+        ({"search": {"phase1": {"starts": ["fisher"]}}}, "search.phase1.starts.0", "'fisher'"),
+        ({"search": {"anchors": {"corridors": -1}}}, "search.anchors.corridors", "-1"),
+        ({"search": {"phase2": {"adaptive": "no"}}}, "search.phase2.adaptive", "'no'"),
+        ({"search": {"phase2": {"guides": ["reconstruct"]}}}, "search.phase2.guides.0", "'reconstruct'"),
         ({"search": {"phase1": {"start_densities": [0.5, 80]}}}, "search.phase1.start_densities.1", "80"),
         ({"search": {"phase2": {"crossover_probability": 1.2}}}, "search.phase2.crossover_probability", "1.2"),
         ({"search": {"phase2": {"guides": []}}}, "search.phase2.guides", "[]"),
@@ -339,8 +361,112 @@ def test_phase_1_must_get_enough_for_its_starts_and_a_population() -> None:
     # The default has 4 starts at 12 densities and a population of 30; half of the evaluations are Phase 1's.
     assert problems(method("other", kind="two_phase", evaluations=156)) == []
     problem = only_problem(method("other", kind="two_phase", evaluations=154))
-    assert "Phase 1 gets 77 evaluations, expected at least 78 (48 starting allocations and a population" in problem
-    assert "raise `evaluations` or `phase1.share`, or start from fewer densities" in problem
+    assert problem == (
+        "method_settings.other: Phase 1 gets 77 evaluations, expected at least 78 (48 starting allocations, a "
+        "population of 30 and 0 members chosen anew); raise `evaluations` or `phase1.share`, or start from fewer "
+        "densities"
+    )
+
+
+def test_phase_1_must_get_enough_for_members_chosen_anew() -> None:
+    def other(n_reselected: int) -> dict[str, Any]:
+        phase1 = {"n_reselected": n_reselected}
+        return method("other", kind="two_phase", evaluations=176, repair="reconstruct", phase1=phase1)
+
+    assert problems(other(10)) == []
+    problem = only_problem(other(11))
+    assert (
+        "Phase 1 gets 88 evaluations, expected at least 89 (48 starting allocations, a population of 30 and 11 me"
+        in (problem)
+    )
+
+
+def test_phase_1_may_have_all_evaluations_but_not_by_rounding() -> None:
+    assert problems(method("other", kind="two_phase", phase1={"share": 1})) == []
+    assert problems(method("other", kind="two_phase", phase1={"share": 0.999})) == []
+    assert only_problem(method("other", kind="two_phase", phase1={"share": 0.9999})) == (
+        "method_settings.other: phase1.share leaves Phase 2 no evaluations; lower it, or 1 for none at all"
+    )
+
+
+# What only makes sense where candidates are re-fitted
+
+REFITTED_ONLY = (
+    ({"phase2": {"guides": ["magnitude", "refit"]}}, "guide 'refit' needs repair reconstruct during the search"),
+    ({"phase1": {"n_reselected": 4}}, "phase1.n_reselected needs repair reconstruct during the search; set it to 0"),
+)
+
+
+@pytest.mark.parametrize(("settings", "message"), REFITTED_ONLY)
+@pytest.mark.parametrize(
+    ("repairs", "right"),
+    [
+        ({"repair": "batchnorm"}, False),
+        ({"repair": "none"}, False),
+        ({"repair": "reconstruct", "search_repair": "none"}, False),
+        ({"repair": "reconstruct"}, True),
+        ({"repair": "reconstruct", "search_repair": "reconstruct"}, True),
+        ({"repair": "none", "search_repair": "reconstruct"}, True),
+    ],
+)
+def test_settings_for_re_fitted_candidates_are_refused_where_the_search_re_fits_none(
+    settings: dict[str, Any], message: str, repairs: dict[str, str], right: bool
+) -> None:
+    override = method("other", kind="two_phase", **repairs, **settings)
+    if right:
+        assert problems(override) == []
+    else:
+        assert only_problem(override).startswith(f"method_settings.other: {message}")
+
+
+@pytest.mark.parametrize("guides", [["refit"], ["refit", "magnitude"]])
+def test_the_first_guide_must_be_a_score(guides: list[str]) -> None:
+    assert only_problem(method("other", kind="two_phase", repair="reconstruct", phase2={"guides": guides})) == (
+        "method_settings.other: the first guide shapes the first population and must be a score; reorder them"
+    )
+
+
+def test_other_kinds_of_methods_take_no_notice_of_what_two_phases_need() -> None:
+    common = {
+        "search": {"repair": "reconstruct", "phase1": {"n_reselected": 4}, "phase2": {"guides": ["lamp", "refit"]}}
+    }
+    flat = {"methods": ["flat_nsga2", "lamp"], "finetune": {"methods": []}}
+    bare = {"method_settings": {name: {"repair": "none"} for name in ("flat_nsga2", "lamp")}}
+    assert problems(merge(merge(common, flat), bare)) == []
+
+
+def test_repairs_of_a_method_are_those_of_its_search_and_of_its_networks() -> None:
+    for settings, expected in (
+        ({"repair": "batchnorm", "search_repair": None}, {"batchnorm"}),
+        ({"repair": "batchnorm", "search_repair": "batchnorm"}, {"batchnorm"}),
+        ({"repair": "reconstruct", "search_repair": "none"}, {"reconstruct", "none"}),
+    ):
+        assert configuration.repairs_of(settings) == expected
+
+
+def test_a_guide_by_re_fits_is_no_score() -> None:
+    settings = merge(method_settings(DEFAULT, "two_phase_nsga2"), {"phase2": {"guides": ["elimination", "refit"]}})
+    assert configuration.score_guides(settings) == ["elimination"]
+    found = configuration.phase2_settings(settings)
+    assert (found["guides"], found["refit_guide"]) == (["elimination"], True)
+    assert "guides" not in found["algorithm"]
+    assert configuration.phase2_settings(method_settings(DEFAULT, "two_phase_nsga2"))["refit_guide"] is False
+
+
+# Seeds
+
+
+def test_a_run_has_its_own_seeds_or_those_of_all() -> None:
+    config = {"seeds": [4, 2]}
+    assert configuration.seeds_of(config, {"dataset": "a", "network": "b"}) == [4, 2]
+    assert configuration.seeds_of(config, {"dataset": "a", "network": "b", "seeds": [7]}) == [7]
+    assert problems({"runs": [{"dataset": "digits", "network": "resnet8", "seeds": [5, 6]}]}) == []
+
+
+def test_the_seeds_that_come_back_may_be_changed() -> None:
+    config = {"seeds": [4, 2]}
+    configuration.seeds_of(config, {}).append(9)
+    assert config == {"seeds": [4, 2]}
 
 
 @pytest.mark.parametrize(("light", "heavy", "right"), [(0.1, 0.2, True), (0.2, 0.2, False), (0.3, 0.2, False)])
@@ -375,8 +501,14 @@ def test_phase_1_can_only_be_taken_from_a_method_that_has_one(settings: dict[str
         {"evaluations": 700},
         {"population": 32},
         {"repair": "none"},
+        {"search_repair": "none"},
+        {"repair_images": 100},
+        {"damping": 0.1},
+        {"empty_layers": "forbid"},
         {"precision": "bfloat16"},
         {"phase1": {"share": 0.6}},
+        {"phase1": {"rungs": 24}},
+        {"phase1": {"level_switches": 0.5}},
         {"phase1": {"starts": ["lamp"]}},
         {"phase1": {"start_densities": [0.5]}},
     ],
@@ -390,6 +522,8 @@ def test_methods_that_share_phase_1_must_agree_on_it(difference: dict[str, Any])
     "difference",
     [
         {"anchors": {"heavy_tolerance": 0.5}},
+        {"anchors": {"corridors": 3}},
+        {"phase2": {"adaptive": False}},
         {"phase2": {"algorithm": "moead", "guides": ["lamp"], "softness": 0.1}},
         {"front_size": None},
         {"ladder": {"size": 3}},
@@ -539,9 +673,13 @@ def test_methods_are_found_by_kind_and_by_their_source_of_phase_1() -> None:
 
 
 @pytest.mark.parametrize("evaluations", [600, 601, 155])
-def test_both_phases_share_the_evaluations_without_a_remainder(evaluations: int) -> None:
-    settings = {**method_settings(DEFAULT, "two_phase_nsga2"), "evaluations": evaluations}
-    first = configuration.phase1_settings(settings)["evaluations"]
+@pytest.mark.parametrize("share", [0.3, 0.5, 1, 1.0])
+def test_both_phases_share_the_evaluations_without_a_remainder(evaluations: int, share: float) -> None:
+    settings = merge(
+        method_settings(DEFAULT, "two_phase_nsga2"), {"evaluations": evaluations, "phase1": {"share": share}}
+    )
+    first = configuration.phase1_settings(settings)["algorithm"]["evaluations"]
+    assert first == round(share * evaluations)
     second = configuration.phase2_settings(settings)["algorithm"]["evaluations"]
     assert first + second == evaluations == configuration.flat_settings(settings)["algorithm"]["evaluations"]
 
@@ -550,6 +688,18 @@ def test_both_phases_share_the_evaluations_without_a_remainder(evaluations: int)
     ("change", "affected"),
     [
         ({"anchors": {"heavy_tolerance": 0.5}}, set()),
+        ({"anchors": {"corridors": 0}}, {"phase2"}),
+        ({"phase1": {"share": 1}}, {"phase1", "phase2"}),
+        ({"phase1": {"rungs": 24}}, {"phase1"}),
+        ({"phase1": {"level_switches": 0.5}}, {"phase1"}),
+        ({"phase1": {"n_reselected": 4}}, {"phase1"}),
+        ({"phase2": {"adaptive": False}}, {"phase2"}),
+        ({"phase2": {"guides": ["magnitude", "refit"]}}, {"phase2"}),
+        ({"search_repair": "none"}, {"phase1", "phase2", "flat", "allocation"}),
+        ({"repair_images": 100}, {"phase1", "phase2", "flat", "allocation"}),
+        ({"damping": 0.1}, {"phase1", "phase2", "flat", "allocation"}),
+        ({"refine": False}, {"phase1", "phase2", "flat", "allocation"}),
+        ({"empty_layers": "forbid"}, {"phase1", "phase2", "flat", "allocation"}),
         ({"ladder": {"size": 3}}, {"allocation"}),
         ({"phase1": {"start_densities": [0.5]}}, {"phase1"}),
         ({"phase2": {"softness": 0.1}}, {"phase2"}),

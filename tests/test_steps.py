@@ -11,15 +11,25 @@ import pytest
 import torch
 from paretoprune.checkpoints import DenseNetwork
 from paretoprune.datasets import ImageSet
-from paretoprune.evaluation import default_batch_size
+from paretoprune.evaluation import PopulationEvaluator, default_batch_size, predict, top1_error
 from paretoprune.masks import MaskLayout, PackedMasks
 from paretoprune.networks import Architecture
 from paretoprune.splits import LabelledImages, Splits, normalise
-from paretoprune.steps import make_evaluator, read_splits, step
+from paretoprune.statistics import collect_statistics, save_statistics
+from paretoprune.steps import make_evaluator, make_measurer, read_splits, read_statistics, step
 from paretoprune.workers import can_fork
 
 ARCHITECTURE = Architecture("resnet8", 3, 1, {"base_width": 2})
-SETTINGS = {"repair": "none", "objective": "divergence", "precision": "float32", "batch_size": 4, "evaluations": 7}
+SETTINGS: dict[str, Any] = {
+    "repair": "none",
+    "repair_images": 3,
+    "damping": 0.02,
+    "refine": False,
+    "objective": "divergence",
+    "precision": "float32",
+    "batch_size": 4,
+    "evaluations": 7,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +134,65 @@ def test_an_evaluator_follows_the_settings() -> None:
     assert evaluate.layout == MaskLayout.of(dense().network, ["conv1.weight"])
     mask = PackedMasks.pack(np.zeros((1, evaluate.layout.n_weights), dtype=bool))
     assert evaluate(mask)[0, 0] == evaluate.score(mask).divergence[0] > 0
+
+
+def some_masks() -> PackedMasks:
+    n_weights = MaskLayout.of(dense().network, ["conv1.weight"]).n_weights
+    return PackedMasks.pack(np.random.default_rng(0).random((3, n_weights)) < 0.5)
+
+
+def test_an_evaluator_repairs_by_the_settings() -> None:
+    """Each one decides what comes out, and what comes out is what the evaluator makes of it by itself."""
+    settings = SETTINGS | {"repair": "reconstruct"}
+    found = []
+    for changed in ({}, {"repair_images": 20}, {"damping": 1.0}, {"refine": True}):
+        chosen = settings | changed
+        evaluate = make_evaluator(dense(), judged(), judged(), chosen, torch.device("cpu"))
+        by_hand = PopulationEvaluator(
+            dense().network,
+            evaluate.layout,
+            judged().images,
+            judged().labels,
+            calibration_images=judged().images,
+            **{key: value for key, value in chosen.items() if key != "evaluations"},
+        )
+        states, scores = evaluate.finish(some_masks())
+        expected, judged_by_hand = by_hand.finish(some_masks())
+        assert all(torch.equal(a[key], b[key]) for a, b in zip(states, expected, strict=True) for key in b)
+        assert np.array_equal(scores.divergence, judged_by_hand.divergence)
+        assert np.array_equal(evaluate(some_masks()), by_hand(some_masks()))
+        found.append(scores.divergence.tolist())
+    assert len({tuple(row) for row in found}) == 4
+
+
+def test_statistics_are_read_whatever_snakemake_makes_of_their_input(tmp_path: Path) -> None:
+    layout = MaskLayout.of(dense().network, ["conv1.weight"])
+    collected = collect_statistics(dense().network, layout, judged().images, seed=0, positions=4)
+    file = str(tmp_path / "statistics.safetensors")
+    save_statistics(file, collected)
+    for inputs in ({"statistics": file}, {"statistics": [file]}):
+        found = read_statistics(inputs)
+        assert found is not None
+        assert found.keys() == collected.keys()
+        assert all(torch.equal(found[name].curvature, collected[name].curvature) for name in collected)
+    assert read_statistics({"statistics": []}) is None
+    assert read_statistics({}) is None
+
+
+def test_a_measurer_measures_finished_networks_in_float32_and_repairs_nothing() -> None:
+    judge = make_measurer(dense(), judged(), torch.device("cpu"))
+    assert judge.precision == "float32"
+    assert judge.layout == MaskLayout.of(dense().network, ["conv1.weight"])
+    other = ARCHITECTURE.build(1).eval()
+    scores = judge.measure_all([dense().network.state_dict(), other.state_dict()])
+    expected = [top1_error(predict(n, judged().images, 64), judged().labels) for n in (dense().network, other)]
+    assert scores.error.tolist() == expected
+    assert scores.error[0] == judge.dense.error[0]
+    assert scores.divergence[0] == pytest.approx(0, abs=1e-9)
+    mask = PackedMasks.pack(np.random.default_rng(0).random((1, judge.layout.n_weights)) < 0.5)
+    assert torch.equal(
+        judge.build(mask.unpack(0)).get_buffer("bn1.running_mean"), dense().network.get_buffer("bn1.running_mean")
+    )
 
 
 def test_settings_can_be_changed_for_one_evaluator() -> None:

@@ -79,11 +79,13 @@ def pareto_prune(
         ValueError: Images, labels, options or network cannot be used; the message says what was expected.
     """
     population = int(np.clip(evaluations // 20, 8, 40))
-    needed = 2 * (N_STARTS * len(START_DENSITIES) + population)
+    refits = repair in REFITTING
+    phase1 = REFITTED_PHASE1 if refits else NO_LADDER
+    needed = 2 * (N_STARTS * len(START_DENSITIES) + population + phase1["n_reselected"])
     if evaluations < needed:
         raise ValueError(
-            f"expected at least {needed} evaluations, half of them for the classical allocations and one population of "
-            f"Phase 1, found {evaluations}"
+            f"expected at least {needed} evaluations, half of them for Phase 1: the classical allocations, one "
+            f"population{' and members chosen anew' if refits else ''}; found {evaluations}"
         )
     images, labels = _checked(images, labels, "images")
     if (search_images is None) != (search_labels is None):
@@ -114,7 +116,6 @@ def pareto_prune(
             )
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    refits = repair in REFITTING
     statistics = collect_statistics(network, layout, calibration, seed=seed, device=device) if refits else None
     judging: dict[str, Any] = {
         "repair": repair,
@@ -137,7 +138,6 @@ def pareto_prune(
     chosen = [name for name, (_, score) in STARTS.items() if score in scores][-N_STARTS:]
     starts = starting_allocations(chosen, START_DENSITIES, scores, layout)
     guides = [scores["elimination"]] if refits else [scores["magnitude"], scores["fisher"]]
-    first_half = evaluations // 2
     with tqdm(total=evaluations, desc="pareto_prune", unit="network", disable=not progress) as bar:
 
         def show(row: dict[str, Any]) -> None:
@@ -149,10 +149,10 @@ def pareto_prune(
             layout,
             guides[0],
             starts,
-            evaluations=first_half,
+            evaluations=evaluations // 2,
             population=population,
             seed=seed,
-            **(REFITTED_PHASE1 if refits else NO_LADDER),
+            **phase1,
             reselect=evaluate.reselect,
             precompute=evaluate.precompute,
             progress=show,
@@ -168,7 +168,8 @@ def pareto_prune(
             guides,
             found,
             algorithm="nsga2",
-            evaluations=evaluations - first_half,
+            # Fewer members than were to be chosen anew leave some of the first half over.
+            evaluations=evaluations - found.history[-1]["evaluations"],
             population=population,
             softness=0.05,
             first_rate=0.02,

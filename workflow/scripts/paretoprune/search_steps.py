@@ -80,9 +80,17 @@ def publish(
 
     What is published is judged once more in float32, in as many processes, as it is finished: with the repair of the
     method, and re-fitted layer by layer where that is `reconstruct`. Members that others then dominate are dropped.
+
+    Raises:
+        ValueError: The front is empty: every network that was tried has an empty layer, which is forbidden.
     """
-    front = found.front.thinned(settings["front_size"])
     evaluate.close()
+    if not len(found.front):
+        raise ValueError(
+            "expected at least one network to publish, found none: each that was tried has a layer that keeps nothing; "
+            "set `empty_layers: allow`, or raise `evaluations` or, for an allocation, `ladder.highest`"
+        )
+    front = found.front.thinned(settings["front_size"])
     changed = {"precision": "float32", "workers": evaluate.n_workers, "repair": settings["repair"]}
     with make_search_evaluator(inputs, settings, device, **changed) as exact:
         states, scores = exact.finish(front.masks)
