@@ -219,19 +219,44 @@ def test_a_linear_layer_is_the_ridge_regression_of_the_dense_outputs_on_the_prun
         torch.testing.assert_close(found(refiner.images).mean(0).double(), y.mean(0), rtol=0, atol=1e-4)
 
 
-def test_a_shortcut_s_error_is_made_up_for_by_what_is_added_to_it() -> None:
-    # Everything that the stem loses can be added again by a convolution that is left whole.
-    class Shortcut(Bare):
-        def middle(self, x: Tensor) -> Tensor:
-            return self.b(self.a(x)) + x
+class Shortcut(Bare):
+    """A sum without a batch norm; everything that the stem has lost can be added again."""
 
-    refiner = Refiner(made(Shortcut))
+    def middle(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)) + x
+
+
+class NormedShortcut(Small):
+    """The same with a batch norm, which must be corrected for what is added besides."""
+
+    def body(self) -> None:
+        self.a, self.a_norm = conv(8, 8), nn.BatchNorm2d(8)
+
+    def middle(self, x: Tensor) -> Tensor:
+        return self.a_norm(self.a(x)) + x
+
+
+@pytest.mark.parametrize("kind", [Shortcut, NormedShortcut])
+def test_a_shortcut_s_error_is_made_up_for_by_what_is_added_to_it(kind: Callable[[], nn.Module]) -> None:
+    refiner = Refiner(made(kind))
     layout = refiner.layout
     mask = np.ones(layout.n_weights, dtype=bool)
-    a = layout.names.index("a.weight")
-    mask[layout.offsets[a] : layout.offsets[a + 1]] = np.random.default_rng(0).random(layout.sizes[a]) < 0.5
-    before = refiner.refined(mask).network
-    assert refiner.off(before) < 0.3 * refiner.off(refiner.stitched(mask).answer)
+    mask[: layout.sizes[0]] = np.random.default_rng(0).random(layout.sizes[0]) < 0.3
+
+    def sums(network: nn.Module) -> Tensor:
+        seen: list[Tensor] = []
+        handle = network.get_submodule("pool").register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+        with torch.no_grad():
+            network(refiner.images)
+        handle.remove()
+        return seen[0]
+
+    dense = sums(refiner.network)
+    refined, stitched = (
+        float((sums(network) - dense).square().mean())
+        for network in (refiner.refined(mask).network, refiner.stitched(mask).network)
+    )
+    assert refined < 0.25 * stitched
 
 
 def test_a_weight_that_two_layers_share_stays_shared_and_stitched() -> None:
