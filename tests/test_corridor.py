@@ -1,10 +1,12 @@
 """The corridor: packed ends against boolean masks, and which members of a front become its anchors."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from paretoprune.corridor import Corridor, choose_anchors, describe_corridor
+from paretoprune.corridor import Corridor, anchors_between, choose_anchors, corridors_of, describe_corridor
 from paretoprune.fronts import Front
 from paretoprune.masks import MaskLayout, PackedMasks, pack_rows, unpack_row
 
@@ -151,6 +153,99 @@ def test_a_front_of_fewer_than_two_members_is_refused(n: int) -> None:
     front = front_of(ERRORS[:n], DENSITIES[:n])
     with pytest.raises(ValueError, match=f"at least two members .* found {n}; give Phase 1 more evaluations"):
         choose_anchors(front, 0.1, 0.9, light_tolerance=0.1, heavy_tolerance=0.5)
+
+
+# Several corridors
+
+
+@given(SIZES, st.integers(1, 4), SEEDS)
+def test_the_corridor_around_masks_is_the_smallest_that_holds_them(sizes: list[int], n: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    masks = rng.random((n + 1, sum(sizes))) < 0.5
+    masks[0, 0], masks[1, 0] = True, False
+    layout = MaskLayout(tuple(map(str, range(len(sizes)))), tuple((size,) for size in sizes))
+    corridor = Corridor.around(PackedMasks.pack(masks), layout)
+    lower, upper = ends(corridor)
+    np.testing.assert_array_equal(lower, masks.all(axis=0))
+    np.testing.assert_array_equal(upper, masks.any(axis=0))
+    np.testing.assert_array_equal(corridor.restrict(PackedMasks.pack(masks)).words, PackedMasks.pack(masks).words)
+    two = Corridor.around(PackedMasks.pack(masks[:2]), layout)
+    between = Corridor.between(masks[0], masks[1], layout)
+    np.testing.assert_array_equal(np.stack([two.lower, two.upper]), np.stack([between.lower, between.upper]))
+
+
+def test_the_corridor_around_one_mask_is_refused(layout: MaskLayout) -> None:
+    with pytest.raises(ValueError, match="nothing between them to search"):
+        Corridor.around(PackedMasks.pack(np.ones((1, layout.n_weights), dtype=bool)), layout)
+
+
+@given(SIZES)
+def test_everything_is_searched_without_a_corridor(sizes: list[int]) -> None:
+    layout = MaskLayout(tuple(map(str, range(len(sizes)))), tuple((size,) for size in sizes))
+    corridor = Corridor.everything(layout)
+    assert corridor.n_searched == sum(sizes)
+    assert [layer.n_searched for layer in corridor.layers] == sizes
+    masks = PackedMasks.pack(np.random.default_rng(0).random((3, sum(sizes))) < 0.5)
+    np.testing.assert_array_equal(corridor.restrict(masks).words, masks.words)
+
+
+@given(n=st.integers(2, 30), n_corridors=st.integers(1, 8), seed=SEEDS)
+def test_anchors_cut_the_front_into_stretches_of_about_equal_length(n: int, n_corridors: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    errors, densities = np.sort(rng.random(n))[::-1], np.sort(rng.random(n))
+    order = rng.permutation(n)
+    front = front_of(errors.tolist(), densities.tolist(), order.tolist())
+    light_at, heavy_at = sorted(rng.choice(n, 2, replace=False).tolist(), reverse=True)
+    light, heavy = (int(np.flatnonzero(order == at)[0]) for at in (light_at, heavy_at))
+    found = anchors_between(front, light, heavy, n_corridors)
+    assert (found[0], found[-1]) == (light, heavy)
+    assert all(type(i) is int for i in found)
+    assert 2 <= len(found) <= n_corridors + 1
+    assert np.all(np.diff(front.density[found]) < 0)
+
+    def length(a: int, b: int) -> float:
+        """Along the front between two of its members, both objectives falling or rising in between."""
+        return float(np.abs(front.objectives[a] - front.objectives[b]).sum())
+
+    whole = length(light, heavy)
+    members = np.concatenate([[light_at], np.arange(light_at - 1, heavy_at - 1, -1)])
+    steps = [
+        length(int(np.flatnonzero(order == a)[0]), int(np.flatnonzero(order == b)[0])) for a, b in pairwise(members)
+    ]
+    # Each anchor is as near to where it should be as the members' own gaps allow.
+    for i in range(1, n_corridors):
+        wanted = whole * i / n_corridors
+        nearest = min(abs(length(light, int(np.flatnonzero(order == m)[0])) - wanted) for m in members)
+        assert min(abs(length(light, anchor) - wanted) for anchor in found) <= nearest + 1e-9
+    assert max(length(a, b) for a, b in pairwise(found)) <= whole / n_corridors + 2 * max(steps) + 1e-9
+
+
+def test_one_corridor_has_the_two_anchors() -> None:
+    assert anchors_between(front_of(ERRORS, DENSITIES), 4, 1, 1) == [4, 1]
+    assert anchors_between(front_of(ERRORS, DENSITIES), 1, 0, 5) == [1, 0]
+
+
+def test_length_counts_error_and_density_alike() -> None:
+    # From the densest on, the members lie at 0, 0.22, 0.5, 1.0 and 1.4.
+    assert anchors_between(front_of(ERRORS, DENSITIES), 4, 0, 2) == [4, 2, 0]
+    assert anchors_between(front_of(ERRORS, DENSITIES), 4, 0, 3) == [4, 2, 1, 0]
+
+
+def test_corridors_lie_between_neighbouring_anchors_or_are_one_of_everything() -> None:
+    rng = np.random.default_rng(0)
+    layout = MaskLayout(("a", "b"), ((40,), (30,)))
+    masks = PackedMasks.pack(rng.random((4, 70)) < np.array([[0.8], [0.6], [0.4], [0.2]]))
+    found = corridors_of(masks, 3, layout)
+    assert len(found) == 3
+    for i, corridor in enumerate(found):
+        expected = Corridor.between(masks.unpack(i), masks.unpack(i + 1), layout)
+        np.testing.assert_array_equal(corridor.lower, expected.lower)
+        np.testing.assert_array_equal(corridor.upper, expected.upper)
+    (everything,) = corridors_of(masks, 0, layout)
+    assert everything.n_searched == 70
+
+
+# Descriptions
 
 
 def test_the_description_accounts_for_every_weight_of_every_layer(layout: MaskLayout) -> None:

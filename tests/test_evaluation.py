@@ -19,6 +19,8 @@ from paretoprune.evaluation import PopulationEvaluator, Scores, default_batch_si
 from paretoprune.fused import FusedNetwork
 from paretoprune.layerwise import LayerwiseNetwork
 from paretoprune.masks import MaskLayout, PackedMasks
+from paretoprune.reconstruction import Reconstruction
+from paretoprune.statistics import collect_statistics
 from paretoprune.workers import can_fork
 from small_networks import (
     calibration,
@@ -692,6 +694,230 @@ def test_the_number_of_torch_s_threads_stays_what_it_was() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+# ---------------------------------------------------------------------------------------------------- re-fitted weights
+
+RECONSTRUCTED = ("residual", "foreign")
+
+
+def re_fitted(network: nn.Module, mask: np.ndarray) -> LayerwiseNetwork:
+    """What repair `reconstruct` means, layer by layer, from its parts."""
+    layout = MaskLayout.of(network)
+    statistics = collect_statistics(network, layout, calibration(), seed=0)
+    plain = LayerwiseNetwork(
+        network,
+        layout,
+        calibration()[:2],
+        repair="reconstruct",
+        calibration_images=calibration(),
+        reconstruction=Reconstruction(network, layout, statistics),
+    )
+    plain.prepare(torch.from_numpy(mask))
+    return plain
+
+
+@pytest.mark.parametrize("kind", RECONSTRUCTED)
+def test_with_repair_reconstruct_the_re_fitted_networks_are_judged(kind: str) -> None:
+    network, (images, labels) = trained(kind), judged()
+    masks = some_masks(network)
+    evaluate = evaluator(network, "reconstruct")
+    assert evaluate.is_fused
+    scores, bare = evaluate.score(masks), evaluator(network, "batchnorm").score(masks)
+    for i in range(len(masks)):
+        plain = re_fitted(network, masks.unpack(i))
+        with torch.inference_mode():
+            dense, logits = network(images).double().log_softmax(1), plain.answer(images)
+            kl = (dense.exp() * (dense - logits.double().log_softmax(1))).sum(1).mean()
+        assert abs(scores.error[i] - top1_error(logits, labels)) <= 1.01 / N_JUDGED
+        assert scores.divergence[i] == pytest.approx(1 - math.exp(-kl), abs=2e-3)
+    # The full and the empty mask leave nothing to fit; of the others the error falls.
+    assert scores.error[2:].mean() < bare.error[2:].mean() - 0.02
+
+
+def test_a_network_that_cannot_be_traced_is_re_fitted_and_built_layer_by_layer(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    images, labels = digits()
+    network = fit(made(architectures.Branching), images[:1000], labels[:1000], epochs=2)
+    masks = some_masks(network)
+    with evaluator(network, "reconstruct") as evaluate:
+        assert not evaluate.is_fused
+        expected = evaluate.score(masks)
+        with caplog.at_level(logging.WARNING, "paretoprune"):
+            states, scores = evaluate.finish(masks)
+        assert (
+            "finished networks keep the weights that each layer was given on the dense network's inputs" in caplog.text
+        )
+        np.testing.assert_allclose(scores.error, expected.error, rtol=0, atol=1.01 / N_JUDGED)
+        assert evaluate.reselect(masks) is masks
+    state = re_fitted(network, masks.unpack(5)).network.state_dict()
+    for key, value in state.items():
+        # The same in another memory layout.
+        torch.testing.assert_close(states[5][key], value, rtol=1e-3, atol=1e-4)
+
+
+@SHARED
+@pytest.mark.parametrize("kind", [*RECONSTRUCTED, "UsedTwice"])
+def test_re_fitted_networks_are_judged_the_same_by_any_process_from_any_activations(kind: str) -> None:
+    network = trained(kind) if kind in KINDS else made(architectures.ARCHITECTURES[kind])
+    masks = many_masks(network)
+    with evaluator(network, "reconstruct", objective="divergence") as alone:
+        expected = alone(masks)
+        assert np.array_equal(alone(masks), expected)
+    order = np.random.default_rng(1).permutation(len(masks))
+    for workers, megabytes in ((1, 30), (2, 0), (2, 30)):
+        options: dict[str, Any] = {"workers": workers, "prefix_cache_mb": megabytes}
+        with evaluator(network, "reconstruct", objective="divergence", **options) as evaluate:
+            assert np.array_equal(evaluate(masks), expected), options
+            evaluate.precompute(masks.select([0, 3, 5]))
+            assert np.array_equal(evaluate(masks.select(order)), expected[order]), options
+            if megabytes:
+                assert evaluate.prefixes.hits > 0
+    assert multiprocessing.active_children() == []
+
+
+def test_what_is_computed_ahead_is_not_solved_again() -> None:
+    network = trained("residual")
+    masks = some_masks(network).select([3, 4, 5])
+    evaluate = evaluator(network, "reconstruct")
+    assert evaluate.reconstruction is not None
+    evaluate.precompute(masks)
+    solved = evaluate.reconstruction.n_solved
+    evaluate(masks)
+    assert evaluate.reconstruction.n_solved == solved
+    # Without re-fitting there is nothing to do.
+    evaluator(network, "batchnorm").precompute(masks)
+
+
+def test_given_statistics_and_damping_are_used() -> None:
+    network = trained("residual")
+    layout, masks = MaskLayout.of(network), some_masks(network)
+    statistics = collect_statistics(network, layout, calibration(), seed=0)
+    found = evaluator(network, "reconstruct", objective="divergence", statistics=statistics)
+    collected = evaluator(network, "reconstruct", objective="divergence")
+    assert found.statistics is statistics
+    assert np.array_equal(found(masks), collected(masks))
+    damped = evaluator(network, "reconstruct", objective="divergence", statistics=statistics, damping=1e4)
+    bare = evaluator(network, "batchnorm", objective="divergence")
+    assert damped.reconstruction is not None
+    kept = torch.from_numpy(masks.unpack(3))
+    for name, weight in damped.reconstruction(kept).items():
+        # Held so tightly, the kept weights hardly move.
+        part = torch.from_numpy(layout.split(masks.unpack(3))[name].copy())
+        torch.testing.assert_close(weight, network.get_parameter(name).detach() * part, rtol=0, atol=2e-3)
+    assert np.abs(found(masks) - bare(masks)).max() > 0.1
+    assert bare.reconstruction is None
+    assert bare.statistics == {}
+
+
+def test_layers_that_are_excluded_keep_their_weights_when_networks_are_finished() -> None:
+    network = trained("residual")
+    images, labels = judged()
+    layout = MaskLayout.of(network, ["conv1.weight", "linear.weight"])
+    evaluate = PopulationEvaluator(
+        network, layout, images, labels, repair="reconstruct", calibration_images=calibration(), precision="float32"
+    )
+    built = evaluate.build(magnitude_mask(network, layout, 0.5))
+    for name in ("conv1.weight", "linear.weight"):
+        assert torch.equal(built.get_parameter(name), network.get_parameter(name))
+
+
+@pytest.mark.parametrize("repair", ["none", "batchnorm", "reconstruct"])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=SHARED)])
+def test_finished_networks_are_the_built_ones_and_measured_by_hand(repair: str, workers: int) -> None:
+    network, (images, labels) = trained("foreign"), judged()
+    masks = some_masks(network).select([0, 3, 5, 7])
+    with torch.inference_mode():
+        dense = network(images).double().log_softmax(1)
+    with evaluator(network, repair, workers=workers) as evaluate:
+        evaluate(masks)
+        states, scores = evaluate.finish(masks)
+        built = [evaluate.build(masks.unpack(i)) for i in range(len(masks))]
+        assert scores.error.shape == scores.divergence.shape == (4,)
+        for i, (state, one) in enumerate(zip(states, built, strict=True)):
+            assert state.keys() == one.state_dict().keys()
+            assert all(torch.equal(state[key], value) for key, value in one.state_dict().items())
+            assert evaluate.measure(one) == (scores.error[i], scores.divergence[i])
+            with torch.inference_mode():
+                logits = one(images)
+            kl = (dense.exp() * (dense - logits.double().log_softmax(1))).sum(1).mean()
+            assert scores.error[i] == pytest.approx(top1_error(logits, labels), abs=1.01 / N_JUDGED)
+            assert scores.divergence[i] == pytest.approx(1 - math.exp(-kl), abs=1e-4)
+            for name, kept in evaluate.layout.split(masks.unpack(i)).items():
+                assert not bool(state[name][~torch.from_numpy(kept)].any())
+        # A network can be measured and used further.
+        assert torch.equal(built[1].state_dict()["head.bias"], states[1]["head.bias"])
+        assert evaluate.finish(masks.select([]))[0] == []
+    assert multiprocessing.active_children() == []
+
+
+@SHARED
+def test_two_processes_finish_and_choose_anew_as_one_does() -> None:
+    network = trained("residual")
+    masks = some_masks(network)
+    found = []
+    for workers in (1, 2):
+        with evaluator(network, "reconstruct", workers=workers) as evaluate:
+            states, scores = evaluate.finish(masks)
+            found.append((states, scores, evaluate.reselect(masks)))
+    (states, scores, chosen), (other_states, other_scores, other_chosen) = found
+    for one, other in zip(states, other_states, strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    assert np.array_equal(scores.error, other_scores.error)
+    assert np.array_equal(scores.divergence, other_scores.divergence)
+    assert np.array_equal(chosen.words, other_chosen.words)
+    layout = MaskLayout.of(network)
+    assert np.array_equal(layout.n_kept(chosen), layout.n_kept(masks))
+    assert not np.array_equal(chosen.words, masks.words)
+
+
+def test_finished_networks_answer_more_like_the_dense_one_than_judged_ones() -> None:
+    network = trained("residual")
+    layout = MaskLayout.of(network)
+    masks = PackedMasks.pack(np.array([magnitude_mask(network, layout, density) for density in (0.7, 0.5, 0.3)]))
+    evaluate = evaluator(network, "reconstruct")
+    assert evaluate.finish(masks)[1].divergence.mean() < evaluate.score(masks).divergence.mean()
+
+
+def test_a_re_fitted_network_can_be_trained_further_and_leaves_the_evaluator_as_it_was() -> None:
+    network, (images, labels) = trained("foreign"), judged()
+    evaluate, masks = evaluator(network, "reconstruct"), some_masks(network)
+    before = evaluate(masks)
+    built = evaluate.build(masks.unpack(5)).train()
+    functional.cross_entropy(built(images), labels).backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in built.parameters())
+    assert built.get_parameter("first.weight") is built.get_submodule("second").weight
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.fill_(1.0)
+    assert np.array_equal(evaluate(masks), before)
+    assert states_equal(network, trained("foreign"))
+    assert n_hooks(network) == 0
+
+
+@pytest.mark.parametrize("kind", RECONSTRUCTED)
+def test_in_bfloat16_re_fitted_networks_are_judged_about_the_same_and_built_alike(kind: str) -> None:
+    network = trained(kind)
+    layout = MaskLayout.of(network)
+    masks = PackedMasks.pack(np.array([magnitude_mask(network, layout, d) for d in (1.0, 0.8, 0.6, 0.4)]))
+    exact, rough = (evaluator(network, "reconstruct", precision=precision) for precision in ("float32", "bfloat16"))
+    assert rough.precision == "bfloat16"
+    np.testing.assert_allclose(rough.score(masks).error, exact.score(masks).error, rtol=0, atol=0.03)
+    np.testing.assert_allclose(rough.score(masks).divergence, exact.score(masks).divergence, rtol=0, atol=0.03)
+    assert states_equal(exact.build(masks.unpack(3)), rough.build(masks.unpack(3)))
+
+
+def test_a_search_leaves_a_re_fitting_evaluator_s_answers_as_they_were() -> None:
+    network = trained("residual")
+    evaluate, masks = evaluator(network, "reconstruct"), some_masks(network)
+    once = evaluate(masks)
+    evaluate.reselect(masks.select([3]))
+    evaluate.finish(masks.select([4]))
+    order = np.random.default_rng(3).permutation(len(masks))
+    assert np.array_equal(evaluate(masks.select(order)), once[order])
+    again = evaluator(network, "reconstruct")
+    assert np.array_equal(np.concatenate([again(masks.select([i])) for i in range(len(masks))]), once)
 
 
 @pytest.mark.gpu

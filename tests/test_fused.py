@@ -14,6 +14,8 @@ from paretoprune.evaluation import predict
 from paretoprune.fused import FusedNetwork, unpack_words
 from paretoprune.layerwise import LayerwiseNetwork
 from paretoprune.masks import MaskLayout, pack_rows, unpack_row
+from paretoprune.reconstruction import Reconstruction
+from paretoprune.statistics import collect_statistics
 from paretoprune.tracing import Convolution, Cut, NotTraceableError
 from small_networks import calibration, digits, magnitude_mask, naive_network, some_masks, states_equal, trained
 from torch import Tensor, nn
@@ -21,6 +23,8 @@ from torch import Tensor, nn
 REPAIRS = ("none", "batchnorm")
 DTYPES = (torch.float32, torch.bfloat16)
 NAMES = ("residual", "foreign", *ARCHITECTURES)
+# Without derivatives there are no statistics to re-fit by.
+WITHOUT_DERIVATIVES = ("InPlace",)
 N_IMAGES = 100
 
 
@@ -36,21 +40,35 @@ def judged(dtype: torch.dtype = torch.float32) -> Tensor:
     return placed(digits()[0][1000 : 1000 + N_IMAGES], dtype)
 
 
+def reconstruction_of(network: nn.Module, layout: MaskLayout, repair: str) -> Reconstruction | None:
+    if repair != "reconstruct":
+        return None
+    return Reconstruction(network, layout, collect_statistics(network, layout, calibration(), seed=0))
+
+
 def fused(
     network: nn.Module, repair: str, dtype: torch.dtype = torch.float32, layout: MaskLayout | None = None
 ) -> FusedNetwork:
+    layout = layout or MaskLayout.of(network)
     return FusedNetwork(
         network,
-        layout or MaskLayout.of(network),
+        layout,
         judged(dtype)[:2],
         repair=repair,
         calibration_images=placed(calibration(), dtype),
+        reconstruction=reconstruction_of(network, layout, repair),
     )
 
 
 def layerwise(network: nn.Module, repair: str) -> LayerwiseNetwork:
+    layout = MaskLayout.of(network)
     return LayerwiseNetwork(
-        network, MaskLayout.of(network), judged()[:2], repair=repair, calibration_images=placed(calibration())
+        network,
+        layout,
+        judged()[:2],
+        repair=repair,
+        calibration_images=placed(calibration()),
+        reconstruction=reconstruction_of(network, layout, repair),
     )
 
 
@@ -94,6 +112,51 @@ def test_a_fused_network_answers_as_the_naive_pruned_one(name: str, repair: str,
         inherent = float((logits_of(plain, masks.unpack(i), judged()) - expected).abs().max())
         allowed = tolerance(dtype, repair) * spread(network) + 3 * inherent
         torch.testing.assert_close(found, expected, rtol=0, atol=allowed)
+
+
+class BiasedOnly(architectures.Small):
+    """Convolutions with a bias and no batch norm to take up a shift."""
+
+    def body(self) -> None:
+        self.a, self.b = architectures.conv(8, 8, bias=True), architectures.conv(8, 8, groups=2, bias=True)
+
+    def middle(self, x: Tensor) -> Tensor:
+        return (self.b(self.a(x).relu()) + x).relu()
+
+
+@pytest.mark.parametrize("name", [*(name for name in NAMES if name not in WITHOUT_DERIVATIVES), "BiasedOnly"])
+def test_a_fused_network_with_re_fitted_weights_answers_as_layer_by_layer(name: str) -> None:
+    network = made(BiasedOnly) if name == "BiasedOnly" else network_of(name)
+    masks, quick, plain = some_masks(network), fused(network, "reconstruct"), layerwise(network, "reconstruct")
+    bare = layerwise(network, "batchnorm")
+    for i in (5, 0, 1, 3, 4, 7, 5):
+        expected = logits_of(plain, masks.unpack(i), judged())
+        found = logits_of(quick, masks.unpack(i), judged())
+        # Where a layer keeps no weights, what is normalised is rounding.
+        allowed = (10 if i in (1, 7) else 1) * tolerance(torch.float32, "reconstruct") * spread(network)
+        torch.testing.assert_close(found, expected, rtol=0, atol=allowed)
+        if i in (3, 4, 5):
+            # It is not the masked network that both answer as.
+            assert float((logits_of(bare, masks.unpack(i), judged()) - expected).abs().max()) > 0.01 * spread(network)
+
+
+@pytest.mark.parametrize("name", ["residual", "foreign", "BiasAndNorm"])
+def test_in_bfloat16_re_fitted_networks_answer_about_the_same(name: str) -> None:
+    network = network_of(name)
+    quick, plain = fused(network, "reconstruct", torch.bfloat16), layerwise(network, "reconstruct")
+    mask = some_masks(network).unpack(4)
+    expected, found = logits_of(plain, mask, judged()), logits_of(quick, mask, judged(torch.bfloat16))
+    allowed = tolerance(torch.bfloat16, "reconstruct") * spread(network)
+    torch.testing.assert_close(found, expected, rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize("name", ["residual", "foreign", "BiasAndNorm", "UsedTwice"])
+def test_nothing_of_one_re_fitted_mask_is_left_for_the_next(name: str) -> None:
+    network = network_of(name)
+    masks, quick = some_masks(network), fused(network, "reconstruct")
+    once = [logits_of(quick, masks.unpack(i), judged()) for i in range(len(masks))]
+    for i in np.random.default_rng(0).permutation(len(masks)):
+        assert torch.equal(logits_of(quick, masks.unpack(i), judged()), once[i])
 
 
 @pytest.mark.parametrize("repair", REPAIRS)
@@ -230,12 +293,15 @@ WITH_CUTS = ("residual", "foreign", "Downsampled", "InPlace", "BiasAndNorm", "Us
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("repair", REPAIRS)
-@pytest.mark.parametrize("name", WITH_CUTS)
+@pytest.mark.parametrize(
+    ("name", "repair"),
+    [(name, repair) for name in WITH_CUTS for repair in REPAIRS]
+    + [(name, "reconstruct") for name in WITH_CUTS if name not in WITHOUT_DERIVATIVES],
+)
 def test_a_run_from_a_cut_equals_the_whole_run_bit_for_bit(name: str, repair: str, dtype: torch.dtype) -> None:
     network = network_of(name)
     quick, masks = fused(network, repair, dtype), some_masks(network)
-    calibrating = placed(calibration(), dtype) if repair == "batchnorm" else None
+    calibrating = placed(calibration(), dtype) if repair != "none" else None
     assert quick.cuts
     for i in (3, 5, 7):
         kept = torch.from_numpy(masks.unpack(i))

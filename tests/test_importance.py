@@ -6,8 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from paretoprune.importance import SCORES, compute_importance, flat_scores
+from paretoprune.curvature import curvature_scores
+from paretoprune.importance import CURVATURE_SCORES, SCORES, compute_importance, flat_scores
 from paretoprune.masks import MaskLayout
+from paretoprune.statistics import collect_statistics
 from small_networks import Foreign, digits, n_hooks, states_equal, trained
 from torch import Tensor, nn
 from torch.func import functional_call, grad
@@ -241,3 +243,65 @@ def test_flat_scores_lie_in_mask_order() -> None:
     assert flat.shape == (layout.n_weights,)
     for name, part in layout.split(flat).items():
         assert np.array_equal(part, scores[name].numpy())
+
+
+@pytest.mark.parametrize("name", ["curvature", "elimination"])
+def test_scores_by_curvature_are_those_of_the_layer_statistics(name: str) -> None:
+    network = trained("foreign")
+    layout, (images, labels) = MaskLayout.of(network), some_images(100)
+    statistics = collect_statistics(network, layout, images, seed=3)
+    given = compute_importance(name, network, layout, images[:0], labels[:0], 0, statistics)
+    collected = compute_importance(name, network, layout, images, labels, 3)
+    weights = {tensor: network.get_parameter(tensor) for tensor in layout.names}
+    expected = curvature_scores(weights, statistics, exact=name == "elimination")
+    assert tuple(given) == tuple(collected) == layout.names
+    for tensor, score in expected.items():
+        assert torch.equal(given[tensor], score)
+        assert torch.equal(collected[tensor], score)
+
+
+def test_a_weight_that_others_can_stand_in_for_matters_less_by_curvature_than_by_size() -> None:
+    # The second input is the first one again, but for a little noise; the third stands alone.
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 3, generator=generator)
+    x[:, 1] = x[:, 0] + 0.01 * x[:, 1]
+    network = nn.Linear(3, 2)
+    network.weight.data = torch.tensor([[1.0, 1.0, 0.5], [1.0, -1.0, 0.5]])
+    statistics = collect_statistics(network, MaskLayout.of(network), x, seed=0)
+    for name in CURVATURE_SCORES:
+        scores = compute_importance(
+            name, network, MaskLayout.of(network), x, torch.zeros(500, dtype=torch.long), 0, statistics
+        )["weight"]
+        assert scores[0, :2].min() < 0.1 * scores[0, 2]
+        if name == "elimination":
+            # Once its twin is gone, a weight is worth what both were.
+            assert scores[0, :2].max() > 5 * scores[0, 2]
+
+
+@pytest.mark.parametrize("name", ["curvature", "elimination"])
+def test_scores_by_curvature_change_nothing(name: str) -> None:
+    network = trained("foreign").train()
+    before, layout, state = copy.deepcopy(network), MaskLayout.of(network), torch.get_rng_state()
+    scores = scores_of(name, network)
+    assert tuple(scores) == layout.names
+    for tensor, shape in zip(scores.values(), layout.shapes, strict=True):
+        assert tuple(tensor.shape) == shape
+        assert tensor.dtype == torch.float32
+        assert bool((tensor >= 0).all())
+    assert states_equal(network, before)
+    assert network.training
+    assert n_hooks(network) == 0
+    assert all(p.requires_grad and p.grad is None for p in network.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", ["curvature", "elimination"])
+def test_scores_by_curvature_need_images_and_name_what_is_not_finite(name: str) -> None:
+    images, labels = some_images(0)
+    with pytest.raises(ValueError, match="layer statistics need calibration images"):
+        scores_of(name, small_network(), images, labels)
+    network = small_network()
+    statistics = collect_statistics(network, MaskLayout.of(network), some_images()[0], seed=0)
+    network.get_parameter("4.weight").data[0, 0] = math.nan
+    with pytest.raises(ValueError, match=rf"importance '{name}' is not finite in '4\.weight'"):
+        compute_importance(name, network, MaskLayout.of(network), images, labels, 0, statistics)

@@ -8,6 +8,9 @@ import torch
 from paretoprune.evaluation import predict
 from paretoprune.layerwise import LayerwiseNetwork
 from paretoprune.masks import MaskLayout
+from paretoprune.reconstruction import Reconstruction
+from paretoprune.repair import make_repair
+from paretoprune.statistics import collect_statistics
 from small_networks import calibration, digits, naive_network, some_masks, states_equal, trained
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -89,3 +92,50 @@ def test_an_infinite_weight_can_be_pruned_away() -> None:
 
 def test_there_is_no_place_to_begin_later() -> None:
     assert len(layerwise(trained("residual"), "none").cuts) == 0
+
+
+def re_fitting(network: nn.Module, cache_mb: int = 64) -> tuple[LayerwiseNetwork, Reconstruction]:
+    layout = MaskLayout.of(network)
+    statistics = collect_statistics(network, layout, calibration(), seed=0)
+    reconstruction = Reconstruction(network, layout, statistics, cache_mb=cache_mb)
+    plain = LayerwiseNetwork(
+        network,
+        layout,
+        calibration()[:2],
+        repair="reconstruct",
+        calibration_images=calibration(),
+        reconstruction=reconstruction,
+    )
+    return plain, reconstruction
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_re_fitted_weights_and_biases_take_the_place_of_masked_ones(kind: str) -> None:
+    network = trained(kind)
+    plain, reconstruction = re_fitting(network)
+    for i in (5, 0, 1, 3, 7):
+        mask = some_masks(network).unpack(i)
+        found = logits_of(plain, mask, judged())
+        # By hand: the weights and biases in place, nothing pruned any more, then the norms one after the other.
+        expected_network = copy.deepcopy(network)
+        weights = reconstruction(torch.from_numpy(mask))
+        state = {f"{module}.bias": bias for module, bias in reconstruction.bias(weights).items()} | weights
+        expected_network.load_state_dict(state, strict=False)
+        for name, weight in weights.items():
+            assert torch.equal(plain.network.get_parameter(name), weight)
+        for module, bias in reconstruction.bias(weights).items():
+            assert torch.equal(plain.network.get_submodule(module).get_parameter("bias"), bias)
+        make_repair("batchnorm", network, calibration())(expected_network)
+        torch.testing.assert_close(found, predict(expected_network, judged(), 100), rtol=1e-4, atol=1e-3)
+        if i == 0:
+            torch.testing.assert_close(found, predict(network, judged(), 100), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("cache_mb", [0, 64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_of_one_re_fitted_mask_is_left_for_the_next(kind: str, cache_mb: int) -> None:
+    network = trained(kind)
+    masks, (plain, _) = some_masks(network), re_fitting(network, cache_mb)
+    once = [logits_of(plain, masks.unpack(i), judged()) for i in range(len(masks))]
+    for i in reversed(range(len(masks))):
+        assert torch.equal(logits_of(plain, masks.unpack(i), judged()), once[i])

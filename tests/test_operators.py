@@ -549,3 +549,124 @@ def test_two_operators_learn_apart() -> None:
     np.testing.assert_allclose(second.probabilities(), 1 / 6)
     first.reward(made, True)
     assert first.probabilities().max() > 1 / 6 + 0.01
+
+
+def test_a_variation_that_does_not_adapt_stays_as_it_was() -> None:
+    space, rng = Space([200, 100], 0), np.random.default_rng(0)
+    fixed, learning = space.variation(adaptive=False), space.variation()
+    for variation in (fixed, learning):
+        genomes = space.genomes(40, 0)
+        for genome, child in zip(genomes, variation.vary(genomes, rng), strict=True):
+            variation.reward(child, n_kept(child) > n_kept(genome))
+        assert not variation._pending
+    np.testing.assert_allclose(fixed.probabilities(), 1 / 6)
+    assert {arm.log_rate for arm in fixed._arms} == {np.log(0.02)}
+    assert learning.probabilities().max() > 1 / 6 + 0.01
+    assert len({arm.log_rate for arm in learning._arms}) > 1
+
+
+# Rankings that depend on the mask
+
+
+def test_moves_follow_a_moving_ranking_of_the_mask_itself() -> None:
+    space = Space([120, 90, 60], 0, share=1.0)
+
+    def moving(words: np.ndarray, chosen: Sequence[int]) -> dict[int, np.ndarray]:
+        # Whatever the first bit of the mask says, this way round or that.
+        ranking = space.rankings[int(words[0]) & 1]
+        return {k: ranking[k] for k in chosen}
+
+    settings: dict[str, Any] = {"softness": 0.0}
+    for genome in space.genomes(20, 3):
+        static = AdaptiveVariation(space.layers, [space.rankings[int(genome.words[0]) & 1]], **settings)
+        expected = static.vary([genome], np.random.default_rng(5))[0]
+        found = AdaptiveVariation(space.layers, [moving], **settings).vary([genome], np.random.default_rng(5))[0]
+        assert found.fingerprint == expected.fingerprint
+    other = AdaptiveVariation(space.layers, [space.rankings[0]], **settings)
+    differing = [g for g in space.genomes(20, 3) if int(g.words[0]) & 1]
+    assert any(
+        other.vary([g], np.random.default_rng(5))[0].fingerprint
+        != AdaptiveVariation(space.layers, [moving], **settings).vary([g], np.random.default_rng(5))[0].fingerprint
+        for g in differing
+    )
+
+
+def test_a_moving_ranking_learns_beside_others_and_is_only_asked_when_it_is_drawn() -> None:
+    space, asked = Space([120, 90, 60], 0), []
+
+    def moving(words: np.ndarray, chosen: Sequence[int]) -> dict[int, np.ndarray]:
+        asked.append(list(chosen))
+        return {k: space.rankings[1][k] for k in chosen}
+
+    variation = AdaptiveVariation(space.layers, [space.rankings[0], moving])
+    np.testing.assert_allclose(variation.probabilities(), 1 / 6)
+    variation.vary(space.genomes(200, 0), np.random.default_rng(0))
+    assert len(asked) == pytest.approx(100, abs=30)
+    assert all(chosen == sorted(set(chosen)) for chosen in asked)
+
+
+# Along a ladder
+
+RUNGS = st.lists(st.floats(0.001, 1.0), min_size=1, max_size=8, unique=True).map(lambda rungs: np.array(sorted(rungs)))
+
+
+@given(rungs=RUNGS, densities=st.lists(st.floats(0.0005, 1.0), min_size=1, max_size=10))
+def test_the_nearest_rung_is_nearest_in_the_logarithm(rungs: np.ndarray, densities: list[float]) -> None:
+    found = operators.nearest_rungs(np.array(densities), rungs)
+    for density, level in zip(densities, found, strict=True):
+        distances = np.abs(np.log(density) - np.log(rungs))
+        assert distances[level] <= distances.min() + 1e-9
+
+
+@given(RUNGS)
+def test_rungs_are_nearest_to_themselves_and_the_ends_to_the_ends(rungs: np.ndarray) -> None:
+    np.testing.assert_array_equal(operators.nearest_rungs(rungs, rungs), np.arange(len(rungs)))
+    table = np.array([[0.0, 1.0], [rungs[0], rungs[-1]]])
+    np.testing.assert_array_equal(operators.nearest_rungs(table, rungs), [[0, len(rungs) - 1]] * 2)
+
+
+@given(sizes=st.lists(st.integers(1, 5000), min_size=1, max_size=8), n_rungs=st.integers(1, 12), seed=SEEDS)
+def test_level_switches_keep_the_total_to_within_one_step(sizes: list[int], n_rungs: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    kept = np.rint(np.geomspace(0.005, 1.0, n_rungs) * np.array(sizes)[:, None]).astype(int)
+    layers = np.arange(len(sizes))
+    levels = rng.integers(0, n_rungs, len(sizes))
+    before = levels.copy()
+    found = operators.switch_levels(levels, kept, rng)
+    np.testing.assert_array_equal(levels, before)
+    moved = found - levels
+    assert np.abs(moved).max() <= 1
+    assert found.min() >= 0
+    assert found.max() < n_rungs
+    if n_rungs > 1:
+        assert np.any(moved)
+    else:
+        assert not np.any(moved)
+    # One layer goes one way, and all others that move go the other.
+    ways = {int((moved == 1).sum()), int((moved == -1).sum())}
+    assert min(ways) <= 1
+    change = np.abs(kept[layers, found] - kept[layers, levels])
+    total = abs(int(kept[layers, found].sum() - kept[layers, levels].sum()))
+    singles = [change[layer] for layer in layers[moved != 0] if (moved == moved[layer]).sum() == 1]
+    assert total <= max(singles, default=0)
+
+
+def test_level_switches_go_either_way_from_any_layer_and_are_paid_back_by_others() -> None:
+    rng = np.random.default_rng(0)
+    kept = np.array([[10, 20, 40]] * 6)
+    levels = np.ones(6, dtype=int)
+    moves = [operators.switch_levels(levels, kept, rng) - levels for _ in range(300)]
+    # Up by 20 is paid back by two layers down by 10; down by 10 by one layer up by 20, twice what is owed and no more.
+    kinds = {((m == 1).sum().item(), (m == -1).sum().item()) for m in moves}
+    assert kinds == {(1, 2), (1, 1)}
+    assert {int(np.flatnonzero(m == 1)[0]) for m in moves} == set(range(6))
+    assert len({int(np.flatnonzero(m == -1)[0]) for m in moves}) >= 5
+
+
+def test_a_layer_much_larger_than_what_is_owed_does_not_pay() -> None:
+    kept = np.array([[1, 2], [1000, 5000]])
+    found = {
+        tuple(operators.switch_levels(np.array([0, 1]), kept, np.random.default_rng(i)).tolist()) for i in range(50)
+    }
+    # The small layer cannot be paid for by the large one; the large one down takes the small one up.
+    assert found == {(1, 1), (1, 0)}

@@ -1,15 +1,15 @@
 """The searches on a cheap analytic evaluator: budgets, determinism, what a front may not lose, and errors."""
 
 import tracemalloc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from paretoprune import search, sparse
+from paretoprune import operators, search, sparse
 from paretoprune.allocation import allocate, starting_allocations
-from paretoprune.corridor import Corridor, choose_anchors
+from paretoprune.corridor import Corridor, anchors_between, choose_anchors, corridors_of
 from paretoprune.files import write_csv
 from paretoprune.fronts import Front, hypervolume
 from paretoprune.masks import (
@@ -29,6 +29,7 @@ from paretoprune.search import (
     Recorder,
     SearchResult,
     judge_again,
+    ladder_of_densities,
     read_history,
     search_corridor,
     search_flat,
@@ -91,7 +92,11 @@ def corridor_of(front: Front, layout: MaskLayout) -> Corridor:
 
 
 def in_corridor(
-    evaluate: Evaluate, corridor: Corridor, before: SearchResult, guides: list[np.ndarray], **changed: Any
+    evaluate: Evaluate,
+    corridor: Corridor | Sequence[Corridor],
+    before: SearchResult,
+    guides: list[np.ndarray],
+    **changed: Any,
 ) -> SearchResult:
     settings: dict[str, Any] = {
         "algorithm": "nsga2",
@@ -740,6 +745,330 @@ def test_a_search_stops_at_objectives_that_are_not_finite(layout: MaskLayout) ->
 
     with pytest.raises(ValueError, match="values that are not finite"):
         flat(broken, layout)
+
+
+# Phase 1 on a ladder
+
+
+def starting_masks(evaluate: Analytic) -> np.ndarray:
+    ranks = ranks_within_layers(evaluate.scores, evaluate.layout)
+    return np.array([keep_top(ranks, counts, evaluate.layout) for counts in starts_of(evaluate)])
+
+
+@pytest.mark.parametrize("level_switches", [0.0, 0.5, 1.0])
+def test_on_a_ladder_starts_are_judged_as_they_are_and_candidates_use_rungs_only(
+    level_switches: float, evaluate: Analytic
+) -> None:
+    result = thresholds(evaluate, rungs=7, level_switches=level_switches)
+    masks, layout = evaluate.booleans(), evaluate.layout
+    np.testing.assert_array_equal(masks[:N_STARTS], starting_masks(evaluate))
+    rungs = np.rint(ladder_of_densities(7) * layout.sizes[:, None]).astype(int)
+    counts = layout.n_kept(evaluate.judged)[N_STARTS:]
+    assert len(counts) > 0
+    for layer in range(layout.n_layers):
+        assert set(counts[:, layer]) <= set(rungs[layer])
+        assert len(set(counts[:, layer])) > 2
+    # Without a ladder that is not so.
+    free = Analytic(layout)
+    thresholds(free)
+    assert not set(layout.n_kept(free.judged)[N_STARTS:, 1]) <= set(rungs[1])
+    assert result.history[-1]["evaluations"] == len(evaluate.judged) == n_distinct(evaluate.judged) == 90
+    assert_sound(result, layout)
+
+
+def test_what_a_ladder_needs_is_told_before_anything_is_judged(evaluate: Analytic) -> None:
+    told: list[PackedMasks] = []
+
+    def precompute(masks: PackedMasks) -> None:
+        assert len(evaluate.judged) == 0
+        told.append(masks)
+
+    thresholds(evaluate, rungs=5, precompute=precompute)
+    (masks,) = told
+    expected = np.rint(ladder_of_densities(5)[:, None] * evaluate.layout.sizes)
+    np.testing.assert_array_equal(evaluate.layout.n_kept(masks), expected)
+    ranks = ranks_within_layers(evaluate.scores, evaluate.layout)
+    np.testing.assert_array_equal(masks.unpack(2), keep_top(ranks, expected[2].astype(int), evaluate.layout))
+    thresholds(Analytic(evaluate.layout), precompute=lambda masks: told.append(masks))
+    assert len(told) == 1
+
+
+def test_a_ladder_reaches_from_the_sparsest_rung_to_the_dense_layer() -> None:
+    ladder = ladder_of_densities(24)
+    assert len(ladder) == 24
+    assert (ladder[0], ladder[-1]) == (pytest.approx(0.005), 1.0)
+    np.testing.assert_allclose(np.diff(np.log(ladder)), np.log(200) / 23)
+
+
+def test_level_switches_vary_the_share_asked_for_and_keep_the_total() -> None:
+    sizes, rungs = np.array([1000, 5000, 3000, 800]), ladder_of_densities(9)
+    problem = search.PruningProblem(
+        4, lambda x: PackedMasks.empty(1), lambda m: (np.zeros((0, 2)), np.zeros(0)), bounds=(0, 1)
+    )
+    levels = np.random.default_rng(0).integers(1, 8, (2000, 4))
+    x = 1.0 - rungs[levels]
+    unchanged = search._LevelSwitches(rungs, sizes, 0.0, search.PM(prob_var=0.0))
+    np.testing.assert_array_equal(unchanged._do(problem, x, random_state=np.random.default_rng(0)), x)
+    for share in (0.3, 1.0):
+        mutation = search._LevelSwitches(rungs, sizes, share, search.PM(prob_var=0.0))
+        before = x.copy()
+        found = mutation._do(problem, x, random_state=np.random.default_rng(1))
+        np.testing.assert_array_equal(x, before)
+        changed = (found != x).any(axis=1)
+        assert changed.mean() == pytest.approx(share, abs=0.04)
+        after = operators.nearest_rungs(1.0 - found, rungs)
+        np.testing.assert_allclose(found, 1.0 - rungs[after], atol=1e-12)
+        assert np.abs(after - levels).max() == 1
+        counts = np.rint(rungs * sizes[:, None]).astype(int)
+        totals = [counts[np.arange(4), rows].sum(axis=1) for rows in (levels, after)]
+        steps = np.abs(counts[np.arange(4), after] - counts[np.arange(4), levels]).max(axis=1)
+        assert np.all(np.abs(totals[1] - totals[0]) <= steps)
+
+
+@pytest.mark.parametrize("rungs", [None, 7])
+@pytest.mark.parametrize("n_reselected", [0, 1, 5])
+def test_members_chosen_anew_are_judged_within_the_budget(
+    n_reselected: int, rungs: int | None, evaluate: Analytic
+) -> None:
+    given: list[PackedMasks] = []
+
+    def better(masks: PackedMasks) -> PackedMasks:
+        """As many of each layer, by what truly matters."""
+        given.append(masks)
+        ranks = ranks_within_layers(evaluate.importance, evaluate.layout)
+        rows = [keep_top(ranks, counts, evaluate.layout) for counts in evaluate.layout.n_kept(masks)]
+        return PackedMasks.pack_each(rows, masks.n_weights)
+
+    result = thresholds(evaluate, 60, rungs=rungs, n_reselected=n_reselected, reselect=better)
+    assert len(evaluate.judged) == n_distinct(evaluate.judged) == result.history[-1]["evaluations"] == 60
+    assert_sound(result, evaluate.layout)
+    if not n_reselected:
+        assert given == []
+        return
+    (masks,) = given
+    assert len(masks) == n_reselected
+    assert result.history[-1]["stage"] == "reselected"
+    assert "reselected" in result.front.stages
+    assert result.history[-1]["evaluations"] - result.history[-2]["evaluations"] == n_reselected
+    assert result.history[-1]["hypervolume"] > result.history[-2]["hypervolume"]
+
+
+def test_members_that_come_back_as_they_were_cost_nothing(evaluate: Analytic) -> None:
+    result = thresholds(evaluate, 60, n_reselected=5, reselect=lambda masks: masks)
+    assert len(evaluate.judged) == result.history[-1]["evaluations"] == 55
+    # Nothing to choose them anew with: the budget is the search's.
+    assert len(Analytic(evaluate.layout).judged) == 0
+    other = Analytic(evaluate.layout)
+    thresholds(other, 60, n_reselected=5)
+    assert len(other.judged) == 60
+
+
+def test_the_budget_must_pay_for_members_chosen_anew_too(evaluate: Analytic) -> None:
+    with pytest.raises(ValueError, match=r"at least 27 evaluations .* a population of 12 and 3 members chosen anew\)"):
+        thresholds(evaluate, 26, n_reselected=3, reselect=lambda masks: masks)
+    assert len(evaluate.judged) == 0
+
+
+# Several corridors
+
+
+def several(phase1: SearchResult, layout: MaskLayout, n_corridors: int) -> list[Corridor]:
+    light, heavy = choose_anchors(phase1.front, 0.05, 1.0, light_tolerance=0.1, heavy_tolerance=0.8)
+    anchors = anchors_between(phase1.front, light, heavy, n_corridors)
+    return corridors_of(phase1.front.masks.select(anchors), n_corridors, layout)
+
+
+def inside(corridor: Corridor, masks: PackedMasks) -> np.ndarray:
+    return (corridor.restrict(masks).words == masks.words).all(axis=1)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("evaluations", [5, 60, 150])
+def test_several_corridors_share_the_budget_exactly_and_are_never_left(
+    algorithm: str, evaluations: int, evaluate: Analytic, phase1: SearchResult
+) -> None:
+    corridors = several(phase1, evaluate.layout, 3)
+    assert len(corridors) == 3
+    settings: dict[str, Any] = {"algorithm": algorithm, "evaluations": evaluations, "population": 24}
+    result = in_corridor(evaluate, corridors, phase1, [evaluate.scores], **settings)
+    assert len(evaluate.judged) == n_distinct(evaluate.judged) == evaluations
+    assert result.history[-1]["evaluations"] == phase1.history[-1]["evaluations"] + evaluations
+    within = np.array([inside(corridor, evaluate.judged) for corridor in corridors])
+    assert within.any(axis=0).all()
+    assert result.front.hypervolume() >= phase1.front.hypervolume()
+    assert_sound(result, evaluate.layout)
+    if evaluations == 150:
+        # Each has had its first population at least.
+        assert within.sum(axis=1).min() >= 8
+    again = in_corridor(Analytic(evaluate.layout), corridors, phase1, [evaluate.scores], **settings)
+    assert same(result, again)
+    other = in_corridor(Analytic(evaluate.layout), corridors, phase1, [evaluate.scores], **(settings | {"seed": 1}))
+    assert evaluations < 60 or not same(result, other)
+
+
+def test_one_corridor_in_a_list_is_that_corridor(evaluate: Analytic, phase1: SearchResult) -> None:
+    corridor = corridor_of(phase1.front, evaluate.layout)
+    assert same(
+        in_corridor(evaluate, [corridor], phase1, [evaluate.scores]),
+        in_corridor(Analytic(evaluate.layout), corridor, phase1, [evaluate.scores]),
+    )
+
+
+def test_without_a_corridor_everything_is_searched(evaluate: Analytic, phase1: SearchResult) -> None:
+    result = in_corridor(evaluate, [Corridor.everything(evaluate.layout)], phase1, [evaluate.importance])
+    narrow = corridor_of(phase1.front, evaluate.layout)
+    assert not inside(narrow, evaluate.judged).all()
+    assert_sound(result, evaluate.layout)
+    with pytest.raises(ValueError, match="one importance score as guide and one corridor"):
+        in_corridor(evaluate, [], phase1, [evaluate.scores])
+
+
+def test_a_moving_guide_is_made_for_each_corridor_and_followed(evaluate: Analytic, phase1: SearchResult) -> None:
+    corridors, asked = several(phase1, evaluate.layout, 2), []
+
+    def guide_of(corridor: Corridor) -> operators.MovingRanking:
+        ranking = corridor.rank(evaluate.importance)
+
+        def order(words: np.ndarray, chosen: Sequence[int]) -> dict[int, np.ndarray]:
+            asked.append(corridor)
+            return {k: ranking[k] for k in chosen}
+
+        return order
+
+    result = in_corridor(evaluate, corridors, phase1, [evaluate.scores], moving_guide=guide_of, evaluations=120)
+    assert {id(corridor) for corridor in asked} == {id(corridor) for corridor in corridors}
+    assert_sound(result, evaluate.layout)
+    plain = in_corridor(Analytic(evaluate.layout), corridors, phase1, [evaluate.scores], evaluations=120)
+    assert not same(result, plain)
+
+
+def test_a_search_that_does_not_adapt_is_another_one(evaluate: Analytic, phase1: SearchResult) -> None:
+    corridor = corridor_of(phase1.front, evaluate.layout)
+    adaptive, fixed = (
+        in_corridor(Analytic(evaluate.layout), corridor, phase1, [evaluate.scores], adaptive=adaptive, evaluations=150)
+        for adaptive in (True, False)
+    )
+    assert not same(adaptive, fixed)
+
+
+class Scripted:
+    """A run that adds so much hypervolume in each of its turns, and notes when it had them."""
+
+    def __init__(self, turns: list[int], recorder: Any, gains: Callable[[int], float], length: int = 1000) -> None:
+        self.turns, self._recorder, self._gains, self._length, self.own = turns, recorder, gains, length, 0
+        self.number = len(recorder.runs)
+        recorder.runs.append(self)
+
+    @property
+    def ended(self) -> bool:
+        return self.own >= self._length or self._recorder.evaluations >= self._recorder.budget
+
+    def step(self) -> None:
+        self._recorder.evaluations += 10
+        self._recorder.volume += self._gains(self.own)
+        self.own += 1
+        self.turns.append(self.number)
+
+
+class ScriptedRecorder:
+    def __init__(self, budget: int) -> None:
+        self.evaluations, self.budget, self.volume, self.runs = 0, budget, 0.0, []  # type: ignore[var-annotated]
+        self.closed = False
+
+    @property
+    def front(self) -> Any:
+        return self
+
+    def hypervolume(self) -> float:
+        return self.volume
+
+    def close_generation(self) -> None:
+        self.closed = True
+
+
+def turns_of(gains: Sequence[Callable[[int], float]], n_turns: int, lengths: Sequence[int] = (1000,) * 9) -> list[int]:
+    recorder, turns = ScriptedRecorder(10 * n_turns), []  # type: ignore[var-annotated]
+    runs = [Scripted(turns, recorder, gain, length) for gain, length in zip(gains, lengths, strict=False)]
+    search._run_by_gain(runs, recorder)  # type: ignore[arg-type]
+    assert recorder.closed
+    return turns
+
+
+def test_turns_go_to_the_run_that_gains_most_and_nobody_waits_for_ever() -> None:
+    turns = turns_of([lambda i: 0.001, lambda i: 0.01, lambda i: 0.0], 120)
+    # Everyone once; then the best, but for every fourth turn.
+    assert sorted(turns[:3]) == [0, 1, 2]
+    counts = np.bincount(turns)
+    assert counts[1] > 0.7 * 120
+    assert min(counts[0], counts[2]) >= 10
+    waits = [np.diff(np.flatnonzero(np.array(turns) == number)).max() for number in range(3)]
+    assert max(waits) <= 3 * search.WAITING_TURN
+
+
+def test_a_run_that_has_nothing_left_to_find_hands_its_turns_on() -> None:
+    turns = turns_of([lambda i: 0.1 if i < 20 else 0.0, lambda i: 0.01], 100)
+    assert np.bincount(turns[:20])[0] >= 14
+    assert np.bincount(turns[-40:])[1] >= 25
+
+
+def test_runs_that_have_ended_are_not_asked_again() -> None:
+    turns = turns_of([lambda i: 1.0, lambda i: 0.1, lambda i: 0.0], 60, [5, 7, 1000])
+    assert np.bincount(turns).tolist() == [5, 7, 48]
+    assert turns_of([lambda i: 1.0, lambda i: 0.1], 60, [5, 7]).count(1) == 7
+
+
+# Which masks may be published
+
+
+def even(masks: PackedMasks) -> np.ndarray:
+    return masks.n_kept % 2 == 0
+
+
+@pytest.mark.parametrize("name", ["thresholds", "ladder", "corridor", "corridors", "moead", "flat", "allocation"])
+def test_masks_that_are_not_allowed_are_neither_judged_nor_published(name: str, layout: MaskLayout) -> None:
+    evaluate = Analytic(layout)
+    before = thresholds(evaluate, allowed=even)
+    corridor = corridor_of(before.front, layout)
+    searches: dict[str, Callable[[], SearchResult]] = {
+        "thresholds": lambda: before,
+        "ladder": lambda: thresholds(evaluate, allowed=even, rungs=9, level_switches=0.5),
+        "corridor": lambda: in_corridor(evaluate, corridor, before, [evaluate.scores], allowed=even),
+        "corridors": lambda: in_corridor(
+            evaluate, several(before, layout, 2), before, [evaluate.scores], allowed=even, evaluations=60
+        ),
+        "moead": lambda: in_corridor(evaluate, corridor, before, [evaluate.scores], allowed=even, algorithm="moead"),
+        "flat": lambda: flat(evaluate, layout, allowed=even),
+        "allocation": lambda: sweep_allocation(evaluate, layout, evaluate.scores, starts_of(evaluate), allowed=even),
+    }
+    result = searches[name]()
+    assert len(result.front) > 0
+    assert even(evaluate.judged).all()
+    assert even(result.front.masks).all()
+
+
+def test_a_mask_that_is_not_allowed_counts_as_wrong_on_every_image() -> None:
+    masks = PackedMasks.pack(np.arange(70) < np.array([[3], [4], [5]]))
+    judged: list[int] = []
+
+    def evaluate(masks: PackedMasks) -> np.ndarray:
+        judged.extend(masks.n_kept.tolist())
+        return np.column_stack([np.full(len(masks), 0.25), masks.density])
+
+    recorder = Recorder(evaluate, 70, budget=9, stage="flat", allowed=even)
+    objectives, joined = recorder(masks)
+    assert judged == [4]
+    assert objectives.tolist() == [[1.0, 3 / 70], [0.25, 4 / 70], [1.0, 5 / 70]]
+    assert joined.tolist() == [False, True, False]
+    assert recorder.evaluations == 3
+    assert recorder.front.masks.n_kept.tolist() == [4]
+    again, joined = recorder(masks)
+    np.testing.assert_array_equal(again, objectives)
+    assert not joined.any()
+    assert (judged, recorder.evaluations) == ([4], 3)
+    nothing = Recorder(evaluate, 70, budget=9, stage="flat", allowed=lambda masks: np.zeros(len(masks), dtype=bool))
+    nothing(masks)
+    assert len(nothing.front) == 0
+    assert judged == [4]
 
 
 # Files and what is published

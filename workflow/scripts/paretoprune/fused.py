@@ -124,6 +124,10 @@ class FusedNetwork:
         self.cuts: list[Cut] = []
         with torch.inference_mode():
             self.cuts = self._inspect(sample[:2])
+            # What runs before a cut may run after it too.
+            self._unused = {
+                cut.after + 1: cut.parameters - self._weights_of(self._steps[cut.after + 1 :]) for cut in self.cuts
+            }
             if self._repairs:
                 self._masked(None)
                 self._calibrate(0, calibration_images, {}, observe=True)
@@ -228,14 +232,14 @@ class FusedNetwork:
             near = [entry for entry in near if entry[0] < 0.15]
             if near:
                 _, _, index, node, shape = min(near, key=lambda entry: entry[:3])
-                names = frozenset(self._weights_before(index))
+                names = frozenset(self._weights_of(self._steps[: index + 1]))
                 chosen[index] = Cut(index, node, shape, names, float(shares[index]))
         return [chosen[index] for index in sorted(chosen)]
 
-    def _weights_before(self, last: int) -> set[str]:
-        """Names of the prunable tensors that the steps up to `last` read."""
+    def _weights_of(self, steps: Sequence[Convolution | Call]) -> set[str]:
+        """Names of the prunable tensors that some steps read."""
         found: set[str] = set()
-        for step in self._steps[: last + 1]:
+        for step in steps:
             if isinstance(step, Convolution):
                 place = self._prunable[step.module]
                 found.update([] if place is None else [self.layout.names[place]])
@@ -269,8 +273,8 @@ class FusedNetwork:
             calibrated: The calibration images' activations at `cut`, (n_calibration, *cut.shape).
             keep: Gets the calibration images' activations at these cuts: tensors to write into.
         """
-        self._masked(kept, frozenset() if cut is None else cut.parameters)
         start = 0 if cut is None else cut.after + 1
+        self._masked(kept, self._unused.get(start, frozenset()))
         if self._repairs:
             self._statistics = dict(self._trained)
             first = self._calibration if cut is None else calibrated
