@@ -463,6 +463,13 @@ def test_a_run_has_its_own_seeds_or_those_of_all() -> None:
     assert problems({"runs": [{"dataset": "digits", "network": "resnet8", "seeds": [5, 6]}]}) == []
 
 
+def test_a_run_that_is_listed_twice_with_other_seeds_is_refused() -> None:
+    run = {"dataset": "digits", "network": "resnet8"}
+    assert only_problem({"runs": [run, {**run, "seeds": [5]}]}) == (
+        "runs: dataset 'digits' and network 'resnet8' are listed twice; join their `seeds` in one run"
+    )
+
+
 def test_the_seeds_that_come_back_may_be_changed() -> None:
     config = {"seeds": [4, 2]}
     configuration.seeds_of(config, {}).append(9)

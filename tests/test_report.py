@@ -367,6 +367,17 @@ def test_one_seed_has_no_deviation(results: Path) -> None:
     assert '<td class="number best">0.6560</td>' in page
 
 
+def test_a_run_with_seeds_of_its_own_is_read_with_these(results: Path) -> None:
+    write_hand_computed(results, DIVERGENCE, "divergence")
+    output = report_on(results, runs=[ERRORS | {"seeds": [1]}, DIVERGENCE])
+    found = {(row["dataset"], row["seed"]) for row in summary_rows(output)}
+    assert found == {("digits", "1"), ("cifar10", "0"), ("cifar10", "1")}
+    page = (output / "index.html").read_text(encoding="utf-8")
+    assert "<small>1 and 2 seeds</small>" in page
+    page = (report_on(results, runs=[ERRORS, DIVERGENCE]) / "index.html").read_text(encoding="utf-8")
+    assert "<small>2 seeds each (0, 1)</small>" in page
+
+
 def test_names_are_escaped(results: Path) -> None:
     for seed in SEEDS:
         folder = results / "digits" / "resnet8" / f"seed{seed}"

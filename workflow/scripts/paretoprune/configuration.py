@@ -71,6 +71,9 @@ def _broken_references(config: Config) -> Iterator[str]:
         for part in ("dataset", "network"):
             if run[part] not in config[f"{part}s"]:
                 yield f"runs: no {part} '{run[part]}' under `{part}s`; {_suggest(run[part], config[f'{part}s'])}"
+    pairs = [(run["dataset"], run["network"]) for run in config["runs"]]
+    for dataset, network in sorted({pair for pair in pairs if pairs.count(pair) > 1}):
+        yield f"runs: dataset '{dataset}' and network '{network}' are listed twice; join their `seeds` in one run"
     settings = config["method_settings"]
     for name in [*config["methods"], *config["finetune"]["methods"]]:
         if name not in settings:
