@@ -156,8 +156,11 @@ def test_refinement_carries_over_to_images_it_has_not_seen(name: str, gain: floa
     assert np.exp(np.mean(np.log(ratios))) < gain, ratios
 
 
-@pytest.mark.parametrize("reselect", [False, True])
-@pytest.mark.parametrize("name", [*NAMES, *OWN])
+@pytest.mark.parametrize(
+    ("name", "reselect"),
+    [(name, False) for name in (*NAMES, *OWN)]
+    + [(name, True) for name in ("residual", "foreign", "OddGeometry", "UsedTwice", *OWN)],
+)
 def test_masks_are_kept_exactly_and_nothing_is_nan_even_where_layers_are_emptied(name: str, reselect: bool) -> None:
     refiner = refiner_of(name)
     masks, layout = some_masks(refiner.network), refiner.layout
