@@ -22,7 +22,14 @@ from paretoprune.search import (
     search_thresholds,
     sweep_allocation,
 )
-from paretoprune.search_steps import allowed_masks, log_progress, make_search_evaluator, publish, read_scores
+from paretoprune.search_steps import (
+    allowed_masks,
+    log_progress,
+    make_search_evaluator,
+    phase2_budget,
+    publish,
+    read_scores,
+)
 from paretoprune.splits import LabelledImages, Splits
 from paretoprune.statistics import LayerStatistics, collect_statistics, save_statistics
 from small_networks import digits
@@ -322,3 +329,10 @@ def test_progress_is_about_ten_lines_and_tells_the_end(step_size: int, caplog: p
         show({"stage": "phase1", "evaluations": evaluations, "hypervolume": 0.5, "seconds": 1.0})
     assert 8 <= len(caplog.messages) <= 12
     assert caplog.messages[-1] == "phase1: 400 of 400 evaluations, hypervolume 0.5000, 1 s"
+
+
+@pytest.mark.parametrize(("own", "planned", "spent", "expected"), [(24, 24, 24, 24), (24, 24, 21, 27), (0, 48, 45, 0)])
+def test_what_phase_1_leaves_goes_to_phase_2_if_there_is_one(own: int, planned: int, spent: int, expected: int) -> None:
+    history = [{"generation": 1, "evaluations": spent, "seconds": 1.0, "hypervolume": 0.5, "stage": "phase1"}]
+    settings = {"algorithm": {"evaluations": own}, "phase1_evaluations": planned}
+    assert phase2_budget(settings, SearchResult(Front.empty(3), history)) == expected

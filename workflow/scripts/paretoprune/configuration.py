@@ -298,6 +298,7 @@ def phase2_settings(settings: Config) -> dict[str, Any]:
         "guides": score_guides(settings),
         "refit_guide": REFIT_GUIDE in own.pop("guides"),
         "corridors": settings["anchors"]["corridors"],
+        "phase1_evaluations": phase1_evaluations(settings),
         "algorithm": {
             **own,
             "evaluations": settings["evaluations"] - phase1_evaluations(settings),

@@ -48,6 +48,18 @@ def read_scores(files: Sequence[str], layout: MaskLayout) -> dict[str, np.ndarra
     return {Path(file).stem: flat_scores(load_tensors(file), layout) for file in files}
 
 
+def phase2_budget(settings: Mapping[str, Any], before: SearchResult) -> int:
+    """Candidates that Phase 2 may judge: its own, and those that Phase 1 left, as a small front fills no reselection.
+
+    Args:
+        settings: Those of `paretoprune.configuration.phase2_settings`.
+        before: Phase 1.
+    """
+    own: int = settings["algorithm"]["evaluations"]
+    left: int = settings["phase1_evaluations"] - before.history[-1]["evaluations"]
+    return own + left if own else 0
+
+
 def log_progress(logger: logging.Logger, budget: int) -> Callable[[dict[str, Any]], None]:
     """A progress callback for searches that writes about ten lines until `budget` evaluations are done."""
     next_at = 0
