@@ -122,3 +122,12 @@ def test_files_with_pickles_are_not_read(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=np.array([{"a": 1}], dtype=object))
     with pytest.raises(ValueError, match="allow_pickle=False"):
         read_npz(tmp_path / "a.npz")
+
+
+def test_permissions_follow_the_umask_whoever_writes_the_file(tmp_path: Path, umask: Callable[[int], int]) -> None:
+    umask(0o022)
+    with atomic_path(tmp_path / "a.bin") as temporary:
+        other = tmp_path / "other"
+        other.touch(mode=0o600)
+        other.replace(temporary)
+    assert stat.S_IMODE((tmp_path / "a.bin").stat().st_mode) == 0o644

@@ -310,7 +310,8 @@ def test_biases_are_left_alone_where_a_layer_may_not_shift_and_where_its_weights
 
 
 @pytest.mark.parametrize("name", ["residual", "foreign", "OddGeometry"])
-def test_costs_of_layers_are_those_of_their_groups(name: str) -> None:
+def test_costs_of_layers_are_those_of_their_groups(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paretoprune.reconstruction.EXACT_WIDTH", 10_000)
     network = network_of(name)
     reconstruction, statistics = prepared(network)
     for tensor, kept in parts_of(reconstruction.layout, magnitude_mask(network, reconstruction.layout, 0.4)).items():
@@ -416,3 +417,21 @@ def test_a_re_fitted_network_answers_more_like_the_dense_one_than_a_masked_one(n
             errors[repair] = float((pruned.answer(images) - dense).square().mean())
     assert errors["reconstruct"] < 0.7 * errors["batchnorm"]
     assert errors["reconstruct"] < 0.7 * errors["none"]
+
+
+def test_gains_in_wide_rows_are_bounded_from_above_and_costs_stay_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paretoprune.reconstruction.EXACT_WIDTH", 4)
+    network = network_of("residual")
+    reconstruction, statistics = prepared(network)
+    name = reconstruction.layout.names[1]
+    kept = parts_of(reconstruction.layout, magnitude_mask(network, reconstruction.layout, 0.4))[name]
+    h = damped(statistics[name].curvature)[0].double()
+    weight = network.get_parameter(name).detach().double().flatten(1)
+    mask = kept.flatten(1)
+    assert int(mask.sum(dim=1).max()) > 4
+    fitted = refit(weight[None], mask[None], h[None])[0]
+    exact = refitted_costs(mask, weight, fitted, h)
+    bound = refitted_costs(mask, weight, fitted, h, torch.linalg.inv(h))
+    torch.testing.assert_close(bound[mask], exact[mask])
+    assert bool((bound[~mask] >= exact[~mask] * (1 - 1e-9)).all())
+    assert bool((bound[~mask] > exact[~mask] * 1.01).any())

@@ -281,8 +281,8 @@ def test_repair_without_calibration_images_is_an_error() -> None:
 
 
 def test_an_unknown_repair_is_an_error() -> None:
-    with pytest.raises(ValueError, match="expected a repair mode among none, batchnorm, found 'reconstruct'"):
-        make_repair("reconstruct", trained("residual"), calibration())
+    with pytest.raises(ValueError, match="expected a repair mode among none, batchnorm, reconstruct, found 'magic'"):
+        make_repair("magic", trained("residual"), calibration())
 
 
 def test_activations_that_are_not_finite_name_the_layer() -> None:
