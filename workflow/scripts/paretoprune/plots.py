@@ -38,9 +38,9 @@ _DASHES: dict[str, tuple[Any, ...]] = {
 _MARKERS = {"two_phase": ("o", "s", "D", "P"), "flat": ("^", "v"), "allocation": ("p", "<", ">", "h", "d", "X")}
 _WIDTHS = {"two_phase": 2.2, "flat": 1.8, "allocation": 1.5}
 
-_STAGE_COLORS = {"start": "#6B7683", "phase1": "#2F7EBB", "phase2": "#E4572E"}
+_STAGE_COLORS = {"start": "#6B7683", "phase1": "#2F7EBB", "reselected": "#2E9E6B", "phase2": "#E4572E"}
 _OTHER_STAGE_COLORS = ("#12805C", "#7B3FA0", "#A6761D")
-_STAGE_NAMES = {"start": "first population", "phase1": "Phase 1", "phase2": "Phase 2"}
+_STAGE_NAMES = {"start": "first population", "phase1": "Phase 1", "reselected": "chosen anew", "phase2": "Phase 2"}
 _CORRIDOR_PARTS = (
     ("n_always_kept", "always kept", "#274060"),
     ("n_corridor", "searched in Phase 2", "#F2A541"),
@@ -214,7 +214,7 @@ def draw_hypervolume(histories: pd.DataFrame, styles: Mapping[str, MethodStyle])
         else:
             axes.plot(last, mean[-1], marker=style.marker, ms=6, color=style.color, mec="white", zorder=5)
         starts = [
-            history.loc[history["stage"] == "phase1", "evaluations"].max()
+            history.loc[history["stage"] != "phase2", "evaluations"].max()
             for history in seeds
             if {"phase1", "phase2"} <= set(history["stage"])
         ]

@@ -204,7 +204,7 @@ def summarise(run: RunResults) -> pd.DataFrame:
             within = front.loc[front["test_error"] <= limit, "sparsity"]
             phase1 = np.nan
             if kind == "two_phase":
-                phase1 = float(history.loc[history["stage"] == "phase1", "hypervolume"].iloc[-1])
+                phase1 = float(history.loc[history["stage"] != "phase2", "hypervolume"].iloc[-1])
             rows.append(
                 {
                     "dataset": run.dataset,
