@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ TOLERANCES = {torch.float32: (0.01, 0.005), torch.bfloat16: (0.05, 0.02)}
 # Density of the magnitude-pruned network that is compared beside the dense one, and that tells which images are hard.
 CHECKED_DENSITY = 0.3
 _LOGGER = logging.getLogger("paretoprune")
+_Network = TypeVar("_Network", bound=FusedNetwork | LayerwiseNetwork)
 
 
 def predict(network: nn.Module, images: Tensor, batch_size: int) -> Tensor:
@@ -254,16 +255,19 @@ class PopulationEvaluator:
     def _reference(self) -> LayerwiseNetwork:
         """The plain way: float32, layer by layer."""
         if self._plain is None:
-            calibration = self._place(self._calibration, torch.float32)
-            self._plain = LayerwiseNetwork(
-                self._original,
-                self.layout,
-                calibration,
-                repair=self._repair,
-                calibration_images=calibration,
-                reconstruction=self._reconstruction,
-            )
+            self._plain = self._prepared(LayerwiseNetwork, self._calibration, torch.float32)
         return self._plain
+
+    def _prepared(self, kind: type[_Network], sample: Tensor, dtype: torch.dtype) -> _Network:
+        """The dense network ready to take masks in one of the ways to compute, repaired as asked for."""
+        return kind(
+            self._original,
+            self.layout,
+            self._place(sample, dtype),
+            repair=self._repair,
+            calibration_images=self._place(self._calibration, dtype),
+            reconstruction=self._reconstruction,
+        )
 
     def _choose(self, images: Tensor, dtype: torch.dtype) -> tuple[PrunableNetwork, torch.dtype]:
         """The fastest way to compute that agrees with the plain one, and its type."""
@@ -281,16 +285,7 @@ class PopulationEvaluator:
         for kind, tried in ways:
             name = f"{'fused' if kind is FusedNetwork else 'layer-by-layer'} {str(tried).removeprefix('torch.')} path"
             try:
-                calibration = self._place(self._calibration, tried)
-                sample = self._place(images[:2], tried)
-                network = kind(
-                    self._original,
-                    self.layout,
-                    sample,
-                    repair=self._repair,
-                    calibration_images=calibration,
-                    reconstruction=self._reconstruction,
-                )
+                network = self._prepared(kind, images[:2], tried)
                 found = [self._answers(network, checked.to(tried), 64, mask) for mask in masks]
             except NotTraceableError as error:
                 _LOGGER.info("the %s does not take this network: %s", name, error)
