@@ -76,13 +76,22 @@ def test_jobs_begin_in_order_on_whoever_is_free() -> None:
         started.append(job)
         return (job,)
 
+    others_are_done = multiprocessing.get_context("fork").Event()
+
     def work(job: int) -> int:
-        time.sleep(0.5 if job == 0 else 0)
+        if job == 0:
+            others_are_done.wait(PATIENCE)
         return os.getpid()
 
     pool = WorkerPool(work, 2)
     done: dict[int, int] = {}
-    pool.run(range(6), arguments, done.__setitem__)
+
+    def finish(job: int, pid: int) -> None:
+        done[job] = pid
+        if len(done) == 5:
+            others_are_done.set()
+
+    pool.run(range(6), arguments, finish)
     assert started == list(range(6))
     # The first job takes as long as all others, which the other worker has done meanwhile.
     assert list(done)[-1] == 0
