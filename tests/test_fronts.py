@@ -146,6 +146,19 @@ def test_thinning_keeps_what_spread_subset_keeps_and_none_keeps_all() -> None:
     assert len(front.thinned(None)) == 7
 
 
+@pytest.mark.parametrize("size", [2, 3, 5, 12])
+@pytest.mark.parametrize("sparsities", [[0.9], [0.35, 0.05], [0.61, 0.6], [0.2, 0.5, 0.8], [1.0]])
+def test_thinning_keeps_the_best_member_beyond_each_sparsity_while_it_can(size: int, sparsities: list[float]) -> None:
+    # Sparsities 0.9, 0.8, ..., 0.0; those in the middle add hardly any hypervolume.
+    front = front_of([(0.9 - 0.3 * d, d) for d in np.arange(1, 11) / 10])
+    left = front.thinned(size, sparsities)
+    assert len(left) == min(size, 10)
+    best = [max(m for m in front.density if 1 - m >= s - 1e-6) for s in sparsities if s < 0.95]
+    found = sum(bool(np.any(np.abs(left.density - density) < 1e-6)) for density in set(best))
+    assert found == min(size, len(set(best)))
+    np.testing.assert_array_equal(front.thinned(size, []).objectives, front.thinned(size).objectives)
+
+
 @pytest.mark.parametrize(("sparsity", "expected"), [(0.8, 0), (1.0, 0), (0.5, 1), (0.0, 2), (0.2, 2)])
 def test_the_closest_member_has_the_nearest_sparsity(sparsity: float, expected: int) -> None:
     assert front_of([(0.6, 0.2), (0.3, 0.5), (0.1, 0.9)]).closest(sparsity=sparsity) == expected

@@ -853,6 +853,19 @@ def test_members_chosen_anew_are_judged_within_the_budget(
     assert result.history[-1]["hypervolume"] > result.history[-2]["hypervolume"]
 
 
+def test_the_best_members_beyond_given_sparsities_are_chosen_anew(evaluate: Analytic) -> None:
+    given: list[PackedMasks] = []
+
+    def as_they_are(masks: PackedMasks) -> PackedMasks:
+        given.append(masks)
+        return masks
+
+    result = thresholds(evaluate, 60, n_reselected=3, sparsities=[0.3, 0.62, 0.85], reselect=as_they_are)
+    density = result.front.density
+    (masks,) = given
+    assert masks.density.tolist() == sorted(max(d for d in density if d <= 1 - s) for s in (0.3, 0.62, 0.85))
+
+
 def test_members_that_come_back_as_they_were_cost_nothing(evaluate: Analytic) -> None:
     result = thresholds(evaluate, 60, n_reselected=5, reselect=lambda masks: masks)
     assert len(evaluate.judged) == result.history[-1]["evaluations"] == 55

@@ -48,6 +48,7 @@ SETTINGS: dict[str, Any] = {
     "precision": "bfloat16",
     "batch_size": 16,
     "front_size": 3,
+    "sparsities": [],
 }
 
 

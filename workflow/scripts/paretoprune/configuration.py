@@ -17,6 +17,8 @@ REFIT_GUIDE = "refit"
 
 # Flat algorithms that judge groups of weights before they start.
 SPARSE_ALGORITHMS = ("sparse_ea", "mskea")
+# Settings that say which members of a front are published.
+PUBLISHING = ("front_size", "sparsities")
 
 
 class ConfigurationError(ValueError):
@@ -238,6 +240,8 @@ def phase1_settings(settings: Config) -> dict[str, Any]:
         "start_densities": own.pop("start_densities"),
         "algorithm": {
             **own,
+            # Nothing else in Phase 1 asks for them, and it need not run again for their sake.
+            "sparsities": settings["sparsities"] if own["n_reselected"] else [],
             "evaluations": phase1_evaluations(settings),
             "population": settings["population"],
         },
@@ -294,7 +298,7 @@ def phase2_settings(settings: Config) -> dict[str, Any]:
     own = dict(settings["phase2"])
     return {
         **searching_settings(settings),
-        "front_size": settings["front_size"],
+        **{key: settings[key] for key in PUBLISHING},
         "guides": score_guides(settings),
         "refit_guide": REFIT_GUIDE in own.pop("guides"),
         "corridors": settings["anchors"]["corridors"],
@@ -314,12 +318,12 @@ def flat_settings(settings: Config) -> dict[str, Any]:
         del own["score_share"]
     return {
         **searching_settings(settings),
-        "front_size": settings["front_size"],
+        **{key: settings[key] for key in PUBLISHING},
         "algorithm": {**own, **{key: settings[key] for key in ("evaluations", "population")}},
     }
 
 
 def allocation_settings(settings: Config) -> dict[str, Any]:
     """The part of a method's settings that an allocation baseline depends on."""
-    own = ("importance", "allocation", "ladder", "front_size")
+    own = ("importance", "allocation", "ladder", *PUBLISHING)
     return {**searching_settings(settings), **{key: settings[key] for key in own}}

@@ -4,7 +4,7 @@ Objectives are always minimised and lie in the columns (error, density). Nothing
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 REFERENCE_POINT = (1.0, 1.0)
+# How far beyond a density still counts as the density.
+_ROUNDING = 1e-9
 
 
 def hypervolume(objectives: np.ndarray) -> float:
@@ -51,24 +53,29 @@ def non_dominated(objectives: np.ndarray) -> np.ndarray:
     return front[np.argsort(objectives[front, 1], kind="stable")]
 
 
-def spread_subset(objectives: np.ndarray, size: int) -> np.ndarray:
+def spread_subset(objectives: np.ndarray, size: int, sparsities: Sequence[float] = ()) -> np.ndarray:
     """Members of a front that keep most of its hypervolume, taking away the least contributor until `size` are left.
 
     Args:
         objectives: float (n, 2), mutually non-dominated.
         size: Largest number of members to keep, at least 2.
+        sparsities: For each, of the members at least that sparse, the one with least error goes last.
 
     Returns:
         Indices int64, sorted by density, sparsest first.
     """
     order = np.argsort(objectives[:, 1], kind="stable")
     kept = list(order)
+    # Sorted by density, they are sorted by error too.
+    n_sparser = np.searchsorted(objectives[order, 1], 1 - np.asarray(sparsities) + _ROUNDING, side="right")
+    wanted = np.zeros(len(objectives), dtype=bool)
+    wanted[order[n_sparser[n_sparser > 0] - 1]] = True
     while len(kept) > size:
         error, density = objectives[kept, 0], objectives[kept, 1]
         # The box that only this member dominates: to its left neighbour's error, to its right neighbour's density.
         width = np.concatenate([[REFERENCE_POINT[0]], error[:-1]]) - error
         height = np.concatenate([density[1:], [REFERENCE_POINT[1]]]) - density
-        kept.pop(int(np.argmin(width * height)))
+        kept.pop(int(np.lexsort((width * height, wanted[kept]))[0]))
     return np.array(kept, dtype=np.int64)
 
 
@@ -168,9 +175,12 @@ class Front:
         )
         return both.select(non_dominated(both.objectives))
 
-    def thinned(self, size: int | None) -> "Front":
-        """At most `size` members that keep most of the hypervolume; all of them for None."""
-        return self if size is None else self.select(spread_subset(self.objectives, size))
+    def thinned(self, size: int | None, sparsities: Sequence[float] = ()) -> "Front":
+        """At most `size` members, all of them for None: those that keep most of the hypervolume.
+
+        The best members beyond each of `sparsities` are among them, see `spread_subset`.
+        """
+        return self if size is None else self.select(spread_subset(self.objectives, size, sparsities))
 
     def closest(self, *, sparsity: float) -> int:
         """Index of the member of nearest sparsity; of two, the one with less error.

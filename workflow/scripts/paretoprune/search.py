@@ -441,6 +441,7 @@ def search_thresholds(
     rungs: int | None = None,
     level_switches: float = 0.0,
     n_reselected: int = 0,
+    sparsities: Sequence[float] = (),
     reselect: Callable[[PackedMasks], PackedMasks] | None = None,
     precompute: Callable[[PackedMasks], None] | None = None,
     progress: Progress | None = None,
@@ -465,6 +466,7 @@ def search_thresholds(
             density (`paretoprune.operators.switch_levels`).
         n_reselected: Members of the front, at its end, whose weights are chosen anew by `reselect`; the masks that come
             back are judged too, within the budget.
+        sparsities: Among those members are the best ones beyond each of these.
         reselect: Masks to masks that keep as many weights of each layer.
         precompute: Told of the masks that have all layers on one rung, before anything is judged.
         progress: Called with each history row.
@@ -526,7 +528,7 @@ def search_thresholds(
     if n_reselected and reselect is not None:
         recorder.budget, recorder.survival = evaluations, None
         recorder.stage = "reselected"
-        recorder(reselect(recorder.front.thinned(n_reselected).masks))
+        recorder(reselect(recorder.front.thinned(n_reselected, sparsities).masks))
         recorder.close_generation()
     return recorder.result()
 

@@ -88,7 +88,9 @@ def publish(
     settings: Mapping[str, Any],
     device: torch.device,
 ) -> None:
-    """Thin a front to `front_size`, finish its networks, and write the output files `masks`, `networks` and `history`.
+    """Thin a front, finish its networks, and write the output files `masks`, `networks` and `history`.
+
+    `front_size` members stay, among them the best ones beyond each of `sparsities`.
 
     What is published is judged once more in float32, in as many processes, as it is finished: with the repair of the
     method, and re-fitted layer by layer where that is `reconstruct`. Members that others then dominate are dropped.
@@ -102,7 +104,7 @@ def publish(
             "expected at least one network to publish, found none: each that was tried has a layer that keeps nothing; "
             "set `empty_layers: allow`, or raise `evaluations` or, for an allocation, `ladder.highest`"
         )
-    front = found.front.thinned(settings["front_size"])
+    front = found.front.thinned(settings["front_size"], settings["sparsities"])
     changed = {"precision": "float32", "workers": evaluate.n_workers, "repair": settings["repair"]}
     with make_search_evaluator(inputs, settings, device, **changed) as exact:
         states, scores = exact.finish(front.masks)

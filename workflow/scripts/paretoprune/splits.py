@@ -16,7 +16,10 @@ SPLITS = ("train", "calibration", "search", "test")
 
 @dataclass(frozen=True)
 class Splits:
-    """Indices of the images of each split, int64, sorted, pairwise disjoint.
+    """Indices of the images of each split, int64, pairwise disjoint.
+
+    Those of calibration and search come in random order, so that the first few stand for all: images often lie sorted
+    by class. Those of train and test are sorted.
 
     Attributes:
         train: Fits the dense network, gives gradients, fine-tunes.
@@ -90,13 +93,14 @@ def split_images(
             )
         rest, taken[name] = train_test_split(rest, test_size=n, stratify=labels[rest], random_state=seed)
     taken.setdefault("test", own_test)
-    ordered = {name: np.sort(indices).astype(np.int64) for name, indices in (taken | {"train": rest}).items()}
-    if search and len(np.unique(labels[ordered["search"]])) < 2:
+    # What was taken comes shuffled.
+    taken |= {"train": np.sort(rest), "test": np.sort(taken["test"])}
+    if search and len(np.unique(labels[taken["search"]])) < 2:
         raise ValueError(
             "the search split holds images of one class only, so every network that always answers it looks perfect; "
             "give the dataset a larger `search`, or classes of similar size"
         )
-    return Splits(**ordered)
+    return Splits(**{name: indices.astype(np.int64) for name, indices in taken.items()})
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
