@@ -131,8 +131,9 @@ class PopulationEvaluator:
         images: Images to judge on, float32 (n, channels, height, width), normalised.
         labels: Their labels, int64 (n,).
         repair: What is put right before judging, a key of `paretoprune.repair.REPAIRS`.
-        calibration_images: Images for the repair, normalised.
-        repair_images: How many of them batch-norm statistics are corrected on for each candidate; None for all.
+        calibration_images: Images for the repair, normalised, in random order.
+        repair_images: How many of them, the first, batch-norm statistics of each candidate are corrected on; None for
+            all.
         statistics: For repair `reconstruct`, of the layers (`paretoprune.statistics`); None to collect them on the
             calibration images.
         damping: For repair `reconstruct`, see `paretoprune.curvature.damped`.

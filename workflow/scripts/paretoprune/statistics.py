@@ -221,7 +221,8 @@ def collect_statistics(
     Args:
         network: The dense network; it is copied and left as it is.
         layout: Its prunable tensors.
-        images: Calibration images (n, channels, height, width), normalised.
+        images: Calibration images (n, channels, height, width), normalised, in random order: how much outputs matter is
+            taken from the first `N_SENSITIVITY_IMAGES`.
         seed: Fixes the positions and the projections of the logits that are drawn.
         positions: Output positions of each image, at most; None for all.
         device: Where to compute.
