@@ -161,10 +161,15 @@ class _Pass:
         y_pruned = _in_batches(pruned, x_pruned)
         if step.norm is not None and norm is not None:
             self._correct(step.norm, channel_moments(aim), channel_moments(y_pruned))
-            y, y_pruned = norm(y), self._modules[step.norm](y_pruned)
-        if step.other is not None:
-            y, y_pruned = y + before[step.other], y_pruned + after[step.other]
-        return (y.relu(), y_pruned.relu()) if step.relu else (y, y_pruned)
+        return (
+            _completed(y, norm, None if step.other is None else before[step.other], step.relu),
+            _completed(
+                y_pruned,
+                None if step.norm is None else self._modules[step.norm],
+                None if step.other is None else after[step.other],
+                step.relu,
+            ),
+        )
 
     def _call(self, step: Call, before: Registers, after: Registers) -> tuple[Any, Any]:
         node = step.output
@@ -238,3 +243,18 @@ def _module_of(step: Convolution | Call) -> str | None:
 
 def _in_batches(module: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([module(batch) for batch in x.split(BATCH_SIZE)])
+
+
+def _completed(y: Tensor, norm: nn.Module | None, other: Tensor | None, relu: bool) -> Tensor:
+    """Outputs of a convolution after its batch norm, shortcut and ReLU; in place where they keep their shape."""
+    if other is not None and torch.broadcast_shapes(y.shape, other.shape) != y.shape:
+        y = (y if norm is None else norm(y)) + other
+        return y.relu() if relu else y
+    # Batch by batch, as all images at once would go through memory in each of the steps.
+    for i in range(0, len(y), BATCH_SIZE):
+        batch = slice(i, i + BATCH_SIZE)
+        z = y[batch] if norm is None else norm(y[batch])
+        if other is not None:
+            z = z + (other[batch] if len(other) == len(y) else other)
+        y[batch] = z.relu() if relu else z
+    return y
