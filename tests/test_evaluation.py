@@ -745,7 +745,7 @@ def test_a_network_that_cannot_be_traced_is_re_fitted_and_built_layer_by_layer(
         assert not evaluate.is_fused
         expected = evaluate.score(masks)
         with caplog.at_level(logging.WARNING, "paretoprune"):
-            states, scores = evaluate.finish(masks)
+            _, states, scores = evaluate.finish(masks)
         assert (
             "finished networks keep the weights that each layer was given on the dense network's inputs" in caplog.text
         )
@@ -848,7 +848,7 @@ def test_finished_networks_are_the_built_ones_and_measured_by_hand(repair: str, 
                 assert not bool(state[name][~torch.from_numpy(kept)].any())
         # A network can be measured and used further.
         assert torch.equal(built[1].state_dict()["head.bias"], states[1]["head.bias"])
-        assert evaluate.finish(masks.select([]))[0] == []
+        assert evaluate.finish(masks.select([]))[1] == []
     assert multiprocessing.active_children() == []
 
 
@@ -859,7 +859,7 @@ def test_two_processes_finish_and_choose_anew_as_one_does() -> None:
     found = []
     for workers in (1, 2):
         with evaluator(network, "reconstruct", workers=workers) as evaluate:
-            states, scores = evaluate.finish(masks)
+            _, states, scores = evaluate.finish(masks)
             found.append((states, scores, evaluate.reselect(masks)))
     (states, scores, chosen), (other_states, other_scores, other_chosen) = found
     for one, other in zip(states, other_states, strict=True):
@@ -877,7 +877,7 @@ def test_finished_networks_answer_more_like_the_dense_one_than_judged_ones() -> 
     layout = MaskLayout.of(network)
     masks = PackedMasks.pack(np.array([magnitude_mask(network, layout, density) for density in (0.7, 0.5, 0.3)]))
     evaluate = evaluator(network, "reconstruct")
-    assert evaluate.finish(masks)[1].divergence.mean() < evaluate.score(masks).divergence.mean()
+    assert evaluate.finish(masks)[2].divergence.mean() < evaluate.score(masks).divergence.mean()
 
 
 def test_a_re_fitted_network_can_be_trained_further_and_leaves_the_evaluator_as_it_was() -> None:

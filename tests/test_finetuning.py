@@ -80,7 +80,7 @@ def finetune(folder: Path, network: nn.Module, **changed: Any) -> tuple[Front, l
     options: dict[str, Any] = {"sparsities": [0.9, 0.8], "with_knee": True, "seed": 0}
     rows = finetune_members(
         front,
-        search.finish(front.masks)[0],
+        search.finish(front.masks)[1],
         search,
         test,
         network,

@@ -40,6 +40,7 @@ CPU = torch.device("cpu")
 SETTINGS: dict[str, Any] = {
     "repair": "batchnorm",
     "search_repair": None,
+    "candidate_images": None,
     "repair_images": 12,
     "damping": 0.02,
     "refine": True,

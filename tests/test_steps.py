@@ -156,8 +156,8 @@ def test_an_evaluator_repairs_by_the_settings() -> None:
             calibration_images=judged().images,
             **{key: value for key, value in chosen.items() if key != "evaluations"},
         )
-        states, scores = evaluate.finish(some_masks())
-        expected, judged_by_hand = by_hand.finish(some_masks())
+        _, states, scores = evaluate.finish(some_masks())
+        _, expected, judged_by_hand = by_hand.finish(some_masks())
         assert all(torch.equal(a[key], b[key]) for a, b in zip(states, expected, strict=True) for key in b)
         assert np.array_equal(scores.divergence, judged_by_hand.divergence)
         assert np.array_equal(evaluate(some_masks()), by_hand(some_masks()))

@@ -185,8 +185,8 @@ def pareto_prune(
         with exact:
             if refits:
                 front = front.thinned(population)
-            _, measured = exact.finish(front.masks)
-            front = Front(front.masks, np.column_stack([measured.error, front.density]), front.stages)
+            masks, _, measured = exact.finish(front.masks, reselect=True)
+            front = Front(masks, np.column_stack([measured.error, front.density]), front.stages)
             front = Front.empty(layout.n_weights).merge(front)
     front.builder = evaluate.build
     return front

@@ -256,7 +256,7 @@ def judging_settings(settings: Config) -> dict[str, Any]:
 
 def searching_settings(settings: Config) -> dict[str, Any]:
     """The part of a method's settings that says how candidates are judged during a search."""
-    keys = ("search_repair", "empty_layers")
+    keys = ("search_repair", "candidate_images", "empty_layers")
     return {**judging_settings(settings), **{key: settings[key] for key in keys}}
 
 

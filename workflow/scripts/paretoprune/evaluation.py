@@ -27,7 +27,7 @@ from paretoprune.masks import MaskLayout, PackedMasks
 from paretoprune.networks import channels_last, to_channels_last
 from paretoprune.prefixes import NO_PLAN, Plan, PrefixCache
 from paretoprune.reconstruction import Reconstruction
-from paretoprune.refinement import Refinement
+from paretoprune.refinement import Refined, Refinement
 from paretoprune.repair import REFITTING, REPAIRS
 from paretoprune.statistics import LayerStatistics, collect_statistics
 from paretoprune.tracing import NotTraceableError
@@ -458,6 +458,14 @@ class PopulationEvaluator:
                 )
         return self._refinement
 
+    def _refined(self, mask: np.ndarray, *, reselect: bool) -> Refined:
+        """The re-fitted network of one mask bool (n_weights,), once it is clear that networks can be refined."""
+        assert self._refinement is not None
+        assert self._reconstruction is not None
+        kept = torch.from_numpy(mask).to(self._device)
+        with repeatable(), torch.inference_mode():
+            return self._refinement(kept, self._reconstruction(kept), reselect=reselect)
+
     def build(self, mask: np.ndarray) -> nn.Module:
         """The pruned and repaired network of one mask, as an independent module on the CPU, in evaluation mode.
 
@@ -467,13 +475,11 @@ class PopulationEvaluator:
         Args:
             mask: bool (n_weights,).
         """
-        kept = torch.from_numpy(mask).to(self._device)
-        refinement = self._prepare_refinement() if self._refine else None
+        if self._refine and self._prepare_refinement() is not None:
+            return self._refined(mask, reselect=False).network
         with repeatable(), torch.inference_mode():
-            if refinement is not None and self._reconstruction is not None:
-                return refinement(kept, self._reconstruction(kept)).network
             pruned = self._reference()
-            pruned.prepare(kept)
+            pruned.prepare(torch.from_numpy(mask).to(self._device))
         network = copy.deepcopy(self._original)
         network.load_state_dict(pruned.network.state_dict())
         return network
@@ -497,37 +503,49 @@ class PopulationEvaluator:
         found = self._in_processes(lambda i: self.measure(self.load(states[i])), len(states))
         return Scores(np.array([e for e, _ in found]), np.array([d for _, d in found]))
 
-    def finish(self, masks: PackedMasks) -> tuple[list[dict[str, Tensor]], Scores]:
+    def finish(
+        self, masks: PackedMasks, *, reselect: bool = False
+    ) -> tuple[PackedMasks, list[dict[str, Tensor]], Scores]:
         """Build the networks of masks and measure them, in the evaluator's processes.
 
+        Args:
+            masks: What is built.
+            reselect: Where networks are refined, also choose each layer's weights anew on the pruned network's own
+                inputs (`reselect`), and keep of the two networks the one with the smaller objective.
+
         Returns:
-            The state of each network, on the CPU, and what the images say of it.
+            The masks, with `reselect` perhaps others that keep as many weights of each layer; the state of each
+            network, on the CPU; and what the images say of it.
         """
 
-        def finish_one(i: int) -> tuple[dict[str, np.ndarray], float, float]:
-            network = self.build(masks.unpack(i))
-            state = {key: value.numpy() for key, value in network.state_dict().items()}
-            return state, *self.measure(network)
+        def finish_one(i: int) -> tuple[np.ndarray, dict[str, np.ndarray], float, float]:
+            mask = masks.unpack(i)
+            tried = [(mask, self.build(mask))]
+            if anew and not mask.all():
+                refined = self._refined(mask, reselect=True)
+                tried.append((refined.kept.cpu().numpy(), refined.network))
+            measured = [self.measure(network) for _, network in tried]
+            at = ("error", "divergence").index(self.objective)
+            best = min(range(len(tried)), key=lambda j: measured[j][at])
+            state = {key: value.numpy() for key, value in tried[best][1].state_dict().items()}
+            return tried[best][0], state, *measured[best]
 
-        if self._refine:
-            self._prepare_refinement()
+        anew = self._refine and self._prepare_refinement() is not None and reselect
         found = self._in_processes(finish_one, len(masks))
-        states = [{key: torch.from_numpy(value) for key, value in state.items()} for state, _, _ in found]
-        return states, Scores(np.array([e for _, e, _ in found]), np.array([d for _, _, d in found]))
+        states = [{key: torch.from_numpy(value) for key, value in state.items()} for _, state, _, _ in found]
+        scores = Scores(np.array([e for *_, e, _ in found]), np.array([d for *_, d in found]))
+        return PackedMasks.pack_each((mask for mask, *_ in found), masks.n_weights), states, scores
 
     def reselect(self, masks: PackedMasks) -> PackedMasks:
         """Masks that keep as many weights of each layer, chosen anew on the pruned network's own inputs.
 
         See `paretoprune.refinement`; masks come back as they are where networks cannot be refined.
         """
-        refinement, reconstruction = self._prepare_refinement(), self._reconstruction
-        if refinement is None or reconstruction is None:
+        if self._prepare_refinement() is None:
             return masks
 
         def reselect_one(i: int) -> np.ndarray:
-            kept = torch.from_numpy(masks.unpack(i)).to(self._device)
-            with repeatable(), torch.inference_mode():
-                return refinement(kept, reconstruction(kept), reselect=True).kept.cpu().numpy()
+            return self._refined(masks.unpack(i), reselect=True).kept.cpu().numpy()
 
         return PackedMasks.pack_each(self._in_processes(reselect_one, len(masks)), masks.n_weights)
 

@@ -19,15 +19,23 @@ from paretoprune.steps import make_evaluator, read_splits, read_statistics
 
 
 def make_search_evaluator(
-    inputs: Mapping[str, Any], settings: Mapping[str, Any], device: torch.device, **changed: Any
+    inputs: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    device: torch.device,
+    *,
+    all_images: bool = False,
+    **changed: Any,
 ) -> PopulationEvaluator:
     """A judge of candidates on the search split, from a step's files `network`, `images`, `splits` and `statistics`.
+
+    It judges on `candidate_images` of the split, or on all of it.
 
     Settings are those of `paretoprune.configuration.searching_settings`; `changed` ones go first. It may also hold
     other arguments of `paretoprune.evaluation.PopulationEvaluator`.
     """
     dense = DenseNetwork.load(inputs["network"])
     search, calibration = read_splits(inputs["images"], inputs["splits"], dense, "search", "calibration")
+    search = search.first(None if all_images else settings["candidate_images"])
     chosen = {"repair": settings["search_repair"] or settings["repair"], "statistics": read_statistics(inputs)}
     return make_evaluator(dense, search, calibration, settings, device, **{**chosen, **changed})
 
@@ -92,8 +100,11 @@ def publish(
 
     `front_size` members stay, among them the best ones beyond each of `sparsities`.
 
-    What is published is judged once more in float32, in as many processes, as it is finished: with the repair of the
-    method, and re-fitted layer by layer where that is `reconstruct`. Members that others then dominate are dropped.
+    What is published is judged once more, on all search images, in float32 and in as many processes, as it is finished:
+    with the repair of the method, and re-fitted layer by layer where that is `reconstruct`, once with the weights that
+    were found and once with each layer's chosen anew, of which the better stays. A search has seen so many candidates
+    on its images that the best of them are partly luck; weights chosen anew have not seen them. Members that others
+    then dominate are dropped.
 
     Raises:
         ValueError: The front is empty: every network that was tried has an empty layer, which is forbidden.
@@ -106,10 +117,12 @@ def publish(
         )
     front = found.front.thinned(settings["front_size"], settings["sparsities"])
     changed = {"precision": "float32", "workers": evaluate.n_workers, "repair": settings["repair"]}
-    with make_search_evaluator(inputs, settings, device, **changed) as exact:
-        states, scores = exact.finish(front.masks)
+    with make_search_evaluator(inputs, settings, device, all_images=True, **changed) as exact:
+        masks, states, scores = exact.finish(front.masks, reselect=True)
     objectives = np.column_stack([scores.objective(settings["objective"]), front.density])
-    judged = Front(front.masks, objectives, front.stages)
+    same = np.all(masks.words == front.masks.words, axis=1)
+    stages = [stage if kept else "reselected" for stage, kept in zip(front.stages, same, strict=True)]
+    judged = Front(masks, objectives, stages)
     kept = non_dominated(judged.objectives)
     judged.select(kept).save(outputs["masks"])
     save_networks(outputs["networks"], [states[i] for i in kept])

@@ -163,6 +163,10 @@ class LabelledImages:
         chosen = torch.from_numpy(indices)
         return cls(normalise(image_set.images[chosen], mean, std), image_set.labels[chosen])
 
+    def first(self, n: int | None) -> "LabelledImages":
+        """The first `n` images, all of them for None or where there are fewer."""
+        return LabelledImages(self.images[:n], self.labels[:n])
+
     def sample(self, n: int, seed: int) -> "LabelledImages":
         """`n` of the images at random, all of them where there are fewer."""
         chosen = torch.from_numpy(np.random.default_rng(seed).permutation(len(self))[:n])
