@@ -832,7 +832,8 @@ def test_finished_networks_are_the_built_ones_and_measured_by_hand(repair: str, 
         dense = network(images).double().log_softmax(1)
     with evaluator(network, repair, workers=workers) as evaluate:
         evaluate(masks)
-        states, scores = evaluate.finish(masks)
+        same, states, scores = evaluate.finish(masks)
+        assert np.array_equal(same.words, masks.words)
         built = [evaluate.build(masks.unpack(i)) for i in range(len(masks))]
         assert scores.error.shape == scores.divergence.shape == (4,)
         for i, (state, one) in enumerate(zip(states, built, strict=True)):
@@ -870,6 +871,40 @@ def test_two_processes_finish_and_choose_anew_as_one_does() -> None:
     layout = MaskLayout.of(network)
     assert np.array_equal(layout.n_kept(chosen), layout.n_kept(masks))
     assert not np.array_equal(chosen.words, masks.words)
+
+
+@pytest.mark.parametrize("objective", ["error", "divergence"])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=SHARED)])
+def test_of_a_finished_network_and_one_with_weights_chosen_anew_the_better_stays(objective: str, workers: int) -> None:
+    network = trained("residual")
+    layout = MaskLayout.of(network)
+    good = [magnitude_mask(network, layout, density) for density in (1.0, 0.6, 0.2, 0.1)]
+    bad = np.random.default_rng(0).random((3, layout.n_weights)) < 0.3
+    masks = PackedMasks.pack(np.array([*good, *bad]))
+    with evaluator(network, "reconstruct", workers=workers, objective=objective) as evaluate:
+        anew = evaluate.reselect(masks)
+        (_, as_found, before), (_, chosen, after) = evaluate.finish(masks), evaluate.finish(anew)
+        found, states, scores = evaluate.finish(masks, reselect=True)
+    better = after.objective(objective) < before.objective(objective)
+    assert not better[0]  # the dense network
+    assert better.any()
+    assert np.array_equal(found.words, np.where(better[:, None], anew.words, masks.words))
+    for name in ("error", "divergence"):
+        np.testing.assert_array_equal(
+            scores.objective(name), np.where(better, after.objective(name), before.objective(name))
+        )
+    for i, state in enumerate(states):
+        expected = (chosen if better[i] else as_found)[i]
+        assert all(torch.equal(state[key], expected[key]) for key in expected)
+    assert np.array_equal(layout.n_kept(found), layout.n_kept(masks))
+
+
+@pytest.mark.parametrize("changed", [{"repair": "batchnorm"}, {"repair": "reconstruct", "refine": False}])
+def test_nothing_is_chosen_anew_where_networks_are_not_refined(changed: dict[str, Any]) -> None:
+    network = trained("residual")
+    masks = some_masks(network)
+    evaluate = evaluator(network, **changed)
+    assert np.array_equal(evaluate.finish(masks, reselect=True)[0].words, masks.words)
 
 
 def test_finished_networks_answer_more_like_the_dense_one_than_judged_ones() -> None:

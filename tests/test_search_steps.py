@@ -104,6 +104,19 @@ def test_a_search_is_judged_on_the_search_split_by_the_settings(inputs: dict[str
     assert np.array_equal(evaluate(some_masks()), by_hand(inputs, "bfloat16")(some_masks()))
 
 
+def test_candidates_are_judged_on_the_first_search_images_and_finished_networks_on_all(
+    inputs: dict[str, str], tmp_path: Path
+) -> None:
+    few = {"candidate_images": 11}
+    evaluate = make_search_evaluator(inputs, SETTINGS | few, CPU, precision="float32")
+    whole = make_search_evaluator(inputs, SETTINGS | few, CPU, precision="float32", all_images=True)
+    assert len(evaluate.images_and_labels[0]) == 11
+    assert np.array_equal(whole(some_masks()), by_hand(inputs, "float32")(some_masks()))
+    assert not np.array_equal(evaluate(some_masks()), whole(some_masks()))
+    front, _ = published(inputs, tmp_path, a_search(some_masks()), front_size=None, precision="float32", **few)
+    assert set(front.objectives[:, 0]) <= set(whole.finish(some_masks())[2].divergence)
+
+
 def test_a_setting_can_be_changed_for_one_judge(inputs: dict[str, str]) -> None:
     evaluate = make_search_evaluator(inputs, SETTINGS, CPU, precision="float32")
     assert np.array_equal(evaluate(some_masks()), by_hand(inputs, "float32")(some_masks()))
@@ -181,12 +194,20 @@ def test_a_front_is_thinned_and_then_its_networks_are_finished_and_measured(
         k: v for k, v in changed.items() if k != "search_repair"
     }
     exact = by_hand(inputs, "float32", **made)
-    built = [exact.build(thinned.masks.unpack(i)) for i in range(5)]
+    tried = [(mask, exact.build(mask)) for mask in map(thinned.masks.unpack, range(5))]
+    anew = exact.reselect(thinned.masks) if made["repair"] == "reconstruct" and made["refine"] else thinned.masks
+    tried = [
+        min(pair, (mask, exact.build(mask)), key=lambda p: exact.measure(p[1])[1])
+        for pair, mask in zip(tried, map(anew.unpack, range(5)), strict=True)
+    ]
+    masks, built = PackedMasks.pack(np.array([mask for mask, _ in tried])), [network for _, network in tried]
     objectives = np.column_stack([[exact.measure(network)[1] for network in built], thinned.density])
     kept = non_dominated(objectives)
     assert np.array_equal(front.objectives, objectives[kept])
-    assert front.masks.fingerprints() == thinned.masks.select(kept).fingerprints()
-    assert front.stages == [thinned.stages[i] for i in kept]
+    assert front.masks.fingerprints() == masks.select(kept).fingerprints()
+    same = np.all(masks.words == thinned.masks.words, axis=1)
+    assert front.stages == [thinned.stages[i] if same[i] else "reselected" for i in kept]
+    assert same.all() == (anew is thinned.masks)
     assert len(states) == len(kept) >= 1
     for state, i in zip(states, kept, strict=True):
         expected = built[i].state_dict()
