@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from paretoprune.evaluation import PopulationEvaluator, computes_bfloat16
+from paretoprune.devices import computes_bfloat16
+from paretoprune.evaluation import PopulationEvaluator
 from paretoprune.masks import MaskLayout, PackedMasks
 from paretoprune.networks import to_channels_last
 from torch import Tensor, nn

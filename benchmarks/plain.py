@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from paretoprune import search
 from paretoprune.corridor import Corridor
-from paretoprune.evaluation import divergence, top1_error
 from paretoprune.masks import Genome, MaskLayout, PackedMasks, pack_rows, unpack_row
+from paretoprune.metrics import divergence, top1_error
 from paretoprune.operators import AdaptiveVariation
 from paretoprune.repair import make_repair
 from paretoprune.search import Evaluate, Recorder, SearchResult

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 from paretoprune import Front, pareto_prune
-from paretoprune.evaluation import PopulationEvaluator, predict, top1_error
+from paretoprune.evaluation import PopulationEvaluator
 from paretoprune.fronts import non_dominated
 from paretoprune.importance import compute_importance
 from paretoprune.masks import MaskLayout, PackedMasks
+from paretoprune.measurement import measure_errors
+from paretoprune.metrics import predict, top1_error
+from paretoprune.splits import LabelledImages
 from paretoprune.workers import can_fork
 from small_networks import digits, magnitude_mask, n_hooks, numpy_state, states_equal, trained
 from torch import Tensor, nn
@@ -327,19 +330,9 @@ def test_the_error_of_a_re_fitted_member_is_that_of_its_network() -> None:
 def test_a_re_fitted_network_is_built_equal_each_time_and_measured_as_published() -> None:
     front, network = refitted(), trained("residual")
     assert states_equal(front.network(0), front.network(0))
-    (search_images, search_labels), images = part(1000, 1200), part(0, 400)[0]
-    judge = PopulationEvaluator(
-        network,
-        MaskLayout.of(network),
-        search_images,
-        search_labels,
-        repair="none",
-        calibration_images=images,
-        precision="float32",
-    )
-    assert judge.measure_all([front.network(i).state_dict() for i in range(len(front))]).error.tolist() == list(
-        front.error
-    )
+    search = LabelledImages(*part(1000, 1200))
+    states = [front.network(i).state_dict() for i in range(len(front))]
+    assert measure_errors(network, states, search, torch.device("cpu")).tolist() == list(front.error)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -8,8 +8,9 @@ import torch
 from paretoprune.captured import CapturedNetwork
 from paretoprune.evaluation import PopulationEvaluator
 from paretoprune.fused import FusedNetwork
-from paretoprune.judging import Judge, divergence_of
+from paretoprune.judging import Judge
 from paretoprune.masks import MaskLayout, PackedMasks
+from paretoprune.metrics import divergence_of
 from paretoprune.prefixes import PrefixCache
 from small_networks import calibration, digits, some_masks, trained
 from torch import Tensor

@@ -12,7 +12,7 @@ import torch
 import torchvision
 from paretoprune.checkpoints import load_weights, read_state_dict
 from paretoprune.datasets import ImageSet, read_images
-from paretoprune.evaluation import predict, top1_error
+from paretoprune.metrics import predict, top1_error
 from paretoprune.networks import CifarResNet
 from paretoprune.splits import normalise
 from PIL import Image

@@ -10,7 +10,7 @@ import torch
 from paretoprune.checkpoints import DenseNetwork
 from paretoprune.datasets import ImageSet, read_images
 from paretoprune.dense import measure_dense, prepare_dense
-from paretoprune.evaluation import predict, top1_error
+from paretoprune.metrics import predict, top1_error
 from paretoprune.networks import Architecture
 from paretoprune.splits import SPLITS, LabelledImages, Splits, channel_statistics, split_images
 from paretoprune.training import TrainingDivergedError

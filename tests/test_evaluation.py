@@ -15,10 +15,12 @@ import pytest
 import torch
 from architectures import made
 from paretoprune import evaluation
-from paretoprune.evaluation import PopulationEvaluator, Scores, default_batch_size, divergence, predict, top1_error
+from paretoprune.devices import default_batch_size
+from paretoprune.evaluation import PopulationEvaluator, Scores
 from paretoprune.fused import FusedNetwork
 from paretoprune.layerwise import LayerwiseNetwork
 from paretoprune.masks import MaskLayout, PackedMasks
+from paretoprune.metrics import divergence, predict, top1_error
 from paretoprune.reconstruction import Reconstruction
 from paretoprune.statistics import collect_statistics
 from paretoprune.workers import can_fork

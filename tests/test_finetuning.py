@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from paretoprune.evaluation import PopulationEvaluator, predict, top1_error
+from paretoprune.evaluation import PopulationEvaluator
 from paretoprune.finetuning import FINETUNED_COLUMNS, choose_members, finetune_members
 from paretoprune.fronts import Front
 from paretoprune.masks import MaskLayout, PackedMasks
+from paretoprune.metrics import predict, top1_error
 from paretoprune.splits import LabelledImages
 from paretoprune.training import Recipe
 from safetensors.torch import load_file
@@ -75,16 +76,17 @@ def test_a_sparsity_in_percent_is_refused() -> None:
 
 
 def finetune(folder: Path, network: nn.Module, **changed: Any) -> tuple[Front, list[dict[str, Any]]]:
-    search, test = judge(network, part(1000, 1300)), judge(network, part(1300, 1797))
-    front = front_of(search, network)
+    judged = judge(network, part(1000, 1300))
+    front = front_of(judged, network)
     options: dict[str, Any] = {"sparsities": [0.9, 0.8], "with_knee": True, "seed": 0}
     rows = finetune_members(
         front,
-        search.finish(front.masks)[1],
-        search,
-        test,
+        judged.finish(front.masks)[1],
+        judged.layout,
         network,
         part(0, 1000),
+        part(1000, 1300),
+        part(1300, 1797),
         Recipe(epochs=2, batch_size=50, learning_rate=0.02, distillation=0.7),
         device=torch.device("cpu"),
         folder=folder,

@@ -10,10 +10,10 @@ import torch
 from architectures import ARCHITECTURES, made
 from hypothesis import given
 from hypothesis import strategies as st
-from paretoprune.evaluation import predict
 from paretoprune.fused import FusedNetwork, unpack_words
 from paretoprune.layerwise import LayerwiseNetwork
 from paretoprune.masks import MaskLayout, pack_rows, unpack_row
+from paretoprune.metrics import predict
 from paretoprune.reconstruction import Reconstruction
 from paretoprune.statistics import collect_statistics
 from paretoprune.tracing import Convolution, Cut, NotTraceableError

@@ -9,10 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from paretoprune.devices import out_of_memory
 from paretoprune.evaluation import PopulationEvaluator
 from paretoprune.fused import FusedNetwork
-from paretoprune.judging import Judge, Verdict, divergence_of, image_losses, out_of_memory
+from paretoprune.judging import Judge, Verdict
 from paretoprune.masks import MaskLayout, PackedMasks
+from paretoprune.metrics import divergence_of, image_losses
 from paretoprune.prefixes import PrefixCache
 from small_networks import calibration, digits, some_masks, trained
 from torch import Tensor

@@ -1,34 +1,26 @@
 """The measurement of a front: one complete row per member, and per member and layer."""
 
 import numpy as np
-from paretoprune.evaluation import PopulationEvaluator
+import pytest
+import torch
 from paretoprune.fronts import Front
 from paretoprune.masks import MaskLayout, PackedMasks
-from paretoprune.measurement import FRONT_COLUMNS, LAYER_COLUMNS, front_rows, layer_rows
+from paretoprune.measurement import FRONT_COLUMNS, LAYER_COLUMNS, front_rows, layer_rows, measure_errors
+from paretoprune.metrics import predict, top1_error
+from paretoprune.splits import LabelledImages
 from small_networks import digits, magnitude_mask, trained
 
-
-def judge() -> PopulationEvaluator:
-    network, (images, labels) = trained("foreign"), digits()
-    return PopulationEvaluator(
-        network,
-        MaskLayout.of(network),
-        images[1000:1300],
-        labels[1000:1300],
-        repair="batchnorm",
-        calibration_images=images[:100],
-    )
+LAYOUT = MaskLayout.of(trained("foreign"))
 
 
-def some_front(evaluate: PopulationEvaluator) -> Front:
-    masks = [magnitude_mask(trained("foreign"), evaluate.layout, density) for density in (0.1, 0.4, 0.8)]
+def some_front() -> Front:
+    masks = [magnitude_mask(trained("foreign"), LAYOUT, density) for density in (0.1, 0.4, 0.8)]
     objectives = np.array([[0.5, 0.1], [0.3, 0.4], [0.1, 0.8]])
     return Front(PackedMasks.pack(np.array(masks)), objectives, ["start", "phase1", "phase2"])
 
 
 def test_every_member_has_a_complete_row_in_the_order_of_the_front() -> None:
-    evaluate = judge()
-    front = some_front(evaluate)
+    front = some_front()
     rows = front_rows(front, np.array([0.6, 0.25, 0.125]))
     assert all(tuple(row) == FRONT_COLUMNS for row in rows)
     assert [row["id"] for row in rows] == [0, 1, 2]
@@ -42,8 +34,7 @@ def test_every_member_has_a_complete_row_in_the_order_of_the_front() -> None:
 
 
 def test_layer_rows_count_every_weight_once() -> None:
-    evaluate = judge()
-    front, layout = some_front(evaluate), evaluate.layout
+    front, layout = some_front(), LAYOUT
     rows = layer_rows(front, layout)
     assert all(tuple(row) == LAYER_COLUMNS for row in rows)
     assert [(row["id"], row["layer"]) for row in rows] == [(i, name) for i in range(3) for name in layout.names]
@@ -56,7 +47,28 @@ def test_layer_rows_count_every_weight_once() -> None:
 
 
 def test_an_empty_front_has_no_rows() -> None:
-    evaluate = judge()
-    empty = Front.empty(evaluate.layout.n_weights)
+    empty = Front.empty(LAYOUT.n_weights)
     assert front_rows(empty, np.array([])) == []
-    assert layer_rows(empty, evaluate.layout) == []
+    assert layer_rows(empty, LAYOUT) == []
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+def test_errors_are_those_of_each_network_by_itself_in_any_number_of_processes(n_workers: int) -> None:
+    images, labels = digits()
+    judged = LabelledImages(images[1000:1300], labels[1000:1300])
+    networks = [trained("foreign"), trained("foreign"), trained("foreign")]
+    for network, share in zip(networks[1:], (0.5, 0.9), strict=True):
+        for parameter in network.parameters():
+            parameter.data[torch.rand(parameter.shape, generator=torch.Generator().manual_seed(0)) < share] = 0
+    states = [network.state_dict() for network in networks]
+    found = measure_errors(trained("foreign"), states, judged, torch.device("cpu"), n_workers)
+    expected = [top1_error(predict(network, judged.images, 50), judged.labels) for network in networks]
+    assert found.dtype == np.float64
+    assert found.tolist() == expected
+    assert expected[0] < expected[2]
+
+
+def test_no_networks_have_no_errors() -> None:
+    images, labels = digits()
+    judged = LabelledImages(images[:10], labels[:10])
+    assert measure_errors(trained("foreign"), [], judged, torch.device("cpu")).shape == (0,)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from paretoprune.evaluation import divergence, predict
 from paretoprune.masks import MaskLayout
+from paretoprune.metrics import divergence, predict
 from paretoprune.repair import BatchNormRepair, make_repair
 from small_networks import digits, magnitude_mask, n_hooks, states_equal, trained
 from torch import Tensor, nn

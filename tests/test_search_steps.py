@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from paretoprune.checkpoints import DenseNetwork, load_networks, save_tensors
+from paretoprune.checkpoints import DenseNetwork, load_networks, with_weights
 from paretoprune.corridor import Corridor
 from paretoprune.datasets import ImageSet
-from paretoprune.evaluation import PopulationEvaluator, predict, top1_error
+from paretoprune.evaluation import PopulationEvaluator
 from paretoprune.fronts import Front, non_dominated
 from paretoprune.masks import MaskLayout, PackedMasks
+from paretoprune.metrics import predict, top1_error
 from paretoprune.networks import Architecture
 from paretoprune.search import (
     SearchResult,
@@ -32,6 +33,7 @@ from paretoprune.search_steps import (
 )
 from paretoprune.splits import LabelledImages, Splits
 from paretoprune.statistics import LayerStatistics, collect_statistics, save_statistics
+from paretoprune.tensors import save_tensors
 from small_networks import digits
 from torch import Tensor
 
@@ -236,7 +238,7 @@ def test_published_networks_keep_to_their_masks_and_have_the_published_error(
     splits = Splits.load(inputs["splits"])
     search = LabelledImages.of(ImageSet.load(inputs["images"]), splits.search, (0.5,), (0.25,))
     for i, state in enumerate(states):
-        network, trained = judge.load(state), dense().network
+        network, trained = with_weights(dense().network, state), dense().network
         for name, part in judge.layout.split(front.masks.unpack(i)).items():
             kept = torch.from_numpy(part)
             weights, before = network.get_parameter(name), trained.get_parameter(name)

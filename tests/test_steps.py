@@ -11,12 +11,15 @@ import pytest
 import torch
 from paretoprune.checkpoints import DenseNetwork
 from paretoprune.datasets import ImageSet
-from paretoprune.evaluation import PopulationEvaluator, default_batch_size, predict, top1_error
+from paretoprune.devices import default_batch_size
+from paretoprune.evaluation import PopulationEvaluator
+from paretoprune.inputs import read_splits
 from paretoprune.masks import MaskLayout, PackedMasks
 from paretoprune.networks import Architecture
+from paretoprune.search_steps import make_evaluator
 from paretoprune.splits import LabelledImages, Splits, normalise
-from paretoprune.statistics import collect_statistics, save_statistics
-from paretoprune.steps import make_evaluator, make_measurer, read_splits, read_statistics, step
+from paretoprune.statistics import collect_statistics, read_statistics, save_statistics
+from paretoprune.steps import step
 from paretoprune.workers import can_fork
 
 ARCHITECTURE = Architecture("resnet8", 3, 1, {"base_width": 2})
@@ -177,22 +180,6 @@ def test_statistics_are_read_whatever_snakemake_makes_of_their_input(tmp_path: P
         assert all(torch.equal(found[name].curvature, collected[name].curvature) for name in collected)
     assert read_statistics({"statistics": []}) is None
     assert read_statistics({}) is None
-
-
-def test_a_measurer_measures_finished_networks_in_float32_and_repairs_nothing() -> None:
-    judge = make_measurer(dense(), judged(), torch.device("cpu"))
-    assert judge.precision == "float32"
-    assert judge.layout == MaskLayout.of(dense().network, ["conv1.weight"])
-    other = ARCHITECTURE.build(1).eval()
-    scores = judge.measure_all([dense().network.state_dict(), other.state_dict()])
-    expected = [top1_error(predict(n, judged().images, 64), judged().labels) for n in (dense().network, other)]
-    assert scores.error.tolist() == expected
-    assert scores.error[0] == judge.dense.error[0]
-    assert scores.divergence[0] == pytest.approx(0, abs=1e-9)
-    mask = PackedMasks.pack(np.random.default_rng(0).random((1, judge.layout.n_weights)) < 0.5)
-    assert torch.equal(
-        judge.build(mask.unpack(0)).get_buffer("bn1.running_mean"), dense().network.get_buffer("bn1.running_mean")
-    )
 
 
 def test_settings_can_be_changed_for_one_evaluator() -> None:

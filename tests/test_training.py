@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from paretoprune.evaluation import predict, top1_error
 from paretoprune.masks import MaskLayout
+from paretoprune.metrics import predict, top1_error
 from paretoprune.networks import CifarResNet
 from paretoprune.splits import LabelledImages
 from paretoprune.training import (

@@ -16,10 +16,10 @@ import torch
 import yaml
 from paretoprune.checkpoints import DenseNetwork, load_networks
 from paretoprune.configuration import merge
-from paretoprune.evaluation import predict, top1_error
 from paretoprune.fronts import Front
+from paretoprune.inputs import read_splits
 from paretoprune.masks import MaskLayout
-from paretoprune.steps import read_splits
+from paretoprune.metrics import predict, top1_error
 
 pytestmark = pytest.mark.workflow
 

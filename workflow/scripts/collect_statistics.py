@@ -1,9 +1,10 @@
 """Gather the statistics of every prunable layer of the dense network on the calibration images."""
 
 from paretoprune.checkpoints import DenseNetwork
+from paretoprune.inputs import read_splits
 from paretoprune.masks import MaskLayout
 from paretoprune.statistics import collect_statistics, save_statistics
-from paretoprune.steps import read_splits, step
+from paretoprune.steps import step
 
 name = "{dataset} {network} seed {seed}: layer statistics".format(**snakemake.wildcards)
 with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as (log, device):

@@ -1,9 +1,12 @@
 """Score every prunable weight of the dense network."""
 
-from paretoprune.checkpoints import DenseNetwork, save_tensors
+from paretoprune.checkpoints import DenseNetwork
 from paretoprune.importance import compute_importance
+from paretoprune.inputs import read_splits
 from paretoprune.masks import MaskLayout
-from paretoprune.steps import read_splits, read_statistics, step
+from paretoprune.statistics import read_statistics
+from paretoprune.steps import step
+from paretoprune.tensors import save_tensors
 
 name = "{dataset} {network} seed {seed}: {score}".format(**snakemake.wildcards)
 with step(name, snakemake.log[0], snakemake.threads) as (log, _):

@@ -3,16 +3,18 @@
 from paretoprune.checkpoints import DenseNetwork, load_networks
 from paretoprune.files import write_csv
 from paretoprune.fronts import Front
-from paretoprune.measurement import FRONT_COLUMNS, LAYER_COLUMNS, front_rows, layer_rows
-from paretoprune.steps import make_measurer, read_splits, step
+from paretoprune.inputs import read_splits
+from paretoprune.masks import MaskLayout
+from paretoprune.measurement import FRONT_COLUMNS, LAYER_COLUMNS, front_rows, layer_rows, measure_errors
+from paretoprune.steps import step
 
 name = "{dataset} {network} seed {seed}: {method}, test".format(**snakemake.wildcards)
 with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as (log, device):
     front = Front.load(snakemake.input.masks)
     dense = DenseNetwork.load(snakemake.input.network)
     (test,) = read_splits(snakemake.input.images, snakemake.input.splits, dense, "test")
-    judge = make_measurer(dense, test, device, workers=snakemake.threads)
-    errors = judge.measure_all(load_networks(snakemake.input.networks)).error
+    states = load_networks(snakemake.input.networks)
+    errors = measure_errors(dense.network, states, test, device, n_workers=snakemake.threads)
     write_csv(snakemake.output.front, front_rows(front, errors), FRONT_COLUMNS)
-    write_csv(snakemake.output.layers, layer_rows(front, judge.layout), LAYER_COLUMNS)
+    write_csv(snakemake.output.layers, layer_rows(front, MaskLayout.of(dense.network, dense.exclude)), LAYER_COLUMNS)
     log.info("%d members measured", len(front))

@@ -6,20 +6,21 @@ from paretoprune.checkpoints import DenseNetwork, load_networks
 from paretoprune.files import write_csv
 from paretoprune.finetuning import FINETUNED_COLUMNS, finetune_members
 from paretoprune.fronts import Front
-from paretoprune.steps import make_measurer, read_splits, step
+from paretoprune.inputs import read_splits
+from paretoprune.masks import MaskLayout
+from paretoprune.steps import step
 from paretoprune.training import Recipe
 
 name = "{dataset} {network} seed {seed}: {method}, fine-tuning".format(**snakemake.wildcards)
 with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as (log, device):
     front = Front.load(snakemake.input.masks)
     dense = DenseNetwork.load(snakemake.input.network)
-    train, *judged = read_splits(snakemake.input.images, snakemake.input.splits, dense, "train", "search", "test")
     rows = finetune_members(
         front,
         load_networks(snakemake.input.networks),
-        *(make_measurer(dense, part, device) for part in judged),
+        MaskLayout.of(dense.network, dense.exclude),
         dense.network,
-        train,
+        *read_splits(snakemake.input.images, snakemake.input.splits, dense, "train", "search", "test"),
         Recipe(**snakemake.params.recipe),
         sparsities=snakemake.params.members["sparsities"],
         with_knee=snakemake.params.members["knee"],

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from paretoprune.devices import out_of_memory
 from paretoprune.fused import FusedNetwork
-from paretoprune.judging import image_losses, out_of_memory
 from paretoprune.masks import n_words_for
+from paretoprune.metrics import image_losses
 
 _LOGGER = logging.getLogger("paretoprune")
 # Runs before a recording, which let libraries choose their kernels and take their memory.

@@ -1,5 +1,6 @@
 """Reading and writing trained weights, never by unpickling code."""
 
+import copy
 import json
 import os
 import pickle
@@ -10,25 +11,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from paretoprune.files import atomic_path
 from paretoprune.networks import Architecture
-
-
-def save_tensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write tensors and text metadata to a safetensors file."""
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    with atomic_path(path) as temporary:
-        save_file(plain, temporary, dict(metadata or {}))
-
-
-def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file."""
-    return load_file(path)
+from paretoprune.tensors import load_tensors, save_tensors
 
 
 def save_networks(path: str | os.PathLike[str], states: Sequence[Mapping[str, Tensor]]) -> None:
@@ -43,6 +30,13 @@ def load_networks(path: str | os.PathLike[str]) -> list[dict[str, Tensor]]:
         member, _, name = key.partition("/")
         states.setdefault(int(member), {})[name] = tensor
     return [states[i] for i in range(len(states))]
+
+
+def with_weights(network: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """A network of the same architecture with other weights, on the CPU, in evaluation mode."""
+    other = copy.deepcopy(network).cpu().eval()
+    other.load_state_dict(dict(state))
+    return other
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:

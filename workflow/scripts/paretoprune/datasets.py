@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from safetensors import safe_open
 from torch import Tensor
 
-from paretoprune.checkpoints import save_tensors
+from paretoprune.tensors import save_tensors
 
 TORCHVISION_SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion_mnist": "FashionMNIST"}
 SOURCES = ("digits", *TORCHVISION_SETS, "imagefolder")

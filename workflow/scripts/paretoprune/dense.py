@@ -9,8 +9,8 @@ import torch
 
 from paretoprune.checkpoints import DenseNetwork, load_weights, read_state_dict
 from paretoprune.datasets import ImageSet
-from paretoprune.evaluation import predict, top1_error
 from paretoprune.masks import MaskLayout
+from paretoprune.metrics import predict, top1_error
 from paretoprune.networks import Architecture
 from paretoprune.splits import SPLITS, LabelledImages, Splits, channel_statistics
 from paretoprune.training import Recipe, train

@@ -8,8 +8,7 @@ computes in it; in several processes (`paretoprune.workers`); on a GPU as one re
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,10 +19,12 @@ from torch.nn import functional
 
 from paretoprune.captured import CapturedNetwork
 from paretoprune.curvature import DAMPING
+from paretoprune.devices import computes_bfloat16, default_batch_size, out_of_memory, repeatable
 from paretoprune.fused import FusedNetwork
-from paretoprune.judging import OBJECTIVES, Judge, PrunableNetwork, Verdict, divergence_of, image_losses, out_of_memory
+from paretoprune.judging import OBJECTIVES, Judge, PrunableNetwork, Verdict
 from paretoprune.layerwise import LayerwiseNetwork
 from paretoprune.masks import MaskLayout, PackedMasks
+from paretoprune.metrics import divergence_of, image_losses, predict, top1_error
 from paretoprune.networks import channels_last, to_channels_last
 from paretoprune.prefixes import NO_PLAN, Plan, PrefixCache
 from paretoprune.reconstruction import Reconstruction
@@ -31,7 +32,7 @@ from paretoprune.refinement import Refined, Refinement
 from paretoprune.repair import REFITTING, REPAIRS
 from paretoprune.statistics import LayerStatistics, collect_statistics
 from paretoprune.tracing import NotTraceableError
-from paretoprune.workers import WorkerPool, can_fork
+from paretoprune.workers import WorkerPool, can_fork, run_in_processes
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Images on which a way to compute is compared with float32, layer by layer; and how far it may be off: share of
@@ -42,67 +43,6 @@ TOLERANCES = {torch.float32: (0.01, 0.005), torch.bfloat16: (0.05, 0.02)}
 CHECKED_DENSITY = 0.3
 _LOGGER = logging.getLogger("paretoprune")
 _Network = TypeVar("_Network", bound=FusedNetwork | LayerwiseNetwork)
-
-
-def predict(network: nn.Module, images: Tensor, batch_size: int) -> Tensor:
-    """Logits of all images, float32 (n, n_classes), in evaluation as the network stands."""
-    with torch.inference_mode():
-        return torch.cat([network(batch).float() for batch in images.split(batch_size)])
-
-
-def top1_error(logits: Tensor, labels: Tensor) -> float:
-    """Share of images whose largest logit is not their label's; an answer that is not finite counts as wrong.
-
-    Args:
-        logits: float (n, n_classes).
-        labels: int64 (n,).
-    """
-    right = (logits.argmax(dim=1) == labels) & logits.isfinite().all(dim=1)
-    return int((~right).sum()) / len(right)
-
-
-def divergence(logits: Tensor, dense_log_probabilities: Tensor) -> float:
-    """1 - exp(-KL), with KL the mean divergence (nats) of the network's answers from the dense network's.
-
-    The transformation keeps the order of networks and brings the divergence into [0, 1): 0 for the dense network
-    itself, about 1 - 1/n_classes for a network that answers nothing, as the top-1 error does. The hypervolume on it is
-    therefore read with the same reference point. Answers that are not finite count as 1.
-
-    Args:
-        logits: float (n, n_classes).
-        dense_log_probabilities: float (n, n_classes), log-softmax of the dense network's logits.
-    """
-    unused = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
-    _, kl = image_losses(logits, unused, dense_log_probabilities.double())
-    return divergence_of(float(kl.sum()) / len(kl))
-
-
-def computes_bfloat16(device: torch.device) -> bool:
-    """Whether a device has arithmetic for bfloat16, rather than emulating it."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    has_instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device.type == "cpu" and has_instructions and torch.backends.mkldnn.is_available()
-
-
-def default_batch_size(images: Tensor, device: torch.device) -> int:
-    """Images per forward pass: on a CPU as many as a core's caches hold activations of, on a GPU enough to fill it."""
-    # 128 images of 32 x 32 were the fastest measured on a CPU; larger ones in proportion.
-    fitting, least, most = (128, 3, 8) if device.type == "cpu" else (1024, 4, 10)
-    fitting = fitting * 32 * 32 // max(1, images.shape[-1] * images.shape[-2])
-    return int(2 ** np.clip(np.floor(np.log2(max(1, fitting))), least, most))
-
-
-@contextmanager
-def repeatable() -> Iterator[None]:
-    """One torch thread inside, as in worker processes, and a GPU that does not round float32: equal sums everywhere."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -492,17 +432,6 @@ class PopulationEvaluator:
             wrong, kl = image_losses(logits, self._labels, self._dense_log_probabilities)
         return int(wrong.sum()) / len(wrong), divergence_of(float(kl.sum()) / len(kl))
 
-    def load(self, state: Mapping[str, Tensor]) -> nn.Module:
-        """A network of the dense one's architecture with other weights, on the CPU, in evaluation mode."""
-        network = copy.deepcopy(self._original).cpu()
-        network.load_state_dict(dict(state))
-        return network
-
-    def measure_all(self, states: Sequence[Mapping[str, Tensor]]) -> Scores:
-        """Measure finished networks by their states, in the evaluator's processes."""
-        found = self._in_processes(lambda i: self.measure(self.load(states[i])), len(states))
-        return Scores(np.array([e for e, _ in found]), np.array([d for _, d in found]))
-
     def finish(
         self, masks: PackedMasks, *, reselect: bool = False
     ) -> tuple[PackedMasks, list[dict[str, Tensor]], Scores]:
@@ -551,16 +480,8 @@ class PopulationEvaluator:
 
     def _in_processes(self, function: Callable[[int], Any], n: int) -> list[Any]:
         """Results of a function for 0, ..., n - 1, in as many processes as the evaluator has."""
-        if self.n_workers < 2 or n < 2:
-            return [function(i) for i in range(n)]
         self._stop_workers()
-        found: dict[int, Any] = {}
-        pool = WorkerPool(function, min(n, self.n_workers))
-        try:
-            pool.run(range(n), lambda i: (i,), found.__setitem__)
-        finally:
-            pool.close()
-        return [found[i] for i in range(n)]
+        return run_in_processes(function, n, self.n_workers)
 
     def _stop_workers(self) -> None:
         """End the processes that judge: what is prepared from now on must be there when they start."""

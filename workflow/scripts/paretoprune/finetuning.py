@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paretoprune.checkpoints import save_tensors
-from paretoprune.evaluation import PopulationEvaluator, predict, top1_error
+from paretoprune.checkpoints import with_weights
 from paretoprune.fronts import Front
+from paretoprune.masks import MaskLayout
+from paretoprune.metrics import predict, top1_error
 from paretoprune.splits import LabelledImages
+from paretoprune.tensors import save_tensors
 from paretoprune.training import Recipe, check_mask, train
 
 FINETUNED_COLUMNS = (
@@ -49,10 +51,11 @@ def choose_members(front: Front, sparsities: Sequence[float], with_knee: bool) -
 def finetune_members(
     front: Front,
     states: Sequence[Mapping[str, Tensor]],
-    search: PopulationEvaluator,
-    test: PopulationEvaluator,
+    layout: MaskLayout,
     dense: nn.Module,
-    data: LabelledImages,
+    train_on: LabelledImages,
+    search: LabelledImages,
+    test: LabelledImages,
     recipe: Recipe,
     *,
     sparsities: Sequence[float],
@@ -67,10 +70,11 @@ def finetune_members(
     Args:
         front: A final front.
         states: Of its finished networks, from which training starts.
-        search: Judges on the search split, in float32.
-        test: Judges on the test split, in float32.
+        layout: Where the prunable weights lie in a mask.
         dense: The teacher.
-        data: Training images.
+        train_on: Training images.
+        search: Search images; only measured on.
+        test: Test images; only measured on.
         recipe: How to train.
         sparsities: Targets, see `choose_members`.
         with_knee: Likewise.
@@ -84,12 +88,13 @@ def finetune_members(
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
+    dense_test_error = _error(dense, test, device)
     for member, target in choose_members(front, sparsities, with_knee).items():
         mask = front.masks.unpack(member)
-        masks = {name: torch.from_numpy(part.copy()) for name, part in search.layout.split(mask).items()}
-        start = search.load(states[member])
+        masks = {name: torch.from_numpy(part.copy()) for name, part in layout.split(mask).items()}
+        start = with_weights(dense, states[member])
         before = _error(start, test, device)
-        trained, _ = train(start, data, recipe, seed=seed, device=device, masks=masks, teacher=dense)
+        trained, _ = train(start, train_on, recipe, seed=seed, device=device, masks=masks, teacher=dense)
         check_mask(trained, masks)
         save_tensors(folder / f"member{member}.safetensors", trained.state_dict())
         row: dict[str, Any] = {
@@ -100,7 +105,7 @@ def finetune_members(
             "search_top1_error": _error(trained, search, device),
             "test_error_pruned": before,
             "test_error": _error(trained, test, device),
-            "dense_test_error": float(test.dense.error[0]),
+            "dense_test_error": dense_test_error,
         }
         rows.append(row)
         log.info(
@@ -111,9 +116,8 @@ def finetune_members(
     return rows
 
 
-def _error(network: nn.Module, judge: PopulationEvaluator, device: torch.device) -> float:
-    """Top-1 error of a finished network on the images of an evaluator."""
-    images, labels = judge.images_and_labels
-    error = top1_error(predict(network.to(device), images, BATCH_SIZE), labels)
+def _error(network: nn.Module, judged: LabelledImages, device: torch.device) -> float:
+    """Top-1 error of a finished network."""
+    error = top1_error(predict(network.to(device), judged.images.to(device), BATCH_SIZE), judged.labels.to(device))
     network.to("cpu")
     return error

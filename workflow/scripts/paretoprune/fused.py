@@ -46,12 +46,16 @@ def unpack_words(words: Tensor, n_weights: int) -> Tensor:
     return ((words[:, None] >> shifts) & 1).view(-1)[:n_weights].to(torch.bool)
 
 
-def has_fused_kernels(device: torch.device) -> bool:
-    """Whether torch has oneDNN's convolutions with sum and ReLU for a device."""
+def has_fused_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch has oneDNN's convolutions with sum and ReLU for a device and a type.
+
+    For bfloat16 oneDNN wants instructions (AVX-512 or newer) that many CPUs lack.
+    """
     return (
         device.type == "cpu"
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+        and (dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
     )
 
 
@@ -66,7 +70,7 @@ class FusedNetwork:
         calibration_images: Images for the repair, like `sample`.
         reconstruction: What re-fits the kept weights; None to leave them as they are.
         onednn: Whether to use oneDNN's fused kernels; by default where they are: on CPUs that torch was built with them
-            for.
+            for, in types that the CPU has instructions for.
 
     Raises:
         NotTraceableError: The network cannot be turned into a program; the message says why.
@@ -86,7 +90,7 @@ class FusedNetwork:
         if repair not in FUSED_REPAIRS:
             raise NotTraceableError(f"repair '{repair}' works layer by layer")
         self._dtype, self._device = sample.dtype, sample.device
-        self._onednn = has_fused_kernels(sample.device) if onednn is None else onednn
+        self._onednn = has_fused_kernels(sample.device, sample.dtype) if onednn is None else onednn
         self.layout = layout
         program = trace(network)
         self._steps, self._image, self._answer = program.steps, program.image, program.answer

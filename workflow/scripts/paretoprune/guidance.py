@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from paretoprune.corridor import Corridor
-from paretoprune.evaluation import PopulationEvaluator, repeatable
+from paretoprune.devices import repeatable
+from paretoprune.evaluation import PopulationEvaluator
 from paretoprune.masks import MaskLayout, unpack_row
 from paretoprune.operators import SearchedLayer
 from paretoprune.reconstruction import Reconstruction

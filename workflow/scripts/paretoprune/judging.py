@@ -9,9 +9,10 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from paretoprune.devices import out_of_memory
 from paretoprune.masks import MaskLayout, unpack_row
+from paretoprune.metrics import divergence_of, image_losses
 from paretoprune.prefixes import Plan, PrefixCache
 from paretoprune.tracing import Cut
 
@@ -59,42 +60,6 @@ class Verdict:
     divergence: float
     n_seen: int
     complete: bool
-
-
-def image_losses(logits: Tensor, labels: Tensor, dense_log_probabilities: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of each image under both objectives.
-
-    Args:
-        logits: float (n, n_classes).
-        labels: int64 (n,).
-        dense_log_probabilities: float64 (n, n_classes), log-softmax of the dense network's logits.
-
-    Returns:
-        Whether each answer is wrong, bool (n,), where an answer that is not finite is; and the divergence (nats) of
-        each answer from the dense network's, float64 (n,), at least 0 and infinite for answers that are not finite.
-    """
-    finite = logits.isfinite().all(dim=1)
-    wrong = (logits.argmax(dim=1) != labels) | ~finite
-    log_probabilities = functional.log_softmax(logits.double(), dim=1)
-    kl = (dense_log_probabilities.exp() * (dense_log_probabilities - log_probabilities)).sum(dim=1)
-    # Rounding may leave a hair below 0, and sums that only grow are what lets a judge stop early.
-    return wrong, torch.where(finite, kl.clamp_min(0.0), torch.inf)
-
-
-def divergence_of(kl: float) -> float:
-    """1 - exp(-KL), see `paretoprune.evaluation.divergence`; 1 where KL is not finite."""
-    return float(-math.expm1(-kl)) if math.isfinite(kl) else 1.0
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on the CPU or on a GPU."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    told = str(error)
-    # torch's allocator on Linux, elsewhere, and oneDNN's.
-    return isinstance(error, RuntimeError) and any(
-        text in told for text in ("can't allocate memory", "not enough memory", "could not create a memory")
-    )
 
 
 class Judge:

@@ -1,14 +1,54 @@
-"""The final measurement of a front: one row per member, and one per member and layer."""
+"""The final measurement of a front: its networks' errors, one row per member, and one per member and layer."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
+from paretoprune.checkpoints import with_weights
+from paretoprune.devices import repeatable
 from paretoprune.fronts import Front
 from paretoprune.masks import MaskLayout
+from paretoprune.metrics import predict, top1_error
+from paretoprune.networks import channels_last, to_channels_last
+from paretoprune.splits import LabelledImages
+from paretoprune.workers import can_fork, run_in_processes
 
 FRONT_COLUMNS = ("id", "stage", "density", "sparsity", "search_error", "test_error")
 LAYER_COLUMNS = ("id", "layer", "n_weights", "n_kept")
+BATCH_SIZE = 64
+
+
+def measure_errors(
+    dense: nn.Module,
+    states: Sequence[Mapping[str, Tensor]],
+    judged: LabelledImages,
+    device: torch.device,
+    n_workers: int = 1,
+) -> np.ndarray:
+    """Top-1 errors of finished networks, in float32.
+
+    Args:
+        dense: A network of their architecture.
+        states: Of the networks.
+        judged: The images to measure on.
+        device: Where to compute.
+        n_workers: Processes to compute in, on a CPU; the errors do not depend on it.
+
+    Returns:
+        float64 (n_networks,).
+    """
+    images, labels = channels_last(judged.images.to(device)), judged.labels.to(device)
+
+    def error_of(i: int) -> float:
+        network = to_channels_last(with_weights(dense, states[i]).to(device))
+        with repeatable():
+            return top1_error(predict(network, images, BATCH_SIZE), labels)
+
+    n_workers = n_workers if device.type == "cpu" and can_fork() else 1
+    return np.array(run_in_processes(error_of, len(states), n_workers), dtype=np.float64)
 
 
 def front_rows(front: Front, test_errors: np.ndarray) -> list[dict[str, Any]]:

@@ -8,14 +8,44 @@ from typing import Any
 import numpy as np
 import torch
 
-from paretoprune.checkpoints import DenseNetwork, load_tensors, save_networks
+from paretoprune.checkpoints import DenseNetwork, save_networks
 from paretoprune.evaluation import PopulationEvaluator
 from paretoprune.files import write_csv
 from paretoprune.fronts import Front, non_dominated
 from paretoprune.importance import flat_scores
+from paretoprune.inputs import read_splits
 from paretoprune.masks import MaskLayout, PackedMasks
 from paretoprune.search import HISTORY_COLUMNS, SearchResult
-from paretoprune.steps import make_evaluator, read_splits, read_statistics
+from paretoprune.splits import LabelledImages
+from paretoprune.statistics import read_statistics
+from paretoprune.tensors import load_tensors
+
+
+def make_evaluator(
+    dense: DenseNetwork,
+    judged: LabelledImages,
+    calibration: LabelledImages,
+    settings: Mapping[str, Any],
+    device: torch.device,
+    **changed: Any,
+) -> PopulationEvaluator:
+    """An evaluator by the settings of `paretoprune.configuration.judging_settings`.
+
+    `changed` ones go first; it may also hold other arguments of `PopulationEvaluator`.
+    """
+    keys = ("repair", "repair_images", "damping", "refine", "objective", "precision", "batch_size")
+    chosen = {key: settings[key] for key in keys} | changed
+    if chosen["batch_size"] == "auto":
+        chosen["batch_size"] = None
+    return PopulationEvaluator(
+        dense.network,
+        MaskLayout.of(dense.network, dense.exclude),
+        judged.images,
+        judged.labels,
+        calibration_images=calibration.images,
+        device=device,
+        **chosen,
+    )
 
 
 def make_search_evaluator(

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from paretoprune.checkpoints import load_tensors, save_tensors
 from paretoprune.masks import MaskLayout
+from paretoprune.tensors import load_tensors, save_tensors
 
 # Output positions of one image that a layer's moments are taken over: neighbouring ones say nearly the same, and more
 # images say more than more positions.
@@ -385,3 +385,11 @@ def load_statistics(path: str | os.PathLike[str]) -> dict[str, LayerStatistics]:
         covariance, mean, sensitivity = (tensors[f"{name}/{part}"] for part in ("covariance", "mean", "sensitivity"))
         found[name] = LayerStatistics(covariance, mean, sensitivity, n_samples, bool(shifts_freely))
     return found
+
+
+def read_statistics(inputs: Mapping[str, Any]) -> dict[str, LayerStatistics] | None:
+    """The layer statistics among a step's input files; None where its repairs need none."""
+    # Snakemake gives one file as it is, or a list of it, or an empty list.
+    found = inputs.get("statistics") or []
+    files = [found] if isinstance(found, str) else list(found)
+    return load_statistics(files[0]) if files else None

@@ -191,3 +191,21 @@ class WorkerPool:
     def close(self) -> None:
         """End the workers at once."""
         self._finalizer()
+
+
+def run_in_processes(function: Callable[[int], Any], n: int, n_workers: int) -> list[Any]:
+    """Results of a function for 0, ..., n - 1, in at most `n_workers` processes; with one of them or one job, in none.
+
+    Raises:
+        ChildProcessError: One job has taken several workers down.
+        Exception: Whatever the function raised.
+    """
+    if n_workers < 2 or n < 2:
+        return [function(i) for i in range(n)]
+    found: dict[int, Any] = {}
+    pool = WorkerPool(function, min(n, n_workers))
+    try:
+        pool.run(range(n), lambda i: (i,), found.__setitem__)
+    finally:
+        pool.close()
+    return [found[i] for i in range(n)]
