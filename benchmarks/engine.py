@@ -32,10 +32,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "workflow" / "scripts"
 sys.path.insert(0, str(PACKAGE))
 
 import numpy as np  # noqa: E402
-from paretoprune import search  # noqa: E402
-from paretoprune.corridor import Corridor  # noqa: E402
 from paretoprune.fronts import non_dominated  # noqa: E402
-from paretoprune.masks import WORD_BITS, MaskLayout, PackedMasks  # noqa: E402
+from paretoprune.masks.packed import WORD_BITS, PackedMasks  # noqa: E402
+from paretoprune.masks.units import MaskLayout  # noqa: E402
+from paretoprune.search import search  # noqa: E402
+from paretoprune.search.corridor import Corridor  # noqa: E402
 from pymoo.algorithms.moo.nsga2 import NSGA2  # noqa: E402
 from pymoo.core.algorithm import Algorithm  # noqa: E402
 from pymoo.core.problem import Problem  # noqa: E402

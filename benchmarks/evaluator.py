@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from paretoprune.devices import computes_bfloat16
-from paretoprune.evaluation import PopulationEvaluator
-from paretoprune.masks import MaskLayout, PackedMasks
-from paretoprune.networks import to_channels_last
+from paretoprune.evaluation.evaluator import PopulationEvaluator
+from paretoprune.masks.packed import PackedMasks
+from paretoprune.masks.units import MaskLayout
+from paretoprune.networks.architectures import to_channels_last
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm

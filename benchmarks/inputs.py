@@ -7,10 +7,10 @@ from statistics import median
 
 import numpy as np
 import torch
-from paretoprune.checkpoints import load_weights, read_state_dict
-from paretoprune.datasets import read_images
-from paretoprune.networks import CifarResNet
-from paretoprune.splits import normalise
+from paretoprune.data.datasets import read_images
+from paretoprune.data.splits import normalise
+from paretoprune.networks.architectures import CifarResNet
+from paretoprune.networks.checkpoints import load_weights, read_state_dict
 from torch import Tensor, nn
 
 # Published networks, and what they were trained with; see the experiment cifar10-sample-resnet20.

@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from paretoprune import search
-from paretoprune.corridor import Corridor
-from paretoprune.masks import Genome, MaskLayout, PackedMasks, pack_rows, unpack_row
-from paretoprune.metrics import divergence, top1_error
-from paretoprune.operators import AdaptiveVariation
-from paretoprune.repair import make_repair
-from paretoprune.search import Evaluate, Recorder, SearchResult
+from paretoprune.evaluation.metrics import divergence, top1_error
+from paretoprune.masks.genomes import Genome
+from paretoprune.masks.packed import PackedMasks, pack_rows, unpack_row
+from paretoprune.masks.units import MaskLayout
+from paretoprune.repair.batchnorm import make_repair
+from paretoprune.search import search
+from paretoprune.search.corridor import Corridor
+from paretoprune.search.operators import AdaptiveVariation
+from paretoprune.search.search import Evaluate, Recorder, SearchResult
 from pymoo.algorithms.moo.nsga2 import NSGA2
 from pymoo.core.crossover import Crossover
 from pymoo.core.mutation import Mutation
@@ -139,7 +141,7 @@ def search_corridor(
     crossover_probability: float,
     seed: int,
 ) -> SearchResult:
-    """Phase 2 by NSGA-II on booleans; arguments as for `paretoprune.search.search_corridor`."""
+    """Phase 2 by NSGA-II on booleans; arguments as for `paretoprune.search.search.search_corridor`."""
     n_weights = corridor.layout.n_weights
     recorder = Recorder(evaluate, n_weights, budget=evaluations, stage="phase2", before=before)
     packed, variation = search.guided_algorithm(

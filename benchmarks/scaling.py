@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from paretoprune.evaluation import PopulationEvaluator
-from paretoprune.masks import MaskLayout, PackedMasks
+from paretoprune.evaluation.evaluator import PopulationEvaluator
+from paretoprune.masks.packed import PackedMasks
+from paretoprune.masks.units import MaskLayout
 
 from benchmarks.engine import Case, measure_all
 from benchmarks.evaluator import DENSITY

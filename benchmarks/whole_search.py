@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from paretoprune import search
-from paretoprune.allocation import STARTS, starting_allocations
-from paretoprune.corridor import Corridor, choose_anchors
-from paretoprune.evaluation import PopulationEvaluator
-from paretoprune.importance import compute_importance, flat_scores
-from paretoprune.masks import MaskLayout
-from paretoprune.search import Evaluate, SearchResult
+from paretoprune.evaluation.evaluator import PopulationEvaluator
+from paretoprune.importance.allocation import STARTS, starting_allocations
+from paretoprune.importance.scores import compute_importance, flat_scores
+from paretoprune.masks.units import MaskLayout
+from paretoprune.search import search
+from paretoprune.search.corridor import Corridor, choose_anchors
+from paretoprune.search.search import Evaluate, SearchResult
 
 from benchmarks import plain
 from benchmarks.inputs import data_directory, images_and_labels, resnet

@@ -2,7 +2,7 @@
 
 import pytest
 from hypothesis import settings
-from paretoprune.masks import MaskLayout
+from paretoprune.masks.units import MaskLayout
 
 # The same examples in every run, so that a red test is about the change at hand; no deadline, as machines differ.
 settings.register_profile("tests", deadline=None, max_examples=40, derandomize=True)

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from paretoprune.masks import MaskLayout, PackedMasks, keep_top, ranks_within_layers
-from paretoprune.networks import CifarResNet
+from paretoprune.masks.packed import PackedMasks
+from paretoprune.masks.units import MaskLayout, keep_top, ranks_within_layers
+from paretoprune.networks.architectures import CifarResNet
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm

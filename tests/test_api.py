@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 from paretoprune import Front, pareto_prune
-from paretoprune.evaluation import PopulationEvaluator
+from paretoprune.data.splits import LabelledImages
+from paretoprune.evaluation.evaluator import PopulationEvaluator
+from paretoprune.evaluation.measurement import measure_errors
+from paretoprune.evaluation.metrics import predict, top1_error
+from paretoprune.evaluation.workers import can_fork
 from paretoprune.fronts import non_dominated
-from paretoprune.importance import compute_importance
-from paretoprune.masks import MaskLayout, PackedMasks
-from paretoprune.measurement import measure_errors
-from paretoprune.metrics import predict, top1_error
-from paretoprune.splits import LabelledImages
-from paretoprune.workers import can_fork
+from paretoprune.importance.scores import compute_importance
+from paretoprune.masks.packed import PackedMasks
+from paretoprune.masks.units import MaskLayout
 from small_networks import digits, magnitude_mask, n_hooks, numpy_state, states_equal, trained
 from torch import Tensor, nn
 

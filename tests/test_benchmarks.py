@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from paretoprune.corridor import Corridor, choose_anchors
-from paretoprune.evaluation import PopulationEvaluator
-from paretoprune.masks import MaskLayout, PackedMasks
-from paretoprune.networks import CifarResNet
-from paretoprune.search import search_corridor, search_thresholds
+from paretoprune.evaluation.evaluator import PopulationEvaluator
+from paretoprune.masks.packed import PackedMasks
+from paretoprune.masks.units import MaskLayout
+from paretoprune.networks.architectures import CifarResNet
+from paretoprune.search.corridor import Corridor, choose_anchors
+from paretoprune.search.search import search_corridor, search_thresholds
 from small_networks import digits, magnitude_mask, trained
 from torch import nn
 

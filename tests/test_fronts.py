@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from paretoprune.fronts import Front, hypervolume, knee, non_dominated, spread_subset
-from paretoprune.masks import PackedMasks
+from paretoprune.masks.packed import PackedMasks
 
 N_WEIGHTS = 70
 # Coordinates in tenths, some beyond the reference point, so that ties and equal points are common.

@@ -9,8 +9,8 @@ ROOT = Path(workflow.basedir)
 SCRIPTS = ROOT / "workflow" / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from paretoprune import configuration
-from paretoprune.sources import import_closure
+from paretoprune.workflow import configuration
+from paretoprune.workflow.reruns import import_closure
 
 schema = ROOT / "workflow" / "schemas" / "config.schema.yaml"
 try:

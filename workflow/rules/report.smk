@@ -10,7 +10,7 @@ rule write_report:
         histories=each_method("history.csv", config["methods"]),
         corridors=each_method("anchors.json", compared("two_phase")),
         finetuned=each_method("finetuned.csv", config["finetune"]["methods"]),
-        template=f"{os.path.relpath(SCRIPTS)}/paretoprune/report.html.jinja",
+        template=f"{os.path.relpath(SCRIPTS)}/paretoprune/reporting/report.html.jinja",
         code=code("write_report"),
     output:
         page=f"{RESULTS}/report/index.html",

@@ -1,11 +1,11 @@
 """Choose the light and the heavy anchor and report the corridor between them."""
 
-from paretoprune.checkpoints import DenseNetwork
-from paretoprune.corridor import anchors_between, choose_anchors, corridor_around, describe_corridor
 from paretoprune.files import read_json, write_json
 from paretoprune.fronts import Front
-from paretoprune.masks import MaskLayout
-from paretoprune.steps import step
+from paretoprune.masks.units import MaskLayout
+from paretoprune.networks.checkpoints import DenseNetwork
+from paretoprune.search.corridor import anchors_between, choose_anchors, corridor_around, describe_corridor
+from paretoprune.workflow.steps import step
 
 name = "{dataset} {network} seed {seed}: {method}, anchors".format(**snakemake.wildcards)
 with step(name, snakemake.log[0]) as (log, _):

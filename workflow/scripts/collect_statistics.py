@@ -1,10 +1,10 @@
 """Gather the statistics of every prunable layer of the dense network on the calibration images."""
 
-from paretoprune.checkpoints import DenseNetwork
-from paretoprune.inputs import read_splits
-from paretoprune.masks import MaskLayout
-from paretoprune.statistics import collect_statistics, save_statistics
-from paretoprune.steps import step
+from paretoprune.importance.layer_statistics import collect_statistics, save_statistics
+from paretoprune.masks.units import MaskLayout
+from paretoprune.networks.checkpoints import DenseNetwork
+from paretoprune.workflow.inputs import read_splits
+from paretoprune.workflow.steps import step
 
 name = "{dataset} {network} seed {seed}: layer statistics".format(**snakemake.wildcards)
 with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as (log, device):

@@ -1,12 +1,12 @@
 """Score every prunable weight of the dense network."""
 
-from paretoprune.checkpoints import DenseNetwork
-from paretoprune.importance import compute_importance
-from paretoprune.inputs import read_splits
-from paretoprune.masks import MaskLayout
-from paretoprune.statistics import read_statistics
-from paretoprune.steps import step
+from paretoprune.importance.layer_statistics import read_statistics
+from paretoprune.importance.scores import compute_importance
+from paretoprune.masks.units import MaskLayout
+from paretoprune.networks.checkpoints import DenseNetwork
 from paretoprune.tensors import save_tensors
+from paretoprune.workflow.inputs import read_splits
+from paretoprune.workflow.steps import step
 
 name = "{dataset} {network} seed {seed}: {score}".format(**snakemake.wildcards)
 with step(name, snakemake.log[0], snakemake.threads) as (log, _):

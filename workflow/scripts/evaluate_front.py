@@ -1,12 +1,12 @@
 """Measure every finished network of a front on the test split, once, in float32."""
 
-from paretoprune.checkpoints import DenseNetwork, load_networks
+from paretoprune.evaluation.measurement import FRONT_COLUMNS, LAYER_COLUMNS, front_rows, layer_rows, measure_errors
 from paretoprune.files import write_csv
 from paretoprune.fronts import Front
-from paretoprune.inputs import read_splits
-from paretoprune.masks import MaskLayout
-from paretoprune.measurement import FRONT_COLUMNS, LAYER_COLUMNS, front_rows, layer_rows, measure_errors
-from paretoprune.steps import step
+from paretoprune.masks.units import MaskLayout
+from paretoprune.networks.checkpoints import DenseNetwork, load_networks
+from paretoprune.workflow.inputs import read_splits
+from paretoprune.workflow.steps import step
 
 name = "{dataset} {network} seed {seed}: {method}, test".format(**snakemake.wildcards)
 with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as (log, device):

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from paretoprune.checkpoints import DenseNetwork, load_networks
 from paretoprune.files import write_csv
-from paretoprune.finetuning import FINETUNED_COLUMNS, finetune_members
 from paretoprune.fronts import Front
-from paretoprune.inputs import read_splits
-from paretoprune.masks import MaskLayout
-from paretoprune.steps import step
-from paretoprune.training import Recipe
+from paretoprune.masks.units import MaskLayout
+from paretoprune.networks.checkpoints import DenseNetwork, load_networks
+from paretoprune.training.finetuning import FINETUNED_COLUMNS, finetune_members
+from paretoprune.training.loop import Recipe
+from paretoprune.workflow.inputs import read_splits
+from paretoprune.workflow.steps import step
 
 name = "{dataset} {network} seed {seed}: {method}, fine-tuning".format(**snakemake.wildcards)
 with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as (log, device):

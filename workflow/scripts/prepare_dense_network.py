@@ -1,8 +1,8 @@
 """Train the dense network, or load it from a checkpoint, and measure it on every split."""
 
-from paretoprune.dense import measure_dense, prepare_dense
 from paretoprune.files import write_json
-from paretoprune.steps import step
+from paretoprune.training.dense import measure_dense, prepare_dense
+from paretoprune.workflow.steps import step
 
 name = "{dataset} {network} seed {seed}: dense".format(**snakemake.wildcards)
 with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as (log, device):

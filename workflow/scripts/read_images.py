@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from paretoprune.datasets import read_images
-from paretoprune.steps import step
+from paretoprune.data.datasets import read_images
+from paretoprune.workflow.steps import step
 
 with step(snakemake.wildcards.dataset, snakemake.log[0]) as (log, _):
     settings = dict(snakemake.params.settings)

@@ -1,10 +1,10 @@
 """Phase 2: search a bit per corridor weight, and publish the front of both phases."""
 
-from paretoprune.corridor import corridors_of
 from paretoprune.fronts import Front
-from paretoprune.guidance import curvature_guide
-from paretoprune.search import SearchResult, read_history, search_corridor
-from paretoprune.search_steps import (
+from paretoprune.search.corridor import corridors_of
+from paretoprune.search.guidance import CandidateGuide
+from paretoprune.search.search import SearchResult, read_history, search_corridor
+from paretoprune.workflow.search_steps import (
     allowed_masks,
     log_progress,
     make_search_evaluator,
@@ -12,7 +12,7 @@ from paretoprune.search_steps import (
     publish,
     read_scores,
 )
-from paretoprune.steps import step
+from paretoprune.workflow.steps import step
 
 name = "{dataset} {network} seed {seed}: {method}, phase 2".format(**snakemake.wildcards)
 with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as (log, device):
@@ -23,6 +23,10 @@ with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as
     anchors = Front.load(snakemake.input.anchors).masks
     before = SearchResult(Front.load(snakemake.input.front), read_history(snakemake.input.history))
     algorithm = settings["algorithm"] | {"evaluations": phase2_budget(settings, before)}
+    moving_guide = None
+    if settings["refit_guide"]:
+        costs = evaluate.refit_costs()
+        moving_guide = lambda corridor: CandidateGuide(costs, evaluate.layout, corridor.layers)  # noqa: E731
     found = search_corridor(
         evaluate,
         corridors_of(anchors, settings["corridors"], evaluate.layout),
@@ -30,7 +34,7 @@ with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as
         before,
         **algorithm,
         seed=int(snakemake.wildcards.seed),
-        moving_guide=curvature_guide(evaluate) if settings["refit_guide"] else None,
+        moving_guide=moving_guide,
         progress=log_progress(log, before.history[-1]["evaluations"] + algorithm["evaluations"]),
         allowed=allowed_masks(settings, evaluate.layout),
     )

@@ -1,8 +1,8 @@
 """Baseline: search whole masks in a single phase."""
 
-from paretoprune.search import search_flat
-from paretoprune.search_steps import allowed_masks, log_progress, make_search_evaluator, publish
-from paretoprune.steps import step
+from paretoprune.search.search import search_flat
+from paretoprune.workflow.search_steps import allowed_masks, log_progress, make_search_evaluator, publish
+from paretoprune.workflow.steps import step
 
 name = "{dataset} {network} seed {seed}: {method}".format(**snakemake.wildcards)
 with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as (log, device):

@@ -1,10 +1,10 @@
 """Phase 1: search one threshold per layer."""
 
-from paretoprune.allocation import starting_allocations
 from paretoprune.files import write_csv
-from paretoprune.search import HISTORY_COLUMNS, search_thresholds
-from paretoprune.search_steps import allowed_masks, log_progress, make_search_evaluator, read_scores
-from paretoprune.steps import step
+from paretoprune.importance.allocation import starting_allocations
+from paretoprune.search.search import HISTORY_COLUMNS, search_thresholds
+from paretoprune.workflow.search_steps import allowed_masks, log_progress, make_search_evaluator, read_scores
+from paretoprune.workflow.steps import step
 
 name = "{dataset} {network} seed {seed}: {method}, phase 1".format(**snakemake.wildcards)
 with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as (log, device):

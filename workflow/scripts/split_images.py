@@ -1,8 +1,8 @@
 """Divide the images into train, calibration, search and test."""
 
-from paretoprune.datasets import ImageSet
-from paretoprune.splits import SPLITS, split_images
-from paretoprune.steps import step
+from paretoprune.data.datasets import ImageSet
+from paretoprune.data.splits import SPLITS, split_images
+from paretoprune.workflow.steps import step
 
 with step(f"{snakemake.wildcards.dataset} seed {snakemake.wildcards.seed}", snakemake.log[0]) as (log, _):
     image_set = ImageSet.load(snakemake.input.images)

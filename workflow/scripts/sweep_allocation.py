@@ -1,10 +1,10 @@
 """Baseline: one importance score and one allocation rule at a ladder of densities, without a search."""
 
 import numpy as np
-from paretoprune.allocation import allocate
-from paretoprune.search import sweep_allocation
-from paretoprune.search_steps import allowed_masks, log_progress, make_search_evaluator, publish, read_scores
-from paretoprune.steps import step
+from paretoprune.importance.allocation import allocate
+from paretoprune.search.search import sweep_allocation
+from paretoprune.workflow.search_steps import allowed_masks, log_progress, make_search_evaluator, publish, read_scores
+from paretoprune.workflow.steps import step
 
 name = "{dataset} {network} seed {seed}: {method}".format(**snakemake.wildcards)
 with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as (log, device):

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from paretoprune.logs import logged
-from paretoprune.report import write_report
+from paretoprune.reporting.report import write_report
+from paretoprune.workflow.logs import logged
 
 with logged("report", snakemake.log[0]) as log:
     params, page = snakemake.params, Path(snakemake.output.page)

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from paretoprune.allocation import STARTS, starting_allocations
-from paretoprune.corridor import anchors_between, choose_anchors, corridors_of
-from paretoprune.evaluation import PopulationEvaluator, predict
+from paretoprune.data.splits import split_images
+from paretoprune.evaluation.evaluator import PopulationEvaluator, predict
 from paretoprune.fronts import Front
-from paretoprune.guidance import curvature_guide
-from paretoprune.importance import compute_importance, flat_scores
-from paretoprune.masks import MaskLayout
-from paretoprune.repair import REFITTING
-from paretoprune.search import search_corridor, search_thresholds
-from paretoprune.splits import split_images
-from paretoprune.statistics import collect_statistics
+from paretoprune.importance.allocation import STARTS, starting_allocations
+from paretoprune.importance.layer_statistics import collect_statistics
+from paretoprune.importance.scores import compute_importance, flat_scores
+from paretoprune.masks.units import MaskLayout
+from paretoprune.repair.batchnorm import REFITTING
+from paretoprune.search.corridor import anchors_between, choose_anchors, corridors_of
+from paretoprune.search.guidance import CandidateGuide
+from paretoprune.search.search import search_corridor, search_thresholds
 
 START_DENSITIES = (0.8, 0.5, 0.3, 0.2, 0.1)
 N_CALIBRATION = 512
@@ -162,6 +162,7 @@ def pareto_prune(
             found.front, float(evaluate.dense.error[0]), chance, light_tolerance=0.01, heavy_tolerance=0.8
         )
         anchors = anchors_between(found.front, light, heavy, N_CORRIDORS if refits else 1)
+        costs = evaluate.refit_costs() if refits else None
         found = search_corridor(
             evaluate,
             corridors_of(found.front.masks.select(anchors), len(anchors) - 1, layout),
@@ -175,7 +176,7 @@ def pareto_prune(
             first_rate=0.02,
             crossover_probability=0.3,
             seed=seed,
-            moving_guide=curvature_guide(evaluate) if refits else None,
+            moving_guide=None if costs is None else lambda corridor: CandidateGuide(costs, layout, corridor.layers),
             progress=show,
         )
     front = found.front

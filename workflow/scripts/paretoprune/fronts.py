@@ -13,7 +13,7 @@ from pymoo.indicators.hv import HV
 from pymoo.util.nds.non_dominated_sorting import find_non_dominated
 
 from paretoprune.files import read_npz, write_npz
-from paretoprune.masks import PackedMasks
+from paretoprune.masks.packed import PackedMasks
 
 if TYPE_CHECKING:
     from torch import nn

@@ -1,0 +1,632 @@
+"""The report: summary.csv against hand-computed numbers, figures and page, and errors before anything is written."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from paretoprune.files import write_csv, write_json
+from paretoprune.reporting import run_plots as plots
+from paretoprune.reporting.comparison import COMPARISON_COLUMNS
+from paretoprune.reporting.read_results import SUMMARY_COLUMNS, read_run
+from paretoprune.reporting.report import write_report
+
+SEEDS = [0, 1]
+KINDS = {"pareto": "two_phase", "nsga2": "flat", "uniform": "allocation"}
+FINETUNED = ["pareto", "uniform"]
+ERRORS = {"dataset": "digits", "network": "resnet8", "objective": "error"}
+DIVERGENCE = {"dataset": "cifar10", "network": "resnet20", "objective": "divergence"}
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+
+FRONT = ("id", "stage", "density", "sparsity", "search_error", "test_error")
+HISTORY = ("generation", "evaluations", "seconds", "hypervolume", "stage")
+LAYERS = ("id", "layer", "n_weights", "n_kept")
+FINETUNED_COLUMNS = (
+    "id",
+    "target",
+    "density",
+    "sparsity",
+    "search_top1_error",
+    "test_error_pruned",
+    "test_error",
+    "dense_test_error",
+)
+
+
+def write_dense(folder: Path, run: Mapping[str, str], seed: int, *, accuracy: float, objective: str) -> None:
+    splits = ("train", "calibration", "search", "test")
+    memorised = objective == "divergence"
+    metrics = {
+        **run,
+        "seed": seed,
+        "accuracy": {split: 1.0 if memorised and split != "test" else accuracy for split in splits},
+        "n_images": dict(zip(splits, (4000, 500, 1000, 1017), strict=True)),
+        "n_prunable": 26_800,
+        "n_parameters": 27_500,
+        "n_classes": 10,
+        "search_memorised": memorised,
+        "source": "published checkpoint" if memorised else "trained",
+    }
+    write_json(folder / "dense" / "metrics.json", metrics)
+
+
+def write_front(folder: Path, members: Sequence[tuple[str, float, float, float]]) -> None:
+    """Members as (stage, density, search error, test error)."""
+    rows = [
+        dict(zip(FRONT, (i, stage, density, 1 - density, search, test), strict=True))
+        for i, (stage, density, search, test) in enumerate(members)
+    ]
+    write_csv(folder / "front.csv", rows, FRONT)
+
+
+def write_history(folder: Path, rows: Sequence[tuple[int, float, float, str]]) -> None:
+    """Rows as (evaluations, seconds, hypervolume, stage)."""
+    write_csv(
+        folder / "history.csv", [dict(zip(HISTORY, (i, *row), strict=True)) for i, row in enumerate(rows)], HISTORY
+    )
+
+
+def write_layers(folder: Path, densities: Sequence[float], n_layers: int) -> None:
+    rows = []
+    for i, density in enumerate(densities):
+        for layer in range(n_layers):
+            n_weights = 144 * 4 ** (3 * layer // n_layers)
+            share = min(1.0, density * (1.6 - layer / n_layers))
+            name = "conv1.weight" if layer == 0 else f"layer{1 + 3 * layer // n_layers}.{layer}.conv1.weight"
+            rows.append({"id": i, "layer": name, "n_weights": n_weights, "n_kept": round(n_weights * share)})
+    write_csv(folder / "layers.csv", rows, LAYERS)
+
+
+def write_anchors(folder: Path, n_layers: int) -> None:
+    layers: list[dict[str, Any]] = []
+    with (folder / "layers.csv").open(newline="") as handle:
+        sizes = [(row["layer"], int(row["n_weights"])) for row in csv.DictReader(handle) if row["id"] == "0"]
+    for i, (name, n_weights) in enumerate(sizes):
+        kept, dropped = int(0.1 * n_weights), int((0.3 + 0.4 * i / n_layers) * n_weights)
+        counts = {"n_always_kept": kept, "n_corridor": n_weights - kept - dropped, "n_always_dropped": dropped}
+        layers.append({"layer": name, "n_weights": n_weights, **counts})
+    content = {
+        "light": {"id": 0, "density": 0.4, "error": 0.12},
+        "heavy": {"id": 1, "density": 0.1, "error": 0.4},
+        "n_weights": sum(layer["n_weights"] for layer in layers),
+        "n_corridor": sum(layer["n_corridor"] for layer in layers),
+        "layers": layers,
+    }
+    write_json(folder / "anchors.json", content)
+
+
+def write_finetuned(folder: Path, rows: Sequence[tuple[str, float, float, float, float]]) -> None:
+    """Rows as (target, density, test error pruned, test error, dense test error)."""
+    contents = [
+        dict(zip(FINETUNED_COLUMNS, (i, target, density, 1 - density, 0.1, before, after, dense), strict=True))
+        for i, (target, density, before, after, dense) in enumerate(rows)
+    ]
+    write_csv(folder / "finetuned.csv", contents, FINETUNED_COLUMNS)
+
+
+def write_hand_computed(root: Path, run: Mapping[str, str], objective: str) -> None:
+    """The small tree whose summary is computed by hand in `test_summary_hand_computed`."""
+    for seed in SEEDS:
+        folder = root / run["dataset"] / run["network"] / f"seed{seed}"
+        write_dense(folder, run, seed, accuracy=0.89 + 0.01 * seed, objective=objective)
+        write_front(folder / "pareto", [("phase1", 0.5, 0.1, 0.12), ("phase2", 0.2, 0.3, 0.28)])
+        write_history(
+            folder / "pareto",
+            [(10, 1.0, 0.5, "phase1"), (20, 2.0, 0.6, "phase1"), (40, 4.5, 0.63, "phase2"), (60, 6.5, 0.66, "phase2")],
+        )
+        write_layers(folder / "pareto", [0.5, 0.2], n_layers=4)
+        write_anchors(folder / "pareto", n_layers=4)
+        write_front(folder / "nsga2", [("flat", 0.4, 0.5, 0.5)])
+        write_history(folder / "nsga2", [(30, 3.0, 0.2, "flat"), (60, 6.0, 0.3, "flat")])
+        write_front(folder / "uniform", [("allocation", 1.0, 0.1, 0.1), ("allocation", 0.9, 0.2, 0.11)])
+        write_history(folder / "uniform", [(2, 0.25, 0.08, "allocation")])
+        write_finetuned(folder / "pareto", [("sparsity 0.5", 0.5, 0.12, 0.115, 0.11), ("knee", 0.2, 0.28, 0.15, 0.11)])
+        write_finetuned(folder / "uniform", [("sparsity 0.5", 0.505, 0.3, 0.2, 0.11)])
+
+
+def settings(kinds: Mapping[str, str] = KINDS, finetuned: Sequence[str] = tuple(FINETUNED)) -> dict[str, Any]:
+    return {"method_kinds": dict(kinds), "finetuned_methods": list(finetuned)}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A results tree of one run, for tests that spoil it."""
+    write_hand_computed(tmp_path / "results", ERRORS, "error")
+    return tmp_path / "results"
+
+
+COMPARISON_FIGURES = {"comparison-differences", "comparison-attainment", "comparison-hypervolume"}
+COMPARED_SEEDS = [0, 1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report on three methods, two runs and four seeds; `nsga2` is the reference and loses to `pareto`.
+
+    On test images `nsga2` is ahead of `uniform` in every pair, and on the search split in all but one.
+    """
+    root = tmp_path_factory.mktemp("compared")
+    for run, network in enumerate((ERRORS, DIVERGENCE)):
+        for seed in COMPARED_SEEDS:
+            folder = root / "results" / network["dataset"] / network["network"] / f"seed{seed}"
+            write_dense(folder, network, seed, accuracy=0.9, objective=network["objective"])
+            step = 0.001 * (1 + seed + 4 * run)
+            upset = 0.2 if (run, seed) == (1, 3) else 0.0
+            for method, behind in (("pareto", 0.0), ("nsga2", 10 * step), ("uniform", 30 * step)):
+                search = behind - upset if method == "uniform" else behind
+                write_front(
+                    folder / method,
+                    [("phase1", 0.5, 0.3 + search, 0.12 + behind), ("phase2", 0.1, 0.5 + search, 0.2 + behind)],
+                )
+                write_history(
+                    folder / method,
+                    [(20 + seed, 1.0, 0.4 - behind, "phase1"), (40, 2.0, 0.4 - behind + step, "phase2")],
+                )
+            write_layers(folder / "pareto", [0.5, 0.1], n_layers=4)
+            write_anchors(folder / "pareto", n_layers=4)
+    output = root / "report"
+    names = settings(finetuned=[]) | {"reference": "nsga2"}
+    write_report(root / "results", [ERRORS, DIVERGENCE], COMPARED_SEEDS, list(KINDS), output, names)
+    return output
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report on two runs, the second with the divergence as objective."""
+    root = tmp_path_factory.mktemp("report")
+    write_hand_computed(root / "results", ERRORS, "error")
+    write_hand_computed(root / "results", DIVERGENCE, "divergence")
+    write_report(root / "results", [ERRORS, DIVERGENCE], SEEDS, list(KINDS), root / "report", settings())
+    return root / "report"
+
+
+def report_on(results: Path, methods: Sequence[str] = tuple(KINDS), **changes: Any) -> Path:
+    output = results.parent / "report"
+    arguments = {"runs": [ERRORS], "seeds": SEEDS, "settings": settings(), **changes}
+    write_report(results, methods=list(methods), output=output, **arguments)
+    return output
+
+
+def summary_rows(output: Path) -> list[dict[str, str]]:
+    with (output / "summary.csv").open(newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def summary_row(output: Path, method: str, seed: int = 0) -> dict[str, str]:
+    """The row of one method on the run whose objective is the error."""
+    (row,) = [
+        row
+        for row in summary_rows(output)
+        if (row["dataset"], row["seed"], row["method"]) == ("digits", str(seed), method)
+    ]
+    return row
+
+
+def test_summary_has_the_documented_columns_and_rows(report: Path) -> None:
+    rows = summary_rows(report)
+    assert tuple(rows[0]) == SUMMARY_COLUMNS
+    places = [(row["dataset"], row["network"], row["seed"], row["method"]) for row in rows]
+    assert places == [
+        (run["dataset"], run["network"], str(seed), method)
+        for run in (ERRORS, DIVERGENCE)
+        for seed in SEEDS
+        for method in KINDS
+    ]
+    assert [row["objective"] for row in rows] == ["error"] * 6 + ["divergence"] * 6
+
+
+@pytest.mark.parametrize(
+    ("method", "column", "expected"),
+    [
+        # Two boxes: (1 - 0.1)(1 - 0.5) + (1 - 0.3)(0.5 - 0.2), and the same with the test errors 0.12 and 0.28.
+        ("pareto", "hypervolume_search", 0.66),
+        ("pareto", "hypervolume_test", 0.656),
+        ("pareto", "evaluations", 60),
+        ("pareto", "seconds", 6.5),
+        ("pareto", "n_members", 2),
+        ("pareto", "hypervolume_phase1", 0.6),
+        ("pareto", "phase2_gain", 0.06),
+        # The dense error is 0.11, so a test error of 0.12 is one point above it exactly, and allowed.
+        ("pareto", "sparsity_within_1pt", 0.5),
+        ("nsga2", "hypervolume_search", 0.5 * 0.6),
+        ("nsga2", "evaluations", 60),
+        ("nsga2", "seconds", 6.0),
+        # The dense member lies on the reference line and adds nothing: (1 - 0.2)(1 - 0.9).
+        ("uniform", "hypervolume_search", 0.08),
+        ("uniform", "hypervolume_test", 0.89 * 0.1),
+        ("uniform", "sparsity_within_1pt", 0.1),
+    ],
+)
+def test_summary_hand_computed(report: Path, method: str, column: str, expected: float) -> None:
+    assert float(summary_row(report, method)[column]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_summary_is_empty_where_nothing_qualifies(report: Path) -> None:
+    assert summary_row(report, "nsga2")["sparsity_within_1pt"] == ""
+    # Seed 1's dense error is 0.10: a test error of 0.12 is two points more.
+    assert summary_row(report, "pareto", seed=1)["sparsity_within_1pt"] == ""
+    for method in ("nsga2", "uniform"):
+        assert summary_row(report, method)["hypervolume_phase1"] == ""
+        assert summary_row(report, method)["phase2_gain"] == ""
+
+
+def test_front_without_members_counts_as_nothing(results: Path) -> None:
+    for seed in SEEDS:
+        write_front(results / "digits" / "resnet8" / f"seed{seed}" / "nsga2", [])
+    output = report_on(results)
+    row = summary_row(output, "nsga2")
+    assert float(row["hypervolume_search"]) == 0.0
+    assert row["sparsity_within_1pt"] == ""
+    assert row["n_members"] == "0"
+    assert (output / "figures" / "digits-resnet8-fronts.svg").is_file()
+
+
+def test_figures_are_written_and_not_trivial(report: Path) -> None:
+    kinds = ("fronts", "hypervolume", "phase2", "stages", "layers", "corridor", "finetuned")
+    expected = {f"{run['dataset']}-{run['network']}-{kind}" for run in (ERRORS, DIVERGENCE) for kind in kinds}
+    expected |= COMPARISON_FIGURES
+    assert {path.stem for path in (report / "figures").iterdir()} == expected
+    for name in expected:
+        svg = (report / "figures" / f"{name}.svg").read_text(encoding="utf-8")
+        assert svg.rstrip().endswith("</svg>")
+        assert len(svg) > 10_000
+        png = (report / "figures" / f"{name}.png").read_bytes()
+        assert png.startswith(PNG_MAGIC)
+        assert len(png) > 10_000
+
+
+def test_equal_results_give_equal_files(results: Path) -> None:
+    output = report_on(results)
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    shutil.rmtree(output)
+    report_on(results)
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
+def test_page_shows_the_tables(report: Path) -> None:
+    page = (report / "index.html").read_text(encoding="utf-8")
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", page)
+    # Mean over seeds of equal fronts, so the standard deviation is 0.
+    assert "0.6560 ± 0.0000" in cells
+    assert "0.0890 ± 0.0000" in cells
+    assert "+0.0600 ± 0.0000" in cells
+    assert "50.0 (1 of 2 seeds)" in cells
+    # Fine-tuning: after, and its distance from the dense network in points.
+    assert "11.50 ± 0.00" in cells
+    assert "+0.50 ± 0.00" in cells
+    assert "89.00 (1,017 images)" in cells
+    for heading in ("method", "time (s)", "sparsity (%)", "test error after (%)", "after − dense (points)"):
+        assert f">{heading}</th>" in page
+
+
+def test_page_marks_the_best_of_a_column(report: Path) -> None:
+    _, page = (report / "index.html").read_text(encoding="utf-8").split('<section id="digits-resnet8">')
+    best = re.findall(r'<td class="number best">(.*?)</td>', page)
+    # Per run: two hypervolumes, the sparsity of the one method that qualifies in every seed, and
+    # the one fine-tuned target whose sparsities can be compared.
+    expected = ["0.6560 ± 0.0000", "0.6600 ± 0.0000", "10.0 ± 0.0", "11.50 ± 0.00"]
+    assert sorted(best) == sorted(2 * expected)
+
+
+def test_page_is_complete_and_self_contained(report: Path) -> None:
+    page = (report / "index.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>")
+    images = re.findall(r"<img [^>]*>", page)
+    assert len(images) == 17
+    for image in images:
+        assert re.search(r'alt="[^"]{20,}"', image)
+        source = re.search(r'src="([^"]+)"', image)
+        assert source is not None
+        assert (report / source[1]).is_file()
+    assert "<script" not in page
+    assert "http" not in page
+
+
+def test_page_warns_that_a_divergence_is_no_error(report: Path) -> None:
+    page = (report / "index.html").read_text(encoding="utf-8")
+    first, second = page.split('<section id="cifar10-resnet20">')
+    warning = "Here search_error is not a top-1 error."
+    assert warning in second
+    assert "memorised" in second
+    assert warning not in first
+
+
+def test_page_warns_of_a_memorised_split_with_errors(results: Path) -> None:
+    path = results / "digits" / "resnet8" / "seed1" / "dense" / "metrics.json"
+    write_json(path, {**json.loads(path.read_text()), "search_memorised": True})
+    page = (report_on(results) / "index.html").read_text(encoding="utf-8")
+    assert "The search split was memorised by the dense network" in page
+    assert "(seed 1)" in page
+
+
+def test_figures_with_nothing_to_show_are_left_out(results: Path) -> None:
+    output = report_on(results, ["nsga2", "uniform"], settings=settings(finetuned=[]))
+    assert {path.stem for path in (output / "figures").iterdir()} == {
+        "digits-resnet8-fronts",
+        "digits-resnet8-hypervolume",
+        *COMPARISON_FIGURES,
+    }
+    page = (output / "index.html").read_text(encoding="utf-8")
+    assert "Progress of the search" in page
+    for heading in ("What Phase 2 added", "The corridor", "After fine-tuning", "Which layers are pruned"):
+        assert f"<h3>{heading}</h3>" not in page
+
+
+def test_one_seed_has_no_deviation(results: Path) -> None:
+    page = (report_on(results, seeds=[0]) / "index.html").read_text(encoding="utf-8")
+    assert '<td class="number best">0.6560</td>' in page
+
+
+def test_a_run_with_seeds_of_its_own_is_read_with_these(results: Path) -> None:
+    write_hand_computed(results, DIVERGENCE, "divergence")
+    output = report_on(results, runs=[ERRORS | {"seeds": [1]}, DIVERGENCE])
+    found = {(row["dataset"], row["seed"]) for row in summary_rows(output)}
+    assert found == {("digits", "1"), ("cifar10", "0"), ("cifar10", "1")}
+    page = (output / "index.html").read_text(encoding="utf-8")
+    assert "<small>1 and 2 seeds</small>" in page
+    page = (report_on(results, runs=[ERRORS, DIVERGENCE]) / "index.html").read_text(encoding="utf-8")
+    assert "<small>2 seeds each (0, 1)</small>" in page
+
+
+def test_names_are_escaped(results: Path) -> None:
+    for seed in SEEDS:
+        folder = results / "digits" / "resnet8" / f"seed{seed}"
+        shutil.copytree(folder / "nsga2", folder / "a<b")
+    page = (report_on(results, ["a<b"], settings=settings({"a<b": "flat"}, [])) / "index.html").read_text(
+        encoding="utf-8"
+    )
+    assert "a&lt;b" in page
+    assert "a<b" not in page
+
+
+def spoil_column(folder: Path) -> None:
+    path = folder / "pareto" / "front.csv"
+    pd.read_csv(path).drop(columns="test_error").to_csv(path, index=False)
+
+
+def spoil_share(folder: Path) -> None:
+    path = folder / "pareto" / "front.csv"
+    pd.read_csv(path).assign(sparsity=[50.0, 80.0]).to_csv(path, index=False)
+
+
+def spoil_number(folder: Path) -> None:
+    path = folder / "nsga2" / "history.csv"
+    pd.read_csv(path).assign(seconds=["soon", "later"]).to_csv(path, index=False)
+
+
+def spoil_stage(folder: Path) -> None:
+    write_history(folder / "pareto", [(10, 1.0, 0.5, "flat")])
+
+
+def spoil_order(folder: Path) -> None:
+    write_history(folder / "uniform", [(10, 1.0, 0.5, "allocation"), (5, 2.0, 0.5, "allocation")])
+
+
+def spoil_rows(folder: Path) -> None:
+    write_history(folder / "uniform", [])
+
+
+def spoil_members(folder: Path) -> None:
+    write_layers(folder / "pareto", [0.5], n_layers=4)
+
+
+def spoil_content(folder: Path) -> None:
+    (folder / "uniform" / "front.csv").write_text("")
+
+
+def spoil_anchors(folder: Path) -> None:
+    path = folder / "pareto" / "anchors.json"
+    content = json.loads(path.read_text())
+    del content["layers"][0]["n_corridor"]
+    write_json(path, content)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_column, r"front\.csv: expected the columns id, .*found .* without test_error; delete"),
+        (spoil_share, r"expected a share between 0 and 1 .* of column 'sparsity', found 50\.0 in row 1; delete"),
+        (spoil_number, r"expected a finite number.* of column 'seconds', found soon in row 1; delete"),
+        (spoil_stage, r"expected rows of stage 'phase1' for a two-phase method, found flat; delete"),
+        (spoil_order, r"expected cumulative evaluations, found some that decrease; delete"),
+        (spoil_rows, r"expected at least one row, found none; delete"),
+        (spoil_members, r"expected the members of front\.csv beside it, found 1 that only one .*; delete"),
+        (spoil_content, r"front\.csv: expected the columns .*; delete"),
+        (spoil_anchors, r"anchors\.json: expected .* in every entry of 'layers', found .* without n_corridor; delete"),
+    ],
+)
+def test_spoilt_results_are_refused_before_anything_is_written(results: Path, spoil: Any, message: str) -> None:
+    spoil(results / "digits" / "resnet8" / "seed1")
+    with pytest.raises(ValueError, match=message):
+        report_on(results)
+    assert not (results.parent / "report").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dense/metrics.json",
+        "uniform/front.csv",
+        "nsga2/history.csv",
+        "pareto/layers.csv",
+        "pareto/anchors.json",
+        "uniform/finetuned.csv",
+    ],
+)
+def test_missing_file_is_named_before_anything_is_written(results: Path, name: str) -> None:
+    (results / "digits" / "resnet8" / "seed1" / name).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"expected the result file .*seed1/{name}, found nothing there; run"):
+        report_on(results)
+    assert not (results.parent / "report").exists()
+
+
+def test_unknown_method_kind_is_refused(results: Path) -> None:
+    with pytest.raises(ValueError, match=r"kind of method 'nsga2' to be one of .*, found 'greedy'; correct"):
+        report_on(results, settings=settings({**KINDS, "nsga2": "greedy"}))
+    with pytest.raises(ValueError, match=r"kind of method 'lamp' to be one of .*, found None; correct"):
+        report_on(results, ["lamp"])
+
+
+@pytest.mark.parametrize("name", ["runs", "seeds", "methods"])
+def test_report_on_nothing_is_refused(results: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"expected at least one of {name}, found none; name"):
+        report_on(results, **{name: []})
+
+
+def test_failed_page_leaves_the_old_one(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = report_on(results)
+    before = (output / "index.html").read_bytes()
+
+    def fail(*_: Any) -> Iterator[None]:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(plots, "save_figure", fail)
+    with pytest.raises(OSError, match="disk full"):
+        report_on(results)
+    assert (output / "index.html").read_bytes() == before
+    assert not list(output.glob(".*"))
+
+
+def test_figures_need_no_torch() -> None:
+    code = (
+        "import sys; import paretoprune.plots, paretoprune.report; "
+        "sys.exit('torch was imported' if 'torch' in sys.modules else 0)"
+    )
+    scripts = Path(__file__).parents[2] / "workflow" / "scripts"
+    environment = {**os.environ, "PYTHONPATH": str(scripts)}
+    finished = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_drawing_leaves_matplotlib_as_it_was(results: Path) -> None:
+    before = dict(mpl.rcParams)
+    report_on(results)
+    assert dict(mpl.rcParams) == before
+
+
+def test_error_at_sparsity_takes_the_densest_member_that_is_sparse_enough() -> None:
+    front = pd.DataFrame({"sparsity": [0.8, 0.5], "test_error": [0.3, 0.1]})
+    errors = plots.error_at_sparsity(front, np.array([0.0, 0.5, 0.51, 0.8, 0.81]))
+    np.testing.assert_array_equal(errors, [0.1, 0.1, 0.3, 0.3, np.nan])
+
+
+def test_every_method_looks_different() -> None:
+    kinds = {"a": "two_phase", "b": "two_phase", **dict.fromkeys("cd", "flat"), **dict.fromkeys("efghij", "allocation")}
+    styles = plots.method_styles(kinds)
+    assert len({(style.color, str(style.dashes)) for style in styles.values()}) == len(kinds)
+    assert plots.method_styles({"a": "two_phase"})["a"] == styles["a"]
+
+
+def test_a_member_fine_tuned_for_several_targets_counts_for_each_of_them(results: Path) -> None:
+    folder = results / "digits" / "resnet8" / "seed1" / "pareto"
+    write_finetuned(folder, [("sparsity 0.5, knee", 0.5, 0.12, 0.115, 0.11)])
+    run = read_run(results, "digits", "resnet8", SEEDS, KINDS, FINETUNED, "error")
+    pareto = run.finetuned[run.finetuned["method"] == "pareto"]
+    assert sorted(zip(pareto["target"], pareto["seed"], strict=True)) == [
+        ("knee", 0),
+        ("knee", 1),
+        ("sparsity 0.5", 0),
+        ("sparsity 0.5", 1),
+    ]
+
+
+# The comparison over runs and seeds
+
+
+def table_by(path: Path, *keys: str) -> dict[Any, dict[str, Any]]:
+    """Rows of a CSV file by what they hold under `keys`."""
+    records = pd.read_csv(path, keep_default_na=False).to_dict("records")
+    return {tuple(row[key] for key in keys): {str(name): value for name, value in row.items()} for row in records}
+
+
+def test_comparison_hand_computed(compared: Path) -> None:
+    tests = table_by(compared / "comparison.csv", "measure", "method")
+    assert {tuple(row) for row in tests.values()} == {COMPARISON_COLUMNS}
+    assert {row["reference"] for row in tests.values()} == {"nsga2"}
+    pareto, uniform = (tests["hypervolume_test", method] for method in ("pareto", "uniform"))
+    assert (pareto["wins"], pareto["ties"], pareto["losses"]) == (0, 0, 8)
+    assert (uniform["wins"], uniform["ties"], uniform["losses"]) == (8, 0, 0)
+    # An error that is larger by e takes e x (1 - density of the sparsest member) of area; e is 0.01 to 0.08.
+    assert pareto["median_difference"] == pytest.approx(-0.9 * 0.045)
+    assert pareto["p_value"] == pytest.approx(2 / 2**8)
+    assert pareto["p_holm"] == pytest.approx(4 / 2**8)
+    assert (pareto["rank_biserial"], pareto["note"]) == (-1.0, "")
+    search = tests["hypervolume_search", "uniform"]
+    assert (search["wins"], search["losses"]) == (7, 1)
+    # The one loss, 0.16 - 0.2, is as large as the second smallest win: they share the ranks 2 and 3 of 8.
+    assert search["rank_biserial"] == pytest.approx((36 - 2 * 2.5) / 36)
+
+
+def test_sparsities_and_gains_hand_computed(compared: Path) -> None:
+    sparsities = table_by(compared / "sparsities.csv", "dataset", "method", "at_least_sparsity")
+    half = sparsities["digits", "nsga2", 0.5]
+    assert float(half["test_error_mean"]) == pytest.approx(0.12 + 0.025)
+    assert float(half["points_over_dense_mean"]) == pytest.approx(4.5)
+    assert float(sparsities["cifar10", "pareto", 0.8]["test_error_mean"]) == pytest.approx(0.2)
+    assert sparsities["digits", "pareto", 0.95]["n_found"] == 0
+    gains = pd.read_csv(compared / "phase2_gain.csv")
+    assert list(gains["method"]) == ["pareto"] * 3
+    assert list(gains["n_searches"]) == [8, 4, 4]
+    np.testing.assert_allclose(gains["min"], [0.001, 0.001, 0.005])
+    np.testing.assert_allclose(gains["median"], [0.0045, 0.0025, 0.0065])
+    np.testing.assert_allclose(gains["max"], [0.008, 0.004, 0.008])
+
+
+def test_page_shows_the_comparison(compared: Path) -> None:
+    page = (compared / "index.html").read_text(encoding="utf-8")
+    assert '<a href="#comparison">Comparison</a>' in page
+    section, _ = page.split('<section id="comparison">')[1].split("</section>", 1)
+    assert "Every method against <strong>nsga2</strong>" in section
+    text = " ".join(re.sub(r"<[^>]+>", "", section).split())
+    assert "a larger hypervolume on the test split than 1 of the other methods and a smaller one than 1 (p" in text
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", section)
+    assert "0 / 0 / 8" in cells
+    assert "-0.0405" in cells
+    assert "+0.0045" in cells
+    assert "none" in cells
+    assert re.findall(r'<td class="number best">(0\.\d+)</td>', section)[:2] == ["0.0156", "0.0156"]
+    assert {path.stem for path in (compared / "figures").iterdir()} >= COMPARISON_FIGURES
+    for name in COMPARISON_FIGURES:
+        assert f'src="figures/{name}.svg"' in section
+        assert (compared / "figures" / f"{name}.png").read_bytes().startswith(PNG_MAGIC)
+
+
+def test_the_first_method_is_the_reference_unless_another_is_named(results: Path, compared: Path) -> None:
+    assert set(pd.read_csv(report_on(results) / "comparison.csv")["reference"]) == {"pareto"}
+    assert set(pd.read_csv(compared / "comparison.csv")["method"]) == {"pareto", "uniform"}
+
+
+def test_an_unknown_reference_is_refused_before_anything_is_written(results: Path) -> None:
+    with pytest.raises(ValueError, match=r"settings\['reference'\] to be one of pareto, .*, found 'lamp'; correct"):
+        report_on(results, settings=settings() | {"reference": "lamp"})
+    assert not (results.parent / "report").exists()
+
+
+@pytest.mark.parametrize(("seeds", "methods"), [([0], list(KINDS)), (SEEDS, ["pareto"])])
+def test_one_pair_or_one_method_is_no_comparison(results: Path, seeds: list[int], methods: list[str]) -> None:
+    output = report_on(results, methods, seeds=seeds)
+    page = (output / "index.html").read_text(encoding="utf-8")
+    assert "<h2>Comparison</h2>" not in page
+    assert "#comparison" not in page
+    assert not any(path.stem.startswith("comparison") for path in (output / "figures").iterdir())
+    # The tables are outputs of the workflow and always there, if only with their heads.
+    assert tuple(pd.read_csv(output / "comparison.csv").columns) == COMPARISON_COLUMNS
+    assert len(pd.read_csv(output / "sparsities.csv")) == 6 * len(methods)
+    assert len(pd.read_csv(output / "phase2_gain.csv")) == 2
+
+
+def test_a_method_without_members_is_compared_all_the_same(results: Path) -> None:
+    for seed in SEEDS:
+        write_front(results / "digits" / "resnet8" / f"seed{seed}" / "nsga2", [])
+    tests = table_by(report_on(results) / "comparison.csv", "measure", "method")
+    assert tests["hypervolume_test", "nsga2"]["median_difference"] == pytest.approx(0.656)

@@ -1,0 +1,759 @@
+"""The configuration: what ships passes the schema, and every mistake is named with its place and remedy."""
+
+import copy
+import os
+import re
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from paretoprune.search import search
+from paretoprune.search import sparse_ea as sparse
+from paretoprune.workflow import configuration
+from paretoprune.workflow.configuration import ConfigurationError, check_configuration, merge, method_settings
+
+ROOT = Path(__file__).parents[2]
+SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text(encoding="utf-8"))
+DEFAULT = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
+EXPERIMENTS = sorted([*(ROOT / "experiments").glob("*.yaml"), ROOT / "tests" / "tiny.yaml"])
+
+
+def problems(override: Mapping[str, Any], base: Mapping[str, Any] = DEFAULT) -> list[str]:
+    """The problems found in `base` with `override` laid over it."""
+    try:
+        check_configuration(merge(base, override), SCHEMA)
+    except ConfigurationError as error:
+        head, *lines = str(error).splitlines()
+        assert head == f"the configuration has {len(lines)} problem(s):"
+        assert all(line.startswith("  - ") for line in lines)
+        return [line.removeprefix("  - ") for line in lines]
+    return []
+
+
+def only_problem(override: Mapping[str, Any], base: Mapping[str, Any] = DEFAULT) -> str:
+    found = problems(override, base)
+    assert len(found) == 1, found
+    return found[0]
+
+
+def method(name: str, **settings: Any) -> dict[str, Any]:
+    """A configuration that compares one more method."""
+    return {"methods": [*DEFAULT["methods"], name], "method_settings": {name: settings}}
+
+
+# What ships
+
+
+def test_the_default_configuration_has_no_problems() -> None:
+    assert problems({}) == []
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_experiments_laid_over_the_default_have_no_problems(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    found = problems(yaml.safe_load(path.read_text(encoding="utf-8")))
+    missing = [line for line in found if re.search(r"(path|checkpoint): expected '.*', found nothing", line)]
+    assert found == missing
+    if missing:
+        pytest.skip("the data of this experiment is not here: " + "; ".join(missing))
+
+
+def described(schema: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
+    """Every property in a schema by path, and whether it or the definition that it refers to has a description."""
+    for name, rule in schema.get("properties", {}).items():
+        definition: Any = SCHEMA if "$ref" in rule else {}
+        for key in rule.get("$ref", "").split("/")[1:]:
+            definition = definition[key]
+        yield name, bool(rule.get("description") or definition.get("description"))
+        yield from ((f"{name}.{inner}", known) for inner, known in described(rule))
+    for key in ("items", "additionalProperties"):
+        if isinstance(schema.get(key), Mapping):
+            yield from ((f"*.{inner}", known) for inner, known in described(schema[key]))
+
+
+def test_every_property_of_the_schema_has_a_description() -> None:
+    found = dict(described(SCHEMA))
+    some = {"seeds", "search.phase2.guides", "datasets.*.augmentation.crop", "runs.*.network", "runs.*.seeds"}
+    assert some <= found.keys()
+    assert len(found) > 100
+    assert [path for path, has_description in found.items() if not has_description] == []
+
+
+def test_every_object_of_the_schema_refuses_unknown_keys() -> None:
+    def closed(schema: Any) -> Iterator[bool]:
+        for part in schema.values() if isinstance(schema, Mapping) else schema:
+            if isinstance(part, Mapping) and part.get("type") == "object" and "properties" in part:
+                yield part.get("additionalProperties") is False
+            if isinstance(part, Mapping | list):
+                yield from closed(part)
+
+    found = list(closed({"root": SCHEMA}))
+    assert len(found) > 15
+    assert all(found)
+
+
+# Mistakes that the schema finds
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ({"seed": [1]}, "unknown key 'seed'; did you mean 'seeds'?"),
+        ({"search": {"populaton": 10}}, "unknown key 'search.populaton'; did you mean 'population'?"),
+        ({"search": {"phase1": {"shares": 0.5}}}, "unknown key 'search.phase1.shares'; did you mean 'share'?"),
+        ({"datasets": {"digits": {"serach": 9}}}, "unknown key 'datasets.digits.serach'; did you mean 'search'?"),
+        ({"networks": {"resnet8": {"training": {"epoch": 3}}}}, "'networks.resnet8.training.epoch'; did you mean 'ep"),
+        ({"method_settings": {"lamp": {"kinds": "flat"}}}, "'method_settings.lamp.kinds'; did you mean 'kind'?"),
+    ],
+)
+def test_a_misspelt_key_suggests_the_right_one(override: dict[str, Any], expected: str) -> None:
+    assert expected in only_problem(override)
+
+
+def test_a_key_like_none_lists_what_is_known() -> None:
+    assert only_problem({"importance": {"zzz": 1}}) == "unknown key 'importance.zzz'; known here: images, positions"
+
+
+@pytest.mark.parametrize("search", [{"precision": p} for p in ("auto", "float32", "bfloat16")])
+def test_every_precision_is_accepted(search: dict[str, Any]) -> None:
+    assert problems({"search": search}) == []
+
+
+@pytest.mark.parametrize("batch_size", ["auto", 1, 64])
+def test_batches_are_of_a_given_size_or_of_one_chosen_by_the_images(batch_size: object) -> None:
+    assert problems({"search": {"batch_size": batch_size}}) == []
+
+
+def test_keys_that_are_no_text_are_named_as_well() -> None:
+    # YAML reads `20:` as a number and `on:` as true.
+    found = problems({"importance": {20: 1, True: 2, "zzz": 3}})
+    assert [line.split(";")[0] for line in found] == [
+        f"unknown key 'importance.{key}'" for key in sorted(("20", "True", "zzz"))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "found"),
+    [
+        ({"seeds": []}, "seeds", "[]"),
+        ({"seeds": [1, 1]}, "seeds", "[1, 1]"),
+        ({"seeds": [-1]}, "seeds.0", "-1"),
+        ({"gpus_per_job": 2}, "gpus_per_job", "2"),
+        ({"threads_per_search": 0}, "threads_per_search", "0"),
+        ({"prefix_cache_mb": -1}, "prefix_cache_mb", "-1"),
+        ({"runs": []}, "runs", "[]"),
+        ({"datasets": {"digits": {"source": "mnist"}}}, "datasets.digits.source", "'mnist'"),
+        ({"datasets": {"digits": {"search": 1.5}}}, "datasets.digits.search", "1.5"),
+        ({"datasets": {"digits": {"search": 0}}}, "datasets.digits.search", "0"),
+        ({"datasets": {"digits": {"augmentation": {"crop": -1}}}}, "datasets.digits.augmentation.crop", "-1"),
+        ({"networks": {"resnet8": {"checkpoint": 3}}}, "networks.resnet8.checkpoint", "3"),
+        ({"training": {"momentum": 1.0}}, "training.momentum", "1.0"),
+        ({"training": {"learning_rate": 0}}, "training.learning_rate", "0"),
+        ({"search": {"population": 3}}, "search.population", "3"),
+        ({"search": {"importance": "snip"}}, "search.importance", "'snip'"),
+        ({"runs": [{"dataset": "digits", "network": "resnet8", "seeds": []}]}, "runs.0.seeds", "[]"),
+        ({"runs": [{"dataset": "digits", "network": "resnet8", "seeds": [-1]}]}, "runs.0.seeds.0", "-1"),
+        ({"importance": {"positions": 0}}, "importance.positions", "0"),
+        ({"search": {"importance": "refit"}}, "search.importance", "'refit'"),
+        ({"search": {"repair": "refit"}}, "search.repair", "'refit'"),
+        ({"search": {"repair": None}}, "search.repair", "None"),
+        ({"search": {"search_repair": "refit"}}, "search.search_repair", "'refit'"),
+        ({"search": {"candidate_images": 0}}, "search.candidate_images", "0"),
+        ({"search": {"repair_images": 0}}, "search.repair_images", "0"),
+        ({"search": {"damping": 0}}, "search.damping", "0"),
+        ({"search": {"damping": 1.5}}, "search.damping", "1.5"),
+        ({"search": {"refine": 1}}, "search.refine", "1"),
+        ({"search": {"empty_layers": "never"}}, "search.empty_layers", "'never'"),
+        ({"search": {"front_size": 1}}, "search.front_size", "1"),
+        ({"search": {"sparsities": [0.5, 90]}}, "search.sparsities.1", "90"),
+        ({"search": {"precision": "float16"}}, "search.precision", "'float16'"),
+        ({"search": {"batch_size": 0}}, "search.batch_size", "0"),
+        ({"search": {"batch_size": "large"}}, "search.batch_size", "'large'"),
+        ({"search": {"phase1": {"share": 0}}}, "search.phase1.share", "0"),
+        ({"search": {"phase1": {"share": 1.1}}}, "search.phase1.share", "1.1"),
+        ({"search": {"phase1": {"rungs": 1}}}, "search.phase1.rungs", "1"),
+        ({"search": {"phase1": {"level_switches": 2}}}, "search.phase1.level_switches", "2"),
+        ({"search": {"phase1": {"n_reselected": -1}}}, "search.phase1.n_reselected", "-1"),
+        ({"search": {"phase1": {"starts": ["fisher"]}}}, "search.phase1.starts.0", "'fisher'"),
+        ({"search": {"anchors": {"corridors": -1}}}, "search.anchors.corridors", "-1"),
+        ({"search": {"phase2": {"adaptive": "no"}}}, "search.phase2.adaptive", "'no'"),
+        ({"search": {"phase2": {"guides": ["reconstruct"]}}}, "search.phase2.guides.0", "'reconstruct'"),
+        ({"search": {"phase1": {"start_densities": [0.5, 80]}}}, "search.phase1.start_densities.1", "80"),
+        ({"search": {"phase2": {"crossover_probability": 1.2}}}, "search.phase2.crossover_probability", "1.2"),
+        ({"search": {"phase2": {"guides": []}}}, "search.phase2.guides", "[]"),
+        ({"search": {"flat": {"flip_rate": 0}}}, "search.flat.flip_rate", "0"),
+        ({"search": {"flat": {"score_share": 1}}}, "search.flat.score_share", "1"),
+        ({"search": {"flat": {"algorithm": "sparseea"}}}, "search.flat.algorithm", "'sparseea'"),
+        ({"method_settings": {"lamp": {"kind": "prune"}}}, "method_settings.lamp.kind", "'prune'"),
+        ({"method_settings": {"lamp": {"population": 2}}}, "method_settings.lamp.population", "2"),
+        ({"finetune": {"sparsities": [90]}}, "finetune.sparsities.0", "90"),
+        ({"finetune": {"temperature": 0}}, "finetune.temperature", "0"),
+        ({"results_directory": ""}, "results_directory", "''"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_its_path(override: dict[str, Any], path: str, found: str) -> None:
+    problem = only_problem(override)
+    assert problem.startswith(f"{path}: ")
+    assert found in problem
+
+
+def test_a_value_out_of_range_is_told_with_its_meaning() -> None:
+    problem = only_problem({"search": {"population": 3}})
+    assert problem == "search.population: 3 is less than the minimum of 4 (candidates in a population)"
+
+
+@pytest.mark.parametrize("name", ["data", "logs", "report", "dense", "importance", "a/b", "", "..", "-x", "a b"])
+@pytest.mark.parametrize("part", ["datasets", "networks", "method_settings"])
+def test_a_name_that_cannot_be_a_folder_is_refused(part: str, name: str) -> None:
+    known = {"datasets": "digits", "networks": "resnet8", "method_settings": "lamp"}[part]
+    problem = only_problem({part: {name: DEFAULT[part][known]}})
+    assert problem.startswith(f"{part}: '{name}'")
+
+
+@pytest.mark.parametrize("wildcard", ["dataset", "network", "method"])
+@pytest.mark.parametrize("name", ["two_phase", "resnet-20", "v1.5", "A0", "_"])
+def test_a_name_that_the_schema_allows_is_one_that_the_rules_match(wildcard: str, name: str) -> None:
+    part = {"dataset": "datasets", "network": "networks", "method": "method_settings"}[wildcard]
+    rules = (ROOT / "workflow/rules/common.smk").read_text(encoding="utf-8")
+    constraint = re.search(rf'^    {wildcard}="(.+)",$', rules, re.MULTILINE)
+    assert constraint is not None
+    allowed = problems({part: {name: next(iter(DEFAULT[part].values()))}}) == []
+    assert not allowed or re.fullmatch(constraint[1], name)
+
+
+def test_an_imagefolder_without_a_path_is_refused() -> None:
+    assert only_problem({"datasets": {"digits": {"source": "imagefolder"}}}) == (
+        "datasets.digits: 'path' is a required property"
+    )
+
+
+def test_settings_of_an_imagefolder_are_refused_elsewhere() -> None:
+    problem = only_problem({"datasets": {"digits": {"path": "mine", "channels": 1}}})
+    assert problem == "datasets.digits: path, channels only fit source imagefolder, found 'digits'; remove"
+
+
+def test_what_is_missing_is_named() -> None:
+    without = {key: value for key, value in DEFAULT.items() if key != "seeds"}
+    assert only_problem({}, without) == "configuration: 'seeds' is a required property"
+
+
+def test_several_problems_are_listed_at_once() -> None:
+    found = problems({"seed": [1], "search": {"population": 3, "repair": "all"}, "finetune": {"sparsities": [90]}})
+    assert len(found) == 4
+    for text in ("'seed'", "search.population", "search.repair", "finetune.sparsities.0"):
+        assert sum(text in line for line in found) == 1
+
+
+# References between parts
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            {"runs": [{"dataset": "digit", "network": "resnet8"}]},
+            "runs: no dataset 'digit' under `datasets`; did you mean 'digits'?",
+        ),
+        (
+            {"runs": [{"dataset": "digits", "network": "vgg"}]},
+            "runs: no network 'vgg' under `networks`; defined: resnet8",
+        ),
+        (
+            {"methods": ["lamb", *DEFAULT["methods"]]},
+            "methods: no method 'lamb' under `method_settings`; did you mean 'lamp'?",
+        ),
+        (
+            {"finetune": {"methods": ["two_phase_nsga"]}},
+            "methods: no method 'two_phase_nsga' under `method_settings`; did you mean 'two_phase_nsga2'?",
+        ),
+        (
+            {"methods": ["lamp"], "finetune": {"methods": ["lamp", "random"]}},
+            "finetune.methods: 'random' is not among `methods`; add it there or remove it here",
+        ),
+        (
+            {"report": {"reference": "two_phase_nsga"}},
+            "report.reference: expected one of `methods`, found 'two_phase_nsga'; did you mean 'two_phase_nsga2'?",
+        ),
+        (
+            # Defined, but not compared.
+            {"methods": ["lamp"], "finetune": {"methods": []}, "report": {"reference": "random"}},
+            "report.reference: expected one of `methods`, found 'random'; defined: lamp",
+        ),
+    ],
+)
+def test_a_name_that_is_not_defined_is_told_with_what_is(override: dict[str, Any], expected: str) -> None:
+    assert only_problem(override) == expected
+
+
+def test_the_reference_is_the_first_method_unless_another_is_named() -> None:
+    named = merge(DEFAULT, {"report": {"reference": "lamp"}})
+    assert problems({"report": {"reference": "lamp"}}) == []
+    assert configuration.reference_method(named) == "lamp"
+    assert configuration.reference_method(DEFAULT) == DEFAULT["methods"][0]
+    without = {key: value for key, value in DEFAULT.items() if key != "report"}
+    assert problems({}, without) == []
+    assert configuration.reference_method(without) == DEFAULT["methods"][0]
+
+
+def test_several_broken_references_are_listed_at_once() -> None:
+    found = problems({"runs": [{"dataset": "a", "network": "b"}], "methods": ["c"], "finetune": {"methods": ["c"]}})
+    assert [re.findall(r"no (\w+) '(\w)'", line) for line in found] == [
+        [("dataset", "a")],
+        [("network", "b")],
+        [("method", "c")],
+    ]
+
+
+def test_a_method_of_kind_allocation_needs_its_rule() -> None:
+    assert only_problem(method("other", kind="allocation")) == (
+        "method_settings.other: a method of kind 'allocation' needs `allocation`, the rule"
+    )
+
+
+def test_too_few_evaluations_are_refused_before_anything_starts() -> None:
+    too_few = {"evaluations": 119, "population": 30, "phase1": {"starts": []}}
+    assert only_problem(method("other", kind="two_phase", **too_few)) == (
+        "method_settings.other: evaluations is 119, expected at least 120 for a population of 30; raise `evaluations` "
+        "or lower `population`"
+    )
+    assert problems(method("other", kind="two_phase", **too_few | {"evaluations": 120})) == []
+    assert "evaluations is 29, expected at least 30" in only_problem(method("other", kind="flat", evaluations=29))
+    assert problems(method("other", kind="flat", evaluations=30)) == []
+    assert problems(method("other", kind="allocation", allocation="uniform", evaluations=1)) == []
+
+
+@pytest.mark.parametrize("algorithm", ["sparse_ea", "mskea"])
+def test_a_sparse_algorithm_must_get_enough_for_scores_and_a_population(algorithm: str) -> None:
+    def other(evaluations: int, share: float) -> dict[str, Any]:
+        flat = {"algorithm": algorithm, "score_share": share}
+        return method("other", kind="flat", evaluations=evaluations, population=30, flat=flat)
+
+    assert problems(other(32, 0.01)) == problems(other(60, 0.5)) == []
+    assert only_problem(other(58, 0.5)) == (
+        "method_settings.other: evaluations is 58, expected at least 59 (29 groups of weights to score and a "
+        "population of 30); raise `evaluations`, or lower `population` or `flat.score_share`"
+    )
+    assert "expected at least 32 (2 groups" in only_problem(other(31, 0.01))
+
+
+@pytest.mark.parametrize("evaluations", [32, 57, 100, 290, 600])
+@pytest.mark.parametrize("share", [0.01, 0.05, 0.15, 0.29, 0.49, 0.9])
+def test_the_configuration_counts_groups_as_the_search_does(evaluations: int, share: float) -> None:
+    flat = {"algorithm": "mskea", "score_share": share}
+    fits = evaluations >= sparse.n_groups_within(evaluations, share) + 30
+    assert (problems(method("other", kind="flat", evaluations=evaluations, flat=flat)) == []) is fits
+
+
+def test_only_the_flat_search_knows_sparse_algorithms() -> None:
+    assert "'mskea' is not one of" in only_problem({"search": {"phase2": {"algorithm": "mskea"}}})
+    assert configuration.SPARSE_ALGORITHMS == search.SPARSE_ALGORITHMS
+    flat = SCHEMA["$defs"]["search"]["flat"]["properties"]["algorithm"]["enum"]
+    assert flat == [*search.ALGORITHMS, *search.SPARSE_ALGORITHMS]
+
+
+def test_the_share_for_scores_is_passed_to_algorithms_that_have_scores_only() -> None:
+    for name, has in (("flat_nsga2", False), ("sparse_ea", True), ("mskea", True)):
+        settings = configuration.flat_settings(method_settings(DEFAULT, name))["algorithm"]
+        assert ("score_share" in settings) is has
+        assert settings["algorithm"] == ("nsga2" if name == "flat_nsga2" else name)
+
+
+def test_phase_1_must_get_enough_for_its_starts_and_a_population() -> None:
+    # The default has 4 starts at 12 densities and a population of 30; half of the evaluations are Phase 1's.
+    assert problems(method("other", kind="two_phase", evaluations=156)) == []
+    problem = only_problem(method("other", kind="two_phase", evaluations=154))
+    assert problem == (
+        "method_settings.other: Phase 1 gets 77 evaluations, expected at least 78 (48 starting allocations, a "
+        "population of 30 and 0 members chosen anew); raise `evaluations` or `phase1.share`, or start from fewer "
+        "densities"
+    )
+
+
+def test_phase_1_must_get_enough_for_members_chosen_anew() -> None:
+    def other(n_reselected: int) -> dict[str, Any]:
+        phase1 = {"n_reselected": n_reselected}
+        return method("other", kind="two_phase", evaluations=176, repair="reconstruct", phase1=phase1)
+
+    assert problems(other(10)) == []
+    problem = only_problem(other(11))
+    assert (
+        "Phase 1 gets 88 evaluations, expected at least 89 (48 starting allocations, a population of 30 and 11 me"
+        in (problem)
+    )
+
+
+def test_phase_1_may_have_all_evaluations_but_not_by_rounding() -> None:
+    assert problems(method("other", kind="two_phase", phase1={"share": 1})) == []
+    assert problems(method("other", kind="two_phase", phase1={"share": 0.999})) == []
+    assert only_problem(method("other", kind="two_phase", phase1={"share": 0.9999})) == (
+        "method_settings.other: phase1.share leaves Phase 2 no evaluations; lower it, or 1 for none at all"
+    )
+
+
+# What only makes sense where candidates are re-fitted
+
+REFITTED_ONLY = (
+    ({"phase2": {"guides": ["magnitude", "refit"]}}, "guide 'refit' needs repair reconstruct during the search"),
+    ({"phase1": {"n_reselected": 4}}, "phase1.n_reselected needs repair reconstruct during the search; set it to 0"),
+)
+
+
+@pytest.mark.parametrize(("settings", "message"), REFITTED_ONLY)
+@pytest.mark.parametrize(
+    ("repairs", "right"),
+    [
+        ({"repair": "batchnorm"}, False),
+        ({"repair": "none"}, False),
+        ({"repair": "reconstruct", "search_repair": "none"}, False),
+        ({"repair": "reconstruct"}, True),
+        ({"repair": "reconstruct", "search_repair": "reconstruct"}, True),
+        ({"repair": "none", "search_repair": "reconstruct"}, True),
+    ],
+)
+def test_settings_for_re_fitted_candidates_are_refused_where_the_search_re_fits_none(
+    settings: dict[str, Any], message: str, repairs: dict[str, str], right: bool
+) -> None:
+    override = method("other", kind="two_phase", **repairs, **settings)
+    if right:
+        assert problems(override) == []
+    else:
+        assert only_problem(override).startswith(f"method_settings.other: {message}")
+
+
+@pytest.mark.parametrize("guides", [["refit"], ["refit", "magnitude"]])
+def test_the_first_guide_must_be_a_score(guides: list[str]) -> None:
+    assert only_problem(method("other", kind="two_phase", repair="reconstruct", phase2={"guides": guides})) == (
+        "method_settings.other: the first guide shapes the first population and must be a score; reorder them"
+    )
+
+
+def test_other_kinds_of_methods_take_no_notice_of_what_two_phases_need() -> None:
+    common = {
+        "search": {"repair": "reconstruct", "phase1": {"n_reselected": 4}, "phase2": {"guides": ["lamp", "refit"]}}
+    }
+    flat = {"methods": ["flat_nsga2", "lamp"], "finetune": {"methods": []}}
+    bare = {"method_settings": {name: {"repair": "none"} for name in ("flat_nsga2", "lamp")}}
+    assert problems(merge(merge(common, flat), bare)) == []
+
+
+def test_repairs_of_a_method_are_those_of_its_search_and_of_its_networks() -> None:
+    for settings, expected in (
+        ({"repair": "batchnorm", "search_repair": None}, {"batchnorm"}),
+        ({"repair": "batchnorm", "search_repair": "batchnorm"}, {"batchnorm"}),
+        ({"repair": "reconstruct", "search_repair": "none"}, {"reconstruct", "none"}),
+    ):
+        assert configuration.repairs_of(settings) == expected
+
+
+def test_a_guide_by_re_fits_is_no_score() -> None:
+    settings = merge(method_settings(DEFAULT, "two_phase_nsga2"), {"phase2": {"guides": ["elimination", "refit"]}})
+    assert configuration.score_guides(settings) == ["elimination"]
+    found = configuration.phase2_settings(settings)
+    assert (found["guides"], found["refit_guide"]) == (["elimination"], True)
+    assert "guides" not in found["algorithm"]
+    assert configuration.phase2_settings(method_settings(DEFAULT, "two_phase_nsga2"))["refit_guide"] is False
+
+
+# Seeds
+
+
+def test_a_run_has_its_own_seeds_or_those_of_all() -> None:
+    config = {"seeds": [4, 2]}
+    assert configuration.seeds_of(config, {"dataset": "a", "network": "b"}) == [4, 2]
+    assert configuration.seeds_of(config, {"dataset": "a", "network": "b", "seeds": [7]}) == [7]
+    assert problems({"runs": [{"dataset": "digits", "network": "resnet8", "seeds": [5, 6]}]}) == []
+
+
+def test_a_run_that_is_listed_twice_with_other_seeds_is_refused() -> None:
+    run = {"dataset": "digits", "network": "resnet8"}
+    assert only_problem({"runs": [run, {**run, "seeds": [5]}]}) == (
+        "runs: dataset 'digits' and network 'resnet8' are listed twice; join their `seeds` in one run"
+    )
+
+
+def test_the_seeds_that_come_back_may_be_changed() -> None:
+    config = {"seeds": [4, 2]}
+    configuration.seeds_of(config, {}).append(9)
+    assert config == {"seeds": [4, 2]}
+
+
+@pytest.mark.parametrize(("light", "heavy", "right"), [(0.1, 0.2, True), (0.2, 0.2, False), (0.3, 0.2, False)])
+def test_the_light_tolerance_must_be_the_smaller_one(light: float, heavy: float, right: bool) -> None:
+    anchors = {"light_tolerance": light, "heavy_tolerance": heavy}
+    found = problems(method("other", kind="two_phase", anchors=anchors))
+    assert found == (
+        [] if right else ["method_settings.other: anchors.light_tolerance must be smaller than anchors.heavy_tolerance"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"kind": "flat", "phase1_from": "two_phase_nsga2"}, "phase1_from joins methods of kind two_phase"),
+        ({"kind": "two_phase", "phase1_from": "flat_nsga2"}, "phase1_from joins methods of kind two_phase"),
+        ({"kind": "two_phase", "phase1_from": "nowhere"}, "'nowhere'"),
+        ({"kind": "two_phase", "phase1_from": "two_phase_moead"}, "takes its own Phase 1 from elsewhere"),
+        ({"kind": "two_phase", "phase1_from": "other"}, "takes its own Phase 1 from elsewhere"),
+    ],
+)
+def test_phase_1_can_only_be_taken_from_a_method_that_has_one(settings: dict[str, Any], expected: str) -> None:
+    problem = only_problem(method("other", **settings))
+    assert problem.startswith("method_settings.other: phase1_from")
+    assert expected in problem
+
+
+@pytest.mark.parametrize(
+    "difference",
+    [
+        {"importance": "fisher"},
+        {"evaluations": 700},
+        {"population": 32},
+        {"repair": "none"},
+        {"search_repair": "none"},
+        {"repair_images": 100},
+        {"damping": 0.1},
+        {"empty_layers": "forbid"},
+        {"precision": "bfloat16"},
+        {"phase1": {"share": 0.6}},
+        {"phase1": {"rungs": 24}},
+        {"phase1": {"level_switches": 0.5}},
+        {"phase1": {"starts": ["lamp"]}},
+        {"phase1": {"start_densities": [0.5]}},
+    ],
+)
+def test_methods_that_share_phase_1_must_agree_on_it(difference: dict[str, Any]) -> None:
+    problem = only_problem(method("other", kind="two_phase", phase1_from="two_phase_nsga2", **difference))
+    assert "takes Phase 1 from 'two_phase_nsga2', but the two differ in settings that Phase 1 depends on" in problem
+
+
+@pytest.mark.parametrize(
+    "difference",
+    [
+        {"anchors": {"heavy_tolerance": 0.5}},
+        {"anchors": {"corridors": 3}},
+        {"phase2": {"adaptive": False}},
+        {"phase2": {"algorithm": "moead", "guides": ["lamp"], "softness": 0.1}},
+        {"front_size": None},
+        {"ladder": {"size": 3}},
+    ],
+)
+def test_methods_that_share_phase_1_may_differ_in_what_follows(difference: dict[str, Any]) -> None:
+    assert problems(method("other", kind="two_phase", phase1_from="two_phase_nsga2", **difference)) == []
+
+
+def test_a_method_may_not_minimise_something_else_than_the_others() -> None:
+    problem = only_problem(method("other", kind="flat", objective="divergence"))
+    assert "hypervolumes on different objectives cannot be compared; set search.objective" in problem
+
+
+# Files
+
+
+def test_a_missing_image_folder_is_named_with_the_path_that_was_tried(tmp_path: Path) -> None:
+    override = {
+        "data_directory": str(tmp_path),
+        "datasets": {"digits": {"source": "imagefolder", "path": "mine"}},
+    }
+    problem = only_problem(override)
+    assert problem.startswith(f"datasets.digits.path: expected '{tmp_path / 'mine'}', found nothing")
+    assert "`data_directory`" in problem
+    (tmp_path / "mine").mkdir()
+    assert problems(override) == []
+
+
+def test_an_image_archive_may_stand_where_a_folder_may(tmp_path: Path) -> None:
+    (tmp_path / "mine.tar").touch()
+    override = {"datasets": {"digits": {"source": "imagefolder", "path": str(tmp_path / "mine.tar")}}}
+    assert problems(override) == []
+
+
+def test_a_missing_checkpoint_is_named_with_the_path_that_was_tried(tmp_path: Path) -> None:
+    override = {"data_directory": str(tmp_path), "networks": {"resnet8": {"checkpoint": "trained.pt"}}}
+    problem = only_problem(override)
+    assert problem.startswith(f"networks.resnet8.checkpoint: expected '{tmp_path / 'trained.pt'}', found nothing")
+    assert "`data_directory`" in problem
+    (tmp_path / "trained.pt").touch()
+    assert problems(override) == []
+
+
+def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    assert "networks.resnet8.checkpoint" in only_problem({"networks": {"resnet8": {"checkpoint": str(tmp_path)}}})
+
+
+def test_all_missing_files_are_listed_at_once(tmp_path: Path) -> None:
+    override = {
+        "data_directory": str(tmp_path),
+        "datasets": {"digits": {"source": "imagefolder", "path": "mine"}},
+        "networks": {"resnet8": {"checkpoint": "trained.pt"}},
+    }
+    assert [problem.split(":")[0] for problem in problems(override)] == [
+        "datasets.digits.path",
+        "networks.resnet8.checkpoint",
+    ]
+
+
+def test_files_may_be_missing_where_no_inputs_are_needed() -> None:
+    override = {"networks": {"resnet8": {"checkpoint": "/nowhere/trained.pt"}}}
+    assert len(problems(override)) == 1
+    assert problems({**override, "inputs_needed": False}) == []
+
+
+def test_files_of_what_is_not_run_may_be_missing() -> None:
+    unused = {**DEFAULT["networks"]["resnet8"], "checkpoint": "/nowhere/trained.pt"}
+    assert problems({"networks": {"unused": unused}}) == []
+
+
+def test_paths_start_in_the_data_directory_unless_they_are_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert configuration.data_path({"data_directory": "data"}, "a/b.pt") == Path("data/a/b.pt")
+    assert configuration.data_path({"data_directory": "data"}, "/a/b.pt") == Path("/a/b.pt")
+    assert configuration.data_path({"data_directory": "~/data"}, "b.pt") == tmp_path / "data" / "b.pt"
+    assert configuration.data_path({"data_directory": "data"}, "~/b.pt") == tmp_path / "b.pt"
+
+
+def test_the_state_of_a_folder_changes_with_its_files(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    (folder / "cat").mkdir(parents=True)
+    states = [configuration.folder_state(folder)]
+    for name, text in (("cat/1.png", "abc"), ("cat/2.png", "de"), ("cat/1.png", "abcd")):
+        (folder / name).write_text(text)
+        states.append(configuration.folder_state(folder))
+    os.utime(folder / "cat" / "2.png", ns=(0, 2**62))
+    states.append(configuration.folder_state(folder))
+    (folder / "dog").mkdir()
+    (folder / "cat" / "1.png").rename(folder / "dog" / "1.png")
+    states.append(configuration.folder_state(folder))
+    (folder / "cat" / "2.png").unlink()
+    states.append(configuration.folder_state(folder))
+    assert all(before != after for before, after in pairwise(states))
+    assert states[-1] == configuration.folder_state(folder)
+
+
+def test_a_file_and_nothing_at_all_have_no_state_as_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "images.tar").write_text("abc")
+    assert configuration.folder_state(tmp_path / "images.tar") == ""
+    assert configuration.folder_state(tmp_path / "nothing") == ""
+
+
+# What the parts mean together
+
+
+def test_merging_goes_key_by_key_and_replaces_lists() -> None:
+    base = {"a": {"b": 1, "c": {"d": [1, 2]}}, "e": 5, "f": {"g": 1}}
+    override = {"a": {"c": {"d": [3]}}, "f": None, "h": {"i": 7}}
+    assert merge(base, override) == {"a": {"b": 1, "c": {"d": [3]}}, "e": 5, "f": None, "h": {"i": 7}}
+    assert merge({"f": None}, {"f": {"g": 2}}) == {"f": {"g": 2}}
+
+
+def test_merging_changes_neither_argument_and_shares_nothing_with_them() -> None:
+    base: dict[str, Any] = {"a": {"b": [1]}, "c": {"d": [2]}}
+    override: dict[str, Any] = {"a": {"e": [3]}, "f": {"g": [4]}}
+    before = copy.deepcopy((base, override))
+    merged = merge(base, override)
+    assert (base, override) == before
+    for values in (merged["a"]["b"], merged["a"]["e"], merged["c"]["d"], merged["f"]["g"]):
+        values.append(9)
+    merged["c"]["new"] = merged["f"]["new"] = 1
+    assert (base, override) == before
+
+
+def test_checking_leaves_the_configuration_as_it_was() -> None:
+    config = copy.deepcopy(DEFAULT)
+    check_configuration(config, SCHEMA)
+    assert config == DEFAULT
+
+
+def test_a_methods_own_settings_go_before_the_common_ones() -> None:
+    settings = method_settings(DEFAULT, "two_phase_moead")
+    assert settings["phase2"] == {**DEFAULT["search"]["phase2"], "algorithm": "moead"}
+    assert settings["population"] == DEFAULT["search"]["population"]
+    assert not {"kind", "phase1_from"} & settings.keys()
+    assert method_settings(DEFAULT, "lamp")["importance"] == "lamp"
+
+
+def test_methods_are_found_by_kind_and_by_their_source_of_phase_1() -> None:
+    assert configuration.methods_of_kind(DEFAULT, "two_phase") == ["two_phase_moead", "two_phase_nsga2"]
+    assert configuration.methods_of_kind(DEFAULT, "flat") == ["flat_nsga2", "mskea", "sparse_ea"]
+    assert configuration.phase1_source(DEFAULT, "two_phase_moead") == "two_phase_nsga2"
+    assert configuration.phase1_source(DEFAULT, "two_phase_nsga2") == "two_phase_nsga2"
+
+
+@pytest.mark.parametrize("evaluations", [600, 601, 155])
+@pytest.mark.parametrize("share", [0.3, 0.5, 1, 1.0])
+def test_both_phases_share_the_evaluations_without_a_remainder(evaluations: int, share: float) -> None:
+    settings = merge(
+        method_settings(DEFAULT, "two_phase_nsga2"), {"evaluations": evaluations, "phase1": {"share": share}}
+    )
+    first = configuration.phase1_settings(settings)["algorithm"]["evaluations"]
+    assert first == round(share * evaluations)
+    second = configuration.phase2_settings(settings)["algorithm"]["evaluations"]
+    assert first + second == evaluations == configuration.flat_settings(settings)["algorithm"]["evaluations"]
+
+
+@pytest.mark.parametrize(
+    ("change", "affected"),
+    [
+        ({"anchors": {"heavy_tolerance": 0.5}}, set()),
+        ({"anchors": {"corridors": 0}}, {"phase2"}),
+        ({"phase1": {"share": 1}}, {"phase1", "phase2"}),
+        ({"phase1": {"rungs": 24}}, {"phase1"}),
+        ({"phase1": {"level_switches": 0.5}}, {"phase1"}),
+        ({"phase1": {"n_reselected": 4}}, {"phase1"}),
+        ({"phase2": {"adaptive": False}}, {"phase2"}),
+        ({"phase2": {"guides": ["magnitude", "refit"]}}, {"phase2"}),
+        ({"search_repair": "none"}, {"phase1", "phase2", "flat", "allocation"}),
+        ({"candidate_images": 100}, {"phase1", "phase2", "flat", "allocation"}),
+        ({"repair_images": 100}, {"phase1", "phase2", "flat", "allocation"}),
+        ({"damping": 0.1}, {"phase1", "phase2", "flat", "allocation"}),
+        ({"refine": False}, {"phase1", "phase2", "flat", "allocation"}),
+        ({"empty_layers": "forbid"}, {"phase1", "phase2", "flat", "allocation"}),
+        ({"ladder": {"size": 3}}, {"allocation"}),
+        ({"phase1": {"start_densities": [0.5]}}, {"phase1"}),
+        ({"phase2": {"softness": 0.1}}, {"phase2"}),
+        ({"phase2": {"guides": ["lamp"]}}, {"phase2"}),
+        ({"flat": {"flip_rate": 0.1}}, {"flat"}),
+        ({"flat": {"score_share": 0.1}}, set()),
+        ({"flat": {"algorithm": "sparse_ea"}}, {"flat"}),
+        ({"front_size": 10}, {"phase2", "flat", "allocation"}),
+        ({"sparsities": [0.9]}, {"phase2", "flat", "allocation"}),
+        ({"population": 20}, {"phase1", "phase2", "flat"}),
+        ({"evaluations": 800}, {"phase1", "phase2", "flat"}),
+        ({"repair": "none"}, {"phase1", "phase2", "flat", "allocation"}),
+    ],
+)
+def test_a_stage_depends_on_its_own_settings_alone(change: dict[str, Any], affected: set[str]) -> None:
+    """Snakemake reruns a step whose parameters change, and only that."""
+    parts = {
+        "phase1": configuration.phase1_settings,
+        "phase2": configuration.phase2_settings,
+        "flat": configuration.flat_settings,
+        "allocation": configuration.allocation_settings,
+    }
+    settings = merge(method_settings(DEFAULT, "two_phase_nsga2"), {"allocation": "uniform"})
+    before, changed = copy.deepcopy(settings), merge(settings, change)
+    assert {name for name, part in parts.items() if part(settings) != part(changed)} == affected
+    assert settings == before
+
+
+@pytest.mark.parametrize(
+    ("network", "memorised"),
+    [
+        ({"checkpoint": None}, False),
+        ({"checkpoint": "a.pt"}, True),
+        ({"checkpoint": "a.pt", "search_held_out": False}, True),
+        ({"checkpoint": "a.pt", "search_held_out": True}, False),
+    ],
+)
+def test_auto_means_divergence_where_a_checkpoint_may_have_seen_the_search_images(
+    network: dict[str, Any], memorised: bool
+) -> None:
+    config = {"networks": {"net": network}, "search": {"objective": "auto"}}
+    assert configuration.search_is_memorised(config, "net") is memorised
+    assert configuration.objective(config, "net") == ("divergence" if memorised else "error")
+    assert configuration.objective(config | {"search": {"objective": "error"}}, "net") == "error"
+    assert configuration.objective(config | {"search": {"objective": "divergence"}}, "net") == "divergence"

@@ -1,0 +1,1 @@
+"""Masks: what may be removed, and which of it is, as packed bits."""

@@ -1,0 +1,147 @@
+"""Many masks as packed bits, 64 to a word."""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xxhash
+
+from paretoprune.files import read_npz, write_npz
+
+if TYPE_CHECKING:
+    from paretoprune.masks.genomes import Genome
+
+WORD_BITS = 64
+
+
+def n_words_for(n_bits: int) -> int:
+    """Number of 64-bit words that hold `n_bits`."""
+    return -(-n_bits // WORD_BITS)
+
+
+def pack_rows(rows: np.ndarray) -> np.ndarray:
+    """Pack booleans into words, 64 to a word, low bit first, padding 0.
+
+    Args:
+        rows: bool (n, n_bits).
+
+    Returns:
+        uint64 (n, n_words).
+    """
+    n, n_bits = rows.shape
+    packed = np.packbits(rows, axis=1, bitorder="little")
+    if n_bits % WORD_BITS:
+        octets, packed = packed, np.zeros((n, n_words_for(n_bits) * 8), dtype=np.uint8)
+        packed[:, : octets.shape[1]] = octets
+    return packed.view("<u8").astype(np.uint64, copy=False)
+
+
+def unpack_row(words: np.ndarray, n_bits: int) -> np.ndarray:
+    """Undo `pack_rows` for one row: uint64 (n_words,) to bool (n_bits,)."""
+    octets = np.ascontiguousarray(words, dtype="<u8").view(np.uint8)
+    return np.unpackbits(octets, count=n_bits, bitorder="little").view(bool)
+
+
+def fingerprint(words: np.ndarray) -> bytes:
+    """A 128-bit fingerprint of one row of words; equal rows have equal fingerprints.
+
+    It is no cryptographic hash, but among the millions of masks of a long search two different ones share a fingerprint
+    with a probability below 1e-24.
+    """
+    return xxhash.xxh3_128_digest(np.ascontiguousarray(words).data)
+
+
+@dataclass(frozen=True)
+class PackedMasks:
+    """Many pruning masks, one bit a weight.
+
+    Attributes:
+        words: uint64 (n_masks, n_words); bit 1 = the weight is kept; padding bits are 0.
+        n_weights: Number of weights a mask covers.
+    """
+
+    words: np.ndarray
+    n_weights: int
+
+    def __post_init__(self) -> None:
+        expected = n_words_for(self.n_weights)
+        if self.words.dtype != np.uint64 or self.words.ndim != 2 or self.words.shape[1] != expected:
+            raise ValueError(
+                f"expected uint64 words of shape (n_masks, {expected}) for {self.n_weights} weights, "
+                f"found {self.words.dtype} {self.words.shape}"
+            )
+        used = self.n_weights % WORD_BITS
+        if used and len(self.words) and np.any(self.words[:, -1] >> np.uint64(used)):
+            raise ValueError("padding bits beyond the last weight must be 0; build masks with PackedMasks.pack")
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    @classmethod
+    def pack(cls, masks: np.ndarray) -> "PackedMasks":
+        """Pack boolean masks (n_masks, n_weights)."""
+        masks = np.atleast_2d(np.asarray(masks, dtype=bool))
+        return cls(pack_rows(masks), masks.shape[1])
+
+    @classmethod
+    def pack_each(cls, masks: Iterable[np.ndarray], n_weights: int) -> "PackedMasks":
+        """Pack boolean masks, each (n_weights,), one by one as they come: no more than one is ever held as booleans."""
+        rows = [pack_rows(mask[None])[0] for mask in masks]
+        return cls(np.array(rows, dtype=np.uint64).reshape(len(rows), n_words_for(n_weights)), n_weights)
+
+    @classmethod
+    def of_genomes(cls, genomes: "Iterable[Genome]", n_weights: int) -> "PackedMasks":
+        """The masks of genomes, in their order."""
+        rows = [genome.words for genome in genomes]
+        return cls(np.array(rows, dtype=np.uint64).reshape(len(rows), n_words_for(n_weights)), n_weights)
+
+    @classmethod
+    def empty(cls, n_weights: int) -> "PackedMasks":
+        """No masks at all, over `n_weights` weights."""
+        return cls(np.zeros((0, n_words_for(n_weights)), dtype=np.uint64), n_weights)
+
+    def unpack(self, index: int) -> np.ndarray:
+        """Mask number `index` as bool (n_weights,)."""
+        return unpack_row(self.words[index], self.n_weights)
+
+    def select(self, indices: np.ndarray | Sequence[int]) -> "PackedMasks":
+        """The masks at `indices` (integers or booleans), in that order."""
+        rows = np.asarray(indices)
+        # An empty list has no integer type of its own.
+        return PackedMasks(self.words[rows if rows.size else rows.astype(np.int64)], self.n_weights)
+
+    def concatenate(self, other: "PackedMasks") -> "PackedMasks":
+        """These masks followed by the other's.
+
+        Raises:
+            ValueError: The two cover different numbers of weights.
+        """
+        if other.n_weights != self.n_weights:
+            raise ValueError(f"expected masks over {self.n_weights} weights, found {other.n_weights}")
+        return PackedMasks(np.concatenate([self.words, other.words]), self.n_weights)
+
+    @property
+    def n_kept(self) -> np.ndarray:
+        """Number of kept weights per mask, int64 (n_masks,)."""
+        return np.bitwise_count(self.words).sum(axis=1, dtype=np.int64)
+
+    @property
+    def density(self) -> np.ndarray:
+        """Share of kept weights per mask, float64 (n_masks,)."""
+        return self.n_kept / self.n_weights
+
+    def fingerprints(self) -> list[bytes]:
+        """One fingerprint per mask."""
+        return [fingerprint(row) for row in self.words]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to an npz file with arrays `words` and `n_weights`."""
+        write_npz(path, {"words": self.words, "n_weights": np.array(self.n_weights)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "PackedMasks":
+        """Read what `save` wrote."""
+        arrays = read_npz(path)
+        return cls(arrays["words"], int(arrays["n_weights"]))

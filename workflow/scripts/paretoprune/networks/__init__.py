@@ -1,0 +1,1 @@
+"""Dense networks: built, read, written and traced."""

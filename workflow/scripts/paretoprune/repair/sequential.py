@@ -1,0 +1,260 @@
+"""Refinement of finished networks: re-fitted once more, layer by layer, on inputs from the layers already pruned.
+
+`repair.refit` re-fits each layer on the dense network's inputs, so that layers can be put together
+freely while a search runs. Here the dense and the pruned network run side by side, and every layer makes up for the
+errors of those before it: also for what a shortcut brings in, where the layer's result is added to one.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from paretoprune.importance.curvature import DAMPING, damped, elimination_losses
+from paretoprune.importance.layer_statistics import (
+    POSITIONS,
+    LayerStatistics,
+    Moments,
+    columns,
+    prunable_modules,
+    rows,
+    some_positions,
+    weight_rows,
+)
+from paretoprune.masks.units import MaskLayout
+from paretoprune.networks.tracing import Call, Convolution, run_call, trace
+from paretoprune.repair.batchnorm import channel_moments, corrected_statistics
+from paretoprune.repair.refit import refit
+
+BATCH_SIZE = 64
+# Samples of a layer's columns, for each of its columns: so many output positions of all images are looked at.
+SAMPLES_PER_COLUMN = 64
+# A channel whose normalised output hardly depends on the convolution cannot make up for a shortcut.
+_LEAST_SCALE = 1e-3
+Registers = dict[fx.Node, Any]
+
+
+@dataclass(frozen=True)
+class Refined:
+    """A finished network.
+
+    Attributes:
+        network: A module of its own, on the CPU, in evaluation mode.
+        kept: bool (n_weights,), its mask.
+    """
+
+    network: nn.Module
+    kept: Tensor
+
+
+class Refinement:
+    """Refines pruned versions of one dense network.
+
+    Args:
+        network: The dense network, in evaluation mode; it is left as it is.
+        layout: Its prunable tensors.
+        images: Calibration images (n, c, h, w), normalised, on the device to compute on; all activations of one place
+            in the network are held at a time, twice.
+        statistics: Of its layers: how much outputs matter, for `reselect`.
+        damping: Share of the mean diagonal of H that is added to it.
+
+    Raises:
+        NotTraceableError: The network cannot be turned into a sequence of steps.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        layout: MaskLayout,
+        images: Tensor,
+        statistics: Mapping[str, LayerStatistics],
+        *,
+        damping: float = DAMPING,
+    ) -> None:
+        self._original, self.layout, self._images = network, layout, images
+        self._statistics, self._damping = statistics, damping
+        self._program = trace(network)
+        self._program.network.to(images.device).float()
+        held = prunable_modules(network, layout)
+        runs = Counter(_module_of(step) for step in self._program.steps)
+        # Of a tensor that several modules or several runs use, no one may take possession.
+        self._tensor_of = {
+            modules[0][0]: name for name, modules in held.items() if len(modules) == 1 and runs[modules[0][0]] == 1
+        }
+
+    def __call__(self, kept: Tensor, start: Mapping[str, Tensor], *, reselect: bool = False) -> Refined:
+        """Refine the network of one mask.
+
+        Args:
+            kept: bool (n_weights,).
+            start: Weights by tensor name, from `repair.refit.Reconstruction`: for layers that this pass
+                cannot re-fit.
+            reselect: Choose anew which weights of a layer are kept, as many as `kept` says, by the order of elimination
+                on the pruned network's own inputs.
+        """
+        pruned = copy.deepcopy(self._program.network)
+        parameters = dict(pruned.named_parameters())
+        masks = {
+            name: part.view(shape)
+            for name, shape, part in zip(
+                self.layout.names, self.layout.shapes, kept.split(self.layout.sizes.tolist()), strict=True
+            )
+        }
+        with torch.inference_mode():
+            for name, mask in masks.items():
+                parameters[name].data = torch.where(mask, start[name].to(parameters[name]), 0.0)
+            masks |= _Pass(self, pruned, masks, reselect).run(self._images)
+        # Whoever builds networks may be in inference mode; what comes out can be trained.
+        with torch.inference_mode(mode=False):
+            network = copy.deepcopy(self._original).cpu()
+            network.load_state_dict({key: value.clone() for key, value in pruned.state_dict().items()})
+        return Refined(network.eval(), torch.cat([masks[name].reshape(-1) for name in self.layout.names]))
+
+
+class _Pass:
+    """One run of the dense and the pruned network side by side."""
+
+    def __init__(self, owner: Refinement, pruned: nn.Module, masks: Mapping[str, Tensor], reselect: bool) -> None:
+        self._owner, self._masks, self._reselect = owner, masks, reselect
+        self._dense, self._pruned = owner._program.network, pruned
+        self._dense_modules = dict(self._dense.named_modules())
+        self._modules = dict(pruned.named_modules())
+        self._chosen: dict[str, Tensor] = {}
+        self._corrected: set[str] = set()
+        self._generator = torch.Generator().manual_seed(0)
+
+    def run(self, images: Tensor) -> dict[str, Tensor]:
+        """Re-fit everything on the way from the images to the answer; returns the masks that were chosen anew."""
+        program = self._owner._program
+        before: Registers = {program.image: images}
+        after: Registers = {program.image: images}
+        for step in program.steps:
+            if isinstance(step, Convolution):
+                before[step.output], after[step.output] = self._convolution(step, before, after)
+            else:
+                before[step.output], after[step.output] = self._call(step, before, after)
+            for node in step.dead:
+                del before[node], after[node]
+        return self._chosen
+
+    def _convolution(self, step: Convolution, before: Registers, after: Registers) -> tuple[Tensor, Tensor]:
+        dense, pruned = self._dense_modules[step.module], self._modules[step.module]
+        x, x_pruned = before[step.input], after[step.input]
+        y = aim = _in_batches(dense, x)
+        norm = None if step.norm is None else self._dense_modules[step.norm]
+        if step.other is not None:
+            missing = before[step.other] - after[step.other]
+            if norm is not None:
+                scale = torch.rsqrt(norm.running_var + norm.eps)
+                scale = scale if norm.weight is None else scale * norm.weight
+                able = scale.abs() > _LEAST_SCALE * scale.abs().max()
+                missing = missing * torch.where(able, 1 / scale, 0.0).view(1, -1, 1, 1)
+            missing = missing.expand(torch.broadcast_shapes(missing.shape, y.shape))
+            # One output that is added in many places can make up for their mean.
+            wider = [i for i, size in enumerate(y.shape) if size < missing.shape[i]]
+            aim = y + (missing.mean(dim=wider, keepdim=True) if wider else missing)
+        self._fit(step.module, x_pruned, aim)
+        y_pruned = _in_batches(pruned, x_pruned)
+        if step.norm is not None and norm is not None:
+            self._correct(step.norm, channel_moments(aim), channel_moments(y_pruned))
+        return (
+            _completed(y, norm, None if step.other is None else before[step.other], step.relu),
+            _completed(
+                y_pruned,
+                None if step.norm is None else self._modules[step.norm],
+                None if step.other is None else after[step.other],
+                step.relu,
+            ),
+        )
+
+    def _call(self, step: Call, before: Registers, after: Registers) -> tuple[Any, Any]:
+        node = step.output
+        result = run_call(step, before, self._dense)
+        if node.op == "call_module" and str(node.target) in self._owner._tensor_of:
+            self._fit(str(node.target), after[node.all_input_nodes[0]], result)
+        if step.norm is not None:
+            read = node.all_input_nodes[0]
+            self._correct(step.norm, channel_moments(before[read]), channel_moments(after[read]))
+        return result, run_call(step, after, self._pruned)
+
+    def _correct(self, norm: str, aim: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]) -> None:
+        if norm in self._corrected:
+            return
+        # One that runs several times keeps what its first run says, as in `repair.batchnorm`.
+        self._corrected.add(norm)
+        trained, module = self._dense_modules[norm], self._modules[norm]
+        mean, variance = corrected_statistics((trained.running_mean, trained.running_var), aim, found)
+        module.running_mean.copy_(mean)
+        module.running_var.copy_(variance)
+
+    def _fit(self, module_name: str, x: Tensor, aim: Tensor) -> None:
+        """Re-fit one layer so that it makes `aim` of `x`, as well as it can."""
+        name = self._owner._tensor_of.get(module_name)
+        if name is None or name not in self._owner._statistics:
+            return
+        dense, module, mask = self._dense_modules[module_name], self._modules[module_name], self._masks[name]
+        free = self._owner._statistics[name].shifts_freely
+        n_columns = dense.weight[0].numel()
+        n_positions = min(POSITIONS, max(1, -(-SAMPLES_PER_COLUMN * n_columns // len(x))))
+        moments = Moments()
+        for inputs, outputs in zip(x.split(BATCH_SIZE), aim.split(BATCH_SIZE), strict=True):
+            at = some_positions(module, outputs, n_positions, self._generator)
+            moments.add(columns(module, inputs, at), rows(module, outputs, at))
+        curvature = moments.second(about_mean=free)
+        bias = dense.bias
+        trained = weight_rows(module, dense.weight.double())
+        cross = moments.cross(about_mean=free)
+        if bias is not None and not free:
+            # Without the freedom to shift, the bias is part of what the outputs are.
+            cross = cross - bias.double().view(len(trained), -1, 1) * moments.mean[:, None, :]
+        held = damped(curvature, self._owner._damping)
+        # The damping holds what the images leave open at the trained weights, not at 0.
+        cross = cross + trained * (held - curvature).diagonal(dim1=1, dim2=2)[:, None]
+        grouped = weight_rows(module, mask)
+        if self._reselect and not bool(mask.all()):
+            grouped = self._selected(name, grouped, held, cross)
+            self._chosen[name] = grouped.reshape(mask.shape)
+        fitted = refit(trained, grouped, held, cross)
+        module.weight.copy_(fitted.reshape(mask.shape).float())
+        if bias is not None and free:
+            shift = moments.target_mean - (fitted @ moments.mean[:, :, None])[:, :, 0]
+            module.bias.copy_(shift.reshape(-1).float())
+
+    def _selected(self, name: str, mask: Tensor, curvature: Tensor, cross: Tensor) -> Tensor:
+        """As many weights as the mask keeps, those that are eliminated last."""
+        best = torch.linalg.solve(curvature, cross.mT).mT
+        sensitivity = self._owner._statistics[name].sensitivity.to(mask.device).view(*mask.shape[:2], 1)
+        losses = (elimination_losses(best.float().cpu(), curvature.cpu()).to(mask.device) * sensitivity).flatten()
+        chosen = torch.zeros_like(losses, dtype=torch.bool)
+        chosen[losses.argsort(descending=True, stable=True)[: int(mask.sum())]] = True
+        return chosen.view(mask.shape)
+
+
+def _module_of(step: Convolution | Call) -> str | None:
+    """Name of the module that a step runs."""
+    if isinstance(step, Convolution):
+        return step.module
+    return str(step.output.target) if step.output.op == "call_module" else None
+
+
+def _in_batches(module: nn.Module, x: Tensor) -> Tensor:
+    return torch.cat([module(batch) for batch in x.split(BATCH_SIZE)])
+
+
+def _completed(y: Tensor, norm: nn.Module | None, other: Tensor | None, relu: bool) -> Tensor:
+    """Outputs of a convolution after its batch norm, shortcut and ReLU; in place where they keep their shape."""
+    if other is not None and torch.broadcast_shapes(y.shape, other.shape) != y.shape:
+        y = (y if norm is None else norm(y)) + other
+        return y.relu() if relu else y
+    # Batch by batch, as all images at once would go through memory in each of the steps.
+    for i in range(0, len(y), BATCH_SIZE):
+        batch = slice(i, i + BATCH_SIZE)
+        z = y[batch] if norm is None else norm(y[batch])
+        if other is not None:
+            z = z + (other[batch] if len(other) == len(y) else other)
+        y[batch] = z.relu() if relu else z
+    return y

@@ -1,0 +1,472 @@
+"""The statistics of a comparison: methods against a reference over datasets, networks and seeds.
+
+A pair is one dataset, network and seed on which two methods were both run. Everything here is a pure function of
+tables that `results` read; a difference is always reference − method, so above 0 the reference is better.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from paretoprune.reporting.read_results import RunResults, rows_of
+
+MEASURES = ("hypervolume_test", "hypervolume_search")
+SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+SIGNIFICANCE = 0.05
+
+RUN = ["dataset", "network"]
+PAIR = [*RUN, "seed"]
+COMPARISON_COLUMNS = (
+    "measure",
+    "reference",
+    "method",
+    "n_pairs",
+    "wins",
+    "ties",
+    "losses",
+    "median_difference",
+    "p_value",
+    "p_holm",
+    "exact",
+    "rank_biserial",
+    "a12",
+    "note",
+)
+SPARSITY_COLUMNS = (
+    *RUN,
+    "method",
+    "at_least_sparsity",
+    "n_seeds",
+    "n_found",
+    "sparsity_mean",
+    "test_error_mean",
+    "test_error_std",
+    "points_over_dense_mean",
+    "points_over_dense_std",
+)
+GAIN_COLUMNS = (*RUN, "method", "n_searches", "n_positive", "min", "median", "max")
+# In place of a dataset and a network: the row over all of them.
+ALL_RUNS = "all"
+
+# Equal fronts may differ in the last bits of their hypervolumes; that is no win, and no rank.
+_DECIMALS = 12
+# A sparsity is 1 - density in floating point: a share that is met exactly must not fail by a rounding error.
+_ROUNDING = 1e-9
+# Up to here scipy counts every sign of every rank; with equal ranks it must try every combination of signs.
+_MOST_EXACT, _MOST_EXACT_TIED = 50, 13
+
+
+def paired_differences(summary: pd.DataFrame, reference: str, measure: str) -> pd.DataFrame:
+    """Every other method against the reference, pair by pair.
+
+    Args:
+        summary: Columns `dataset`, `network`, `seed`, `method` and `measure`; larger values are better.
+        reference: The method that the others are compared with.
+        measure: Column of `summary`, for instance one of `MEASURES`.
+
+    Returns:
+        One row per other method (in the order of `summary`) and pair that both have: `dataset`, `network`, `seed`,
+        `method`, `reference_value`, `value` and `difference`, the first value minus the second.
+
+    Raises:
+        ValueError: A value is not finite, a method has two rows for one pair, the reference has none, or a method has
+            no pair in common with it.
+    """
+    table = summary[[*PAIR, "method", measure]]
+    finite = np.isfinite(table[measure].to_numpy(dtype=float))
+    if not finite.all():
+        row = table[~finite].iloc[0]
+        raise ValueError(
+            f"expected a finite {measure} in every row, found {row[measure]} for method '{row['method']}' on "
+            f"{_name(row)}; leave the method out, or run it again"
+        )
+    twice = table.duplicated([*PAIR, "method"])
+    if twice.any():
+        row = table[twice].iloc[0]
+        raise ValueError(
+            f"expected one row per method and pair, found several for method '{row['method']}' on {_name(row)}; "
+            "give each run its own dataset, network or seed"
+        )
+    methods = list(dict.fromkeys(table["method"]))
+    if reference not in methods:
+        raise ValueError(
+            f"expected the reference to be one of {', '.join(methods)}, found '{reference}'; name one that was run"
+        )
+    own = table[table["method"] == reference].rename(columns={measure: "reference_value"}).drop(columns="method")
+    parts = []
+    for method in methods:
+        if method == reference:
+            continue
+        both = own.merge(table[table["method"] == method].rename(columns={measure: "value"}), on=PAIR)
+        if not len(both):
+            raise ValueError(
+                f"expected runs that '{reference}' and '{method}' both have, found none; run both on the same dataset, "
+                "network and seed"
+            )
+        parts.append(both.assign(difference=both["reference_value"] - both["value"]))
+    columns = [*PAIR, "method", "reference_value", "value", "difference"]
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+
+
+def _name(row: pd.Series) -> str:
+    return f"{row['dataset']}/{row['network']}, seed {row['seed']}"
+
+
+def signed_rank_test(differences: np.ndarray) -> tuple[float, bool]:
+    """Two-sided Wilcoxon signed-rank test that differences lie evenly on both sides of 0.
+
+    Differences of 0 are left out, as Wilcoxon did; without any other, nothing speaks against equality and p is 1.
+
+    Args:
+        differences: float (n_pairs,).
+
+    Returns:
+        The p-value, and whether it is exact: counted over all signs rather than taken from the normal approximation.
+
+    Source:
+        Wilcoxon, "Individual comparisons by ranking methods", 1945; as `scipy.stats.wilcoxon` computes it.
+    """
+    differences = _nonzero(differences)
+    n = len(differences)
+    if not n:
+        return 1.0, True
+    tied = len(np.unique(np.abs(differences))) < n
+    exact = n <= (_MOST_EXACT_TIED if tied else _MOST_EXACT)
+    # With equal ranks, scipy's "exact" would look them up in the distribution of distinct ones.
+    how = ("exact" if not tied else stats.PermutationMethod(n_resamples=np.inf)) if exact else "asymptotic"
+    return float(stats.wilcoxon(differences, method=how).pvalue), exact
+
+
+def _nonzero(differences: np.ndarray) -> np.ndarray:
+    rounded = np.round(np.asarray(differences, dtype=float), _DECIMALS)
+    return rounded[rounded != 0]
+
+
+def holm(p_values: np.ndarray) -> np.ndarray:
+    """Adjust p-values so that comparing each with a level keeps the chance of any false alarm below that level.
+
+    Args:
+        p_values: float (n_tests,), 0 to 1.
+
+    Returns:
+        float (n_tests,), in the order given.
+
+    Raises:
+        ValueError: A value lies outside 0 to 1, or is NaN.
+
+    Source:
+        Holm, "A simple sequentially rejective multiple test procedure", 1979.
+    """
+    p_values = np.asarray(p_values, dtype=float)
+    wrong = ~((p_values >= 0) & (p_values <= 1))
+    if wrong.any():
+        raise ValueError(f"expected p-values between 0 and 1, found {p_values[wrong][0]}; leave that test out")
+    order = np.argsort(p_values, kind="stable")
+    stepped = p_values[order] * np.arange(len(p_values), 0, -1)
+    adjusted = np.empty_like(p_values)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(stepped))
+    return adjusted
+
+
+def rank_biserial(differences: np.ndarray) -> float:
+    """Matched-pairs rank-biserial correlation, the paired effect size that belongs to the signed-rank test.
+
+    The share of the rank sum that lies above 0 minus the share below it; differences of 0 have no rank.
+
+    Args:
+        differences: float (n_pairs,).
+
+    Returns:
+        From -1 (all below 0) to 1 (all above); 0 where every difference is 0.
+
+    Source:
+        Kerby, "The simple difference formula: an approach to teaching nonparametric correlation", 2014.
+    """
+    differences = _nonzero(differences)
+    if not len(differences):
+        return 0.0
+    ranks = stats.rankdata(np.abs(differences))
+    return float(np.sum(np.sign(differences) * ranks) / np.sum(ranks))
+
+
+def vargha_delaney(first: np.ndarray, second: np.ndarray) -> float:
+    """A12, an unpaired effect size: how often a value of the first sample exceeds one of the second.
+
+    Args:
+        first: float (n_first,).
+        second: float (n_second,).
+
+    Returns:
+        Share of all n_first x n_second couples, equal ones counting half: 0.5 for no effect, 1 if the first is always
+        larger.
+
+    Raises:
+        ValueError: A sample is empty.
+
+    Source:
+        Vargha and Delaney, "A critique and improvement of the CL common language effect size statistics", 2000.
+    """
+    first, second = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
+    if not len(first) or not len(second):
+        raise ValueError(f"expected values in both samples, found {len(first)} and {len(second)}; compare what was run")
+    margins = np.round(first[:, None] - second[None, :], _DECIMALS)
+    return float(np.mean((margins > 0) + 0.5 * (margins == 0)))
+
+
+def compare_methods(summary: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """Test every other method against the reference on each of `MEASURES`, corrected for their number.
+
+    A12 compares unpaired values, which only makes sense where they share a scale: it is computed within each dataset
+    and network, and averaged with the number of pairs as weight. Everything else is paired.
+
+    Args:
+        summary: From `results.summarise`, of all runs.
+        reference: The method that the others are compared with.
+
+    Returns:
+        Columns `COMPARISON_COLUMNS`, one row per measure and other method. `wins` counts the pairs on which the
+        reference is better; `p_holm` is corrected within the measure; `note` says where p cannot become significant
+        however clear the differences are.
+
+    Raises:
+        ValueError: As `paired_differences`.
+    """
+    rows: list[dict[str, Any]] = []
+    for measure in MEASURES:
+        differences = paired_differences(summary, reference, measure)
+        block: list[dict[str, Any]] = [
+            {"measure": measure, "reference": reference, "method": method, **_paired_test(pairs)}
+            for method, pairs in differences.groupby("method", sort=False)
+        ]
+        corrected = holm(np.array([row["p_value"] for row in block]))
+        notes = _power_notes(block)
+        rows += [row | {"p_holm": p, "note": note} for row, p, note in zip(block, corrected, notes, strict=True)]
+    return pd.DataFrame(rows, columns=list(COMPARISON_COLUMNS))
+
+
+def _paired_test(pairs: pd.DataFrame) -> dict[str, Any]:
+    differences = np.round(pairs["difference"].to_numpy(dtype=float), _DECIMALS)
+    p_value, exact = signed_rank_test(differences)
+    within = [
+        (vargha_delaney(run["reference_value"].to_numpy(), run["value"].to_numpy()), len(run))
+        for _, run in pairs.groupby(RUN, sort=False)
+    ]
+    effects, weights = zip(*within, strict=True)
+    return {
+        "n_pairs": len(pairs),
+        "wins": int(np.sum(differences > 0)),
+        "ties": int(np.sum(differences == 0)),
+        "losses": int(np.sum(differences < 0)),
+        "median_difference": float(np.median(differences)),
+        "p_value": p_value,
+        "exact": exact,
+        "rank_biserial": rank_biserial(differences),
+        "a12": float(np.average(effects, weights=weights)),
+    }
+
+
+def _power_notes(tests: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For each test, why it could not have become significant; empty where it could."""
+    # The most extreme of the 2^n equally likely signs, on either side.
+    least = [min(1.0, 2.0 ** (1 - (test["n_pairs"] - test["ties"]))) for test in tests]
+    notes = []
+    for test, own in zip(tests, least, strict=True):
+        if 2.0 ** (1 - test["n_pairs"]) >= SIGNIFICANCE:
+            notes.append("too few pairs")
+        elif own >= SIGNIFICANCE:
+            notes.append("too few pairs that differ")
+        # Holm multiplies the smallest p by the number of tests, and no other may end below that.
+        elif len(tests) * min(least) >= SIGNIFICANCE:
+            notes.append("too few pairs for so many methods")
+        else:
+            notes.append("")
+    return notes
+
+
+def leading_methods(summary: pd.DataFrame, reference: str, size: int) -> list[str]:
+    """The reference and its strongest rivals: the others of best mean rank in test hypervolume over all pairs.
+
+    Args:
+        summary: From `results.summarise`, of all runs.
+        reference: Always the first.
+        size: Largest number of methods.
+    """
+    ranks = summary.groupby(PAIR)["hypervolume_test"].rank(ascending=False)
+    means = ranks.groupby(summary["method"], sort=False).mean().drop(reference)
+    return [reference, *means.sort_values(kind="stable").index[: size - 1]]
+
+
+def attained_errors(front: pd.DataFrame, densities: np.ndarray, column: str) -> np.ndarray:
+    """Least error that a front reaches without keeping more than a given share of the weights.
+
+    Args:
+        front: Columns `density` and `column`.
+        densities: float (n,), shares that may be kept.
+        column: "test_error" or "search_error".
+
+    Returns:
+        float (n,); infinite where every member is denser.
+    """
+    members = front.sort_values("density", kind="stable")
+    least = np.minimum.accumulate(members[column].to_numpy(dtype=float))
+    position = np.searchsorted(members["density"].to_numpy(dtype=float), densities, side="right") - 1
+    # Position -1, below the sparsest member, picks the value at the end.
+    return np.append(least, np.inf)[position]
+
+
+def attainment_surfaces(fronts: pd.DataFrame, seeds: Sequence[int], column: str) -> pd.DataFrame:
+    """What the best, at least half, and all of the seeds reach at each density: empirical attainment surfaces.
+
+    On test errors, the test split picks among members here: fit to describe fronts, not to choose a network.
+
+    Args:
+        fronts: Members of one method on one dataset and network: columns `seed`, `density` and `column`.
+        seeds: All seeds that were run; one whose front is empty reaches nothing.
+        column: "test_error" or "search_error".
+
+    Returns:
+        Columns `density` (every density of a member, ascending), `best`, `median` and `worst`: the first, the
+        ceil(n/2)-th and the last of the errors that the n seeds reach. Each value holds from its density up to the
+        next; infinite where not enough seeds have a member that sparse.
+
+    Raises:
+        ValueError: There is no seed.
+
+    Source:
+        Grunert da Fonseca, Fonseca and Hall, "Inferential performance assessment of stochastic optimisers and the
+        attainment function", 2001.
+    """
+    if not len(seeds):
+        raise ValueError("expected at least one seed, found none; name those that were run")
+    densities = np.unique(fronts["density"].to_numpy(dtype=float))
+    reached = np.stack([attained_errors(fronts[fronts["seed"] == seed], densities, column) for seed in seeds])
+    reached.sort(axis=0)
+    half = (len(seeds) + 1) // 2
+    return pd.DataFrame({"density": densities, "best": reached[0], "median": reached[half - 1], "worst": reached[-1]})
+
+
+def hypervolume_at(history: pd.DataFrame, evaluations: np.ndarray) -> np.ndarray:
+    """Hypervolume reached after a number of evaluations.
+
+    Args:
+        history: Columns `evaluations` (cumulative, ascending) and `hypervolume`.
+        evaluations: float (n,), budgets asked for.
+
+    Returns:
+        float (n,); NaN before the first row, the last value beyond the last.
+    """
+    position = np.searchsorted(history["evaluations"].to_numpy(dtype=float), evaluations, side="right") - 1
+    # Position -1, before the first row, picks the NaN at the end.
+    return np.append(history["hypervolume"].to_numpy(dtype=float), np.nan)[position]
+
+
+def hypervolume_bands(histories: pd.DataFrame, evaluations: np.ndarray) -> pd.DataFrame:
+    """Least, median and largest hypervolume over seeds after each number of evaluations.
+
+    Args:
+        histories: Rows of one method on one dataset and network: columns `seed`, `evaluations`, `hypervolume`.
+        evaluations: float (n,), the grid common to all seeds.
+
+    Returns:
+        Columns `evaluations`, `low`, `median`, `high`; NaN until every seed has its first row, and a seed that has
+        ended keeps its last value.
+    """
+    values = np.stack([hypervolume_at(history, evaluations) for _, history in histories.groupby("seed")])
+    return pd.DataFrame(
+        {
+            "evaluations": evaluations,
+            "low": values.min(axis=0),
+            "median": np.median(values, axis=0),
+            "high": values.max(axis=0),
+        }
+    )
+
+
+def member_at_sparsity(front: pd.DataFrame, sparsity: float) -> pd.Series | None:
+    """The member that a user would take who must remove at least a given share of the weights.
+
+    It is chosen by what the search measured, least `search_error`, and of equal ones the sparsest; the test error is
+    never looked at.
+
+    Args:
+        front: Columns `sparsity` and `search_error`, among others.
+        sparsity: Least share of weights removed, 0 to 1.
+
+    Returns:
+        Its row; None if no member is that sparse.
+    """
+    enough = front[front["sparsity"] >= sparsity - _ROUNDING]
+    if not len(enough):
+        return None
+    return enough.sort_values(["search_error", "sparsity"], ascending=[True, False], kind="stable").iloc[0]
+
+
+def errors_at_sparsities(run: RunResults, sparsities: Sequence[float] = SPARSITIES) -> pd.DataFrame:
+    """Test error of each method where at least given shares of the weights are removed.
+
+    Args:
+        run: Results of one dataset and network.
+        sparsities: Least shares of weights removed.
+
+    Returns:
+        Columns `SPARSITY_COLUMNS`, one row per method and sparsity: means and sample standard deviations over the
+        `n_found` of `n_seeds` seeds that have a member that sparse. Errors and sparsities are shares; the distance from
+        the same seed's dense network is in points, and positive where the pruned network is worse.
+    """
+    rows = []
+    for method in run.kinds:
+        fronts = {seed: rows_of(run.fronts, method, seed) for seed in run.seeds}
+        for sparsity in sparsities:
+            chosen = {seed: member_at_sparsity(front, sparsity) for seed, front in fronts.items()}
+            found = {seed: member for seed, member in chosen.items() if member is not None}
+            errors = pd.Series({seed: member["test_error"] for seed, member in found.items()}, dtype=float)
+            dense = pd.Series({seed: 1 - run.dense[seed]["accuracy"]["test"] for seed in found}, dtype=float)
+            points = 100 * (errors - dense)
+            rows.append(
+                {
+                    "dataset": run.dataset,
+                    "network": run.network,
+                    "method": method,
+                    "at_least_sparsity": sparsity,
+                    "n_seeds": len(run.seeds),
+                    "n_found": len(found),
+                    "sparsity_mean": float(np.mean([member["sparsity"] for member in found.values()] or [np.nan])),
+                    "test_error_mean": errors.mean(),
+                    "test_error_std": errors.std(),
+                    "points_over_dense_mean": points.mean(),
+                    "points_over_dense_std": points.std(),
+                }
+            )
+    return pd.DataFrame(rows, columns=list(SPARSITY_COLUMNS))
+
+
+def phase2_gains(summary: pd.DataFrame) -> pd.DataFrame:
+    """How much hypervolume Phase 2 added, over the searches of each method.
+
+    Args:
+        summary: From `results.summarise`, of all runs; a method without phases has no `phase2_gain`.
+
+    Returns:
+        Columns `GAIN_COLUMNS`, on the search split: one row per two-phase method over all runs, with `ALL_RUNS` for
+        dataset and network, then one per run and method. `n_positive` of `n_searches` searches gained.
+    """
+    gains = summary.dropna(subset="phase2_gain")
+    rows = [
+        {"dataset": dataset, "network": network, "method": method, **_gain(own["phase2_gain"])}
+        for (dataset, network), group in [((ALL_RUNS, ALL_RUNS), gains), *gains.groupby(RUN, sort=False)]
+        for method, own in group.groupby("method", sort=False)
+    ]
+    return pd.DataFrame(rows, columns=list(GAIN_COLUMNS))
+
+
+def _gain(gains: pd.Series) -> dict[str, float | int]:
+    return {
+        "n_searches": len(gains),
+        "n_positive": int((gains.round(_DECIMALS) > 0).sum()),
+        "min": float(gains.min()),
+        "median": float(gains.median()),
+        "max": float(gains.max()),
+    }

@@ -1,0 +1,281 @@
+"""Figures of `comparison`: fronts and searches over seeds with their spread, and differences to the reference.
+
+Made like those of `plots`: every `draw_*` function returns a `Figure`, and is called inside `plots.figure_style()`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter
+
+from paretoprune.reporting.run_plots import finished, legend_below, panel_grid
+
+# Okabe and Ito's colours, told apart by colour-blind readers; a dash and a marker each for print in grey.
+_LOOKS: tuple[tuple[str, Any, str], ...] = (
+    ("#D55E00", "-", "o"),
+    ("#0072B2", (0, (6, 1.6)), "s"),
+    ("#009E73", (0, (1.4, 1.2)), "^"),
+    ("#CC79A7", (0, (6, 1.6, 1.4, 1.6)), "D"),
+    ("#56B4E9", (0, (3, 1.4)), "v"),
+)
+MOST_SHOWN = len(_LOOKS)
+_OTHER_COLOR = "#B9C1C9"
+_DENSE_COLOR = "#222222"
+_RUN_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+_RUN_MARKERS = ("o", "s", "^", "D", "v", "P")
+
+_COLUMNS = 3
+# Right edges of the numbers beside the paired differences, in points from the panel.
+_TABLE_COLUMNS = (44, 104, 152)
+_ZOOM_POINTS = 15.0
+# A search climbs steeply at first; what the figure is for comes after this share of the evaluations.
+_SETTLED = 0.15
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one of the methods shown looks in the figures of the comparison.
+
+    Attributes:
+        color: Hexadecimal colour.
+        dashes: Line style as matplotlib takes it.
+        marker: Marker as matplotlib takes it.
+        width: Line width in points.
+        zorder: Lines of a higher one lie above.
+    """
+
+    color: str
+    dashes: Any
+    marker: str
+    width: float
+    zorder: float
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """Line properties as `Axes.plot` takes them."""
+        return {"color": self.color, "ls": self.dashes, "lw": self.width, "zorder": self.zorder}
+
+    @property
+    def band(self) -> dict[str, Any]:
+        """Properties of the band around the line as `Axes.fill_between` takes them."""
+        return {"color": self.color, "alpha": 0.09 * self.width, "lw": 0}
+
+
+def comparison_looks(methods: Sequence[str]) -> dict[str, Look]:
+    """Give each method its look, the first the boldest.
+
+    Args:
+        methods: The reference and at most `MOST_SHOWN` - 1 others.
+
+    Raises:
+        ValueError: There are more methods than looks that can be told apart.
+    """
+    if len(methods) > MOST_SHOWN:
+        raise ValueError(f"expected at most {MOST_SHOWN} methods to draw, found {len(methods)}; choose among them")
+    return {
+        method: Look(*look, width=2.4 if i == 0 else 1.7, zorder=4.0 - 0.1 * i)
+        for i, (method, look) in enumerate(zip(methods, _LOOKS, strict=False))
+    }
+
+
+def draw_attainment(
+    surfaces: Mapping[str, Mapping[str, pd.DataFrame]], dense_errors: Mapping[str, float], looks: Mapping[str, Look]
+) -> Figure:
+    """Test error attained against sparsity: median over seeds, and the band from the best to the worst.
+
+    Args:
+        surfaces: Per run and method, from `comparison.attainment_surfaces` on "test_error".
+        dense_errors: Test error of the dense network per run, a share, mean over seeds.
+        looks: From `comparison_looks`; the methods drawn.
+    """
+    figure, panels = panel_grid(len(surfaces), width=4.3, height=3.9, max_columns=_COLUMNS)
+    for axes, (run, methods) in zip(panels, surfaces.items(), strict=True):
+        dense = 100 * dense_errors[run]
+        for method, look in looks.items():
+            stairs = _stairs(methods[method])
+            if stairs is None:
+                continue
+            sparsity, best, median, worst = stairs
+            axes.fill_between(sparsity, best, worst, step="pre", **look.band)
+            axes.plot(sparsity, median, drawstyle="steps-pre", **look.line)
+        axes.axhline(dense, color=_DENSE_COLOR, lw=1.1, ls=(0, (5, 4)), zorder=2)
+        axes.set(title=run, xlabel="sparsity: at least this removed (%)")
+        axes.set_ylim(max(0.0, dense - 2), dense + _ZOOM_POINTS)
+        window = _window([methods[method] for method in looks], dense_errors[run])
+        if window is not None:
+            axes.set_xlim(window)
+    for axes in panels[::_COLUMNS]:
+        axes.set_ylabel("test error attained (%)")
+    handles: list[Artist] = [Line2D([], [], label=method, **look.line) for method, look in looks.items()]
+    handles.append(Line2D([], [], color=_DENSE_COLOR, lw=1.1, ls=(0, (5, 4)), label="dense network"))
+    handles.append(Patch(color=_OTHER_COLOR, alpha=0.6, lw=0, label="best to worst seed"))
+    legend_below(figure, handles, [str(handle.get_label()) for handle in handles])
+    return finished(figure)
+
+
+def _stairs(surface: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
+    """Sparsity, best, median and worst error in %, by ascending sparsity; None without a member."""
+    if not len(surface):
+        return None
+    # To remove nothing, the densest member serves as well.
+    ends = pd.concat([surface, surface.iloc[[-1]].assign(density=1.0)]).iloc[::-1]
+    sparsity = 100 * (1 - ends["density"].to_numpy(dtype=float))
+    best, median, worst = (
+        100 * ends[column].where(np.isfinite(ends[column])).to_numpy(dtype=float)
+        for column in ("best", "median", "worst")
+    )
+    return sparsity, best, median, worst
+
+
+def _window(surfaces: Sequence[pd.DataFrame], dense_error: float) -> tuple[float, float] | None:
+    """Sparsities in % between which the methods leave the dense network's error; None if none comes near it."""
+
+    def sparsest(surface: pd.DataFrame, column: str, points: float) -> float:
+        near = surface.loc[surface[column] <= dense_error + points / 100, "density"]
+        return 100 * (1 - float(near.min())) if len(near) else np.nan
+
+    right = np.array([sparsest(surface, "best", _ZOOM_POINTS) for surface in surfaces])
+    left = np.array([sparsest(surface, "median", 1.0) for surface in surfaces])
+    if np.isnan(right).all():
+        return None
+    end = float(np.nanmax(right))
+    start = end if np.isnan(left).all() else float(np.nanmedian(left))
+    return max(0.0, min(start, end) - 15), min(100.0, end + 2)
+
+
+def draw_hypervolume_bands(
+    bands: Mapping[str, Mapping[str, pd.DataFrame]],
+    ends: Mapping[str, Mapping[str, float]],
+    looks: Mapping[str, Look],
+) -> Figure:
+    """Hypervolume over evaluations: median over seeds, and the band from the least to the largest.
+
+    Args:
+        bands: Per run and method, from `comparison.hypervolume_bands`, every method on the run's own grid.
+        ends: Per run and method, evaluations after which it ended, the largest over seeds.
+        looks: From `comparison_looks`; the methods with colour and band, the others are thin and grey.
+    """
+    figure, panels = panel_grid(len(bands), width=4.3, height=3.9, max_columns=_COLUMNS)
+    for axes, (run, methods) in zip(panels, bands.items(), strict=True):
+        for method in methods:
+            if method not in looks:
+                band = methods[method]
+                axes.plot(band["evaluations"], band["median"], drawstyle="steps-post", color=_OTHER_COLOR, lw=0.9)
+        for method, look in looks.items():
+            band, end = methods[method], ends[run][method]
+            axes.fill_between(band["evaluations"], band["low"], band["high"], step="post", **look.band)
+            axes.plot(band["evaluations"], band["median"], drawstyle="steps-post", **look.line)
+            last = float(band["median"].iloc[-1])
+            axes.plot(end, last, marker=look.marker, ms=6, color=look.color, mec="white", zorder=5, clip_on=False)
+        axes.set(title=run, xlabel="evaluations")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.set_xlim(0, 1.03 * max(ends[run].values()))
+        shown = [methods[method] for method in looks]
+        settled = [band[band["evaluations"] >= _SETTLED * band["evaluations"].max()] for band in shown]
+        low = min(float(band["low"].min()) for band in settled)
+        high = max(float(band["high"].max()) for band in settled)
+        margin = 0.06 * (high - low) or 0.01
+        axes.set_ylim(low - margin, high + margin)
+    for axes in panels[::_COLUMNS]:
+        axes.set_ylabel("hypervolume, search split")
+    handles: list[Artist] = [
+        Line2D([], [], label=method, marker=look.marker, ms=5.5, mec="white", **look.line)
+        for method, look in looks.items()
+    ]
+    if any(method not in looks for methods in bands.values() for method in methods):
+        handles.append(Line2D([], [], color=_OTHER_COLOR, lw=0.9, label="other methods"))
+    handles.append(Patch(color=_OTHER_COLOR, alpha=0.6, lw=0, label="least to largest over seeds"))
+    legend_below(figure, handles, [str(handle.get_label()) for handle in handles])
+    return finished(figure)
+
+
+def draw_paired_differences(
+    differences: Mapping[str, pd.DataFrame], tests: pd.DataFrame, titles: Mapping[str, str]
+) -> Figure:
+    """Hypervolume of the reference minus that of every other method, pair by pair, by median.
+
+    Args:
+        differences: Per measure, from `comparison.paired_differences`; the first measure sorts the methods.
+        tests: From `comparison.compare_methods`.
+        titles: What each measure is called.
+    """
+    first = next(iter(differences.values()))
+    order = list(first.groupby("method", sort=False)["difference"].median().sort_values(kind="stable").index)
+    runs = list(dict.fromkeys(zip(first["dataset"], first["network"], strict=True)))
+    figure = Figure(figsize=(6.3 * len(differences), 1.7 + 0.36 * len(order)), layout="constrained")
+    panels = figure.subplots(1, len(differences), sharey=True, squeeze=False)[0]
+    for axes, (measure, table) in zip(panels, differences.items(), strict=True):
+        _draw_differences(axes, table, order, runs)
+        _annotate_row(axes, -0.85, ("median", "+ / = / −", "p, Holm"))
+        for row in tests[tests["measure"] == measure].to_dict("records"):
+            p = "< 0.001" if row["p_holm"] < 0.001 else f"{row['p_holm']:.3f}"
+            median = f"{row['median_difference']:+.4f}".replace("-", "−")
+            counts = f"{row['wins']} / {row['ties']} / {row['losses']}"
+            _annotate_row(axes, order.index(row["method"]), (median, counts, p))
+        axes.set(title=titles[measure], xlabel="reference − method")
+    panels[0].set_yticks(range(len(order)), order)
+    panels[0].set_ylim(len(order) - 0.4, -1.2)
+    handles: list[Artist] = [
+        Line2D([], [], ls="none", marker=marker, ms=5, color=color, alpha=0.75, label=f"{dataset} / {network}")
+        for (dataset, network), color, marker in _run_looks(runs)
+    ]
+    handles.append(Line2D([], [], ls="none", marker="|", ms=13, mew=2.4, color=_DENSE_COLOR, label="median"))
+    handles.append(Line2D([], [], lw=3, color="#8A949E", label="middle half"))
+    legend_below(figure, handles, [str(handle.get_label()) for handle in handles])
+    return finished(figure)
+
+
+def _annotate_row(axes: Axes, y: float, texts: Sequence[str]) -> None:
+    """Write a row of a table to the right of `axes`, its columns aligned on the right."""
+    for text, offset in zip(texts, _TABLE_COLUMNS, strict=True):
+        place: dict[str, Any] = {
+            "xycoords": ("axes fraction", "data"),
+            "textcoords": "offset points",
+            "annotation_clip": False,
+        }
+        axes.annotate(text, (1.0, y), (offset, 0), ha="right", va="center", fontsize=8.5, **place)
+
+
+def _run_looks(runs: Sequence[tuple[str, str]]) -> list[tuple[tuple[str, str], str, str]]:
+    return [
+        (run, _RUN_COLORS[i % len(_RUN_COLORS)], _RUN_MARKERS[i // len(_RUN_COLORS) % len(_RUN_MARKERS)])
+        for i, run in enumerate(runs)
+    ]
+
+
+def _draw_differences(axes: Axes, table: pd.DataFrame, order: Sequence[str], runs: Sequence[tuple[str, str]]) -> None:
+    largest = float(table["difference"].abs().max())
+    # Close rivals and the hopeless share the axis: linear where half of the differences lie, logarithmic beyond.
+    threshold = max(float(table["difference"].abs().median()), 1e-3)
+    if largest > 5 * threshold:
+        axes.set_xscale("symlog", linthresh=threshold)
+        axes.set_xticks([0.0, *_round_numbers(table["difference"].to_numpy(dtype=float), threshold / 2)])
+        axes.minorticks_off()
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
+    axes.axvline(0, color=_DENSE_COLOR, lw=1.1, zorder=2)
+    lanes = np.linspace(-0.24, 0.24, len(runs)) if len(runs) > 1 else np.zeros(1)
+    for y, method in enumerate(order):
+        rows = table[table["method"] == method]
+        low, middle, high = np.quantile(rows["difference"], (0.25, 0.5, 0.75))
+        axes.plot([low, high], [y, y], color="#8A949E", lw=3, zorder=3, solid_capstyle="butt")
+        for lane, ((dataset, network), color, marker) in zip(lanes, _run_looks(runs), strict=True):
+            own = rows.loc[(rows["dataset"] == dataset) & (rows["network"] == network), "difference"]
+            axes.plot(own, np.full(len(own), y + lane), ls="none", marker=marker, ms=4.5, color=color, alpha=0.75)
+        axes.plot(middle, y, marker="|", ms=15, mew=2.4, color=_DENSE_COLOR, zorder=5)
+    axes.grid(axis="y", visible=False)
+
+
+def _round_numbers(values: np.ndarray, smallest: float) -> list[float]:
+    """1 and 3 times powers of ten, on either side of 0, between `smallest` and the farthest of `values` there."""
+    numbers = [digit * 10.0**power for power in range(-4, 1) for digit in (1, 3)]
+    return [
+        sign * number for sign in (-1, 1) for number in numbers if smallest <= number <= float(np.max(sign * values))
+    ]

@@ -1,0 +1,1 @@
+"""The searches; nothing here knows networks."""

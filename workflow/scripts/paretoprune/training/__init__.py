@@ -1,0 +1,1 @@
+"""Training dense networks and pruned ones."""

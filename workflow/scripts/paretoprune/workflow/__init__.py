@@ -1,0 +1,1 @@
+"""What the workflow is made of beside its rules."""
