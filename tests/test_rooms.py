@@ -11,6 +11,7 @@ FLOORS = [
     ["files", "devices"],
     ["tensors"],
     ["masks"],
+    ["objectives"],
     ["fronts"],
     ["data"],
     ["networks"],

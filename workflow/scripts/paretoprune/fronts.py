@@ -1,82 +1,112 @@
 """Fronts of pruned networks: non-dominated sets, hypervolume, and the members people ask for.
 
-Objectives are always minimised and lie in the columns (error, density). Nothing here needs torch.
+Objectives are always minimised; the loss lies in the first column, the costs in the others. Nothing here needs torch.
 """
 
+import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import moocore
 import numpy as np
-from pymoo.indicators.hv import HV
 from pymoo.util.nds.non_dominated_sorting import find_non_dominated
 
 from paretoprune.files import read_npz, write_npz
 from paretoprune.masks.packed import PackedMasks
+from paretoprune.objectives import ERROR_AND_DENSITY, reference_point
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
-REFERENCE_POINT = (1.0, 1.0)
 # How far beyond a density still counts as the density.
 _ROUNDING = 1e-9
 
 
-def hypervolume(objectives: np.ndarray) -> float:
-    """Area dominated by points (error, density) up to the reference point (1, 1).
+def hypervolume(objectives: np.ndarray, reference: Sequence[float] = (1.0, 1.0)) -> float:
+    """Volume dominated by points up to the reference point.
 
     Args:
-        objectives: float (n, 2), minimised; points at or beyond the reference add nothing.
+        objectives: float (n, n_objectives), minimised; points at or beyond the reference add nothing.
+        reference: One value for each objective, see `objectives.reference_point`.
 
     Returns:
-        Between 0 and 1, larger is better; 0 for no points.
+        At least 0 and at most the product of the reference, larger is better; 0 for no points.
     """
-    objectives = np.asarray(objectives, dtype=float).reshape(-1, 2)
+    objectives = np.asarray(objectives, dtype=float).reshape(-1, len(reference))
     if not len(objectives):
         return 0.0
-    return float(HV(ref_point=np.array(REFERENCE_POINT))(objectives))
+    return float(moocore.hypervolume(objectives, ref=np.asarray(reference, dtype=float)))
 
 
 def non_dominated(objectives: np.ndarray) -> np.ndarray:
     """Which points no other point dominates; of equal points the first counts.
 
     Args:
-        objectives: float (n, 2), minimised.
+        objectives: float (n, n_objectives), minimised, the loss in the first column.
 
     Returns:
-        Indices int64 (n_front,), sorted by density, sparsest first.
+        Indices int64 (n_front,), sorted by the costs, cheapest first.
     """
-    objectives = np.asarray(objectives, dtype=float).reshape(-1, 2)
+    objectives = np.asarray(objectives, dtype=float)
+    if not len(objectives):
+        return np.zeros(0, dtype=np.int64)
     _, first = np.unique(objectives, axis=0, return_index=True)
-    front = first[find_non_dominated(objectives[first])] if len(first) else first
-    return front[np.argsort(objectives[front, 1], kind="stable")]
+    front = first[find_non_dominated(objectives[first])]
+    return front[by_cost(objectives[front])]
 
 
-def spread_subset(objectives: np.ndarray, size: int, sparsities: Sequence[float] = ()) -> np.ndarray:
+def by_cost(objectives: np.ndarray) -> np.ndarray:
+    """Order of points by their first cost, then the further ones; equal points stay in order.
+
+    Args:
+        objectives: float (n, n_objectives), the loss in the first column.
+    """
+    return np.lexsort(objectives[:, :0:-1].T)
+
+
+def spread_subset(
+    objectives: np.ndarray, size: int, sparsities: Sequence[float] = (), reference: Sequence[float] = (1.0, 1.0)
+) -> np.ndarray:
     """Members of a front that keep most of its hypervolume, taking away the least contributor until `size` are left.
 
     Args:
-        objectives: float (n, 2), mutually non-dominated.
+        objectives: float (n, n_objectives), mutually non-dominated.
         size: Largest number of members to keep, at least 2.
-        sparsities: For each, of the members at least that sparse, the one with least error goes last.
+        sparsities: For each, of the members whose first cost is at most 1 - sparsity the best goes last.
+        reference: See `hypervolume`.
 
     Returns:
-        Indices int64, sorted by density, sparsest first.
+        Indices int64, sorted by cost, cheapest first.
     """
-    order = np.argsort(objectives[:, 1], kind="stable")
+    order = by_cost(objectives)
     kept = list(order)
-    # Sorted by density, they are sorted by error too.
-    n_sparser = np.searchsorted(objectives[order, 1], 1 - np.asarray(sparsities) + _ROUNDING, side="right")
     wanted = np.zeros(len(objectives), dtype=bool)
-    wanted[order[n_sparser[n_sparser > 0] - 1]] = True
+    for sparsity in sparsities:
+        within = order[objectives[order, 1] <= 1 - sparsity + _ROUNDING]
+        if len(within):
+            # Of equal losses the dearest, as two objectives have it: there the last one is the best.
+            wanted[within[np.lexsort((-np.arange(len(within)), objectives[within, 0]))[0]]] = True
+    contributions = _boxes if objectives.shape[1] == 2 else _volumes
     while len(kept) > size:
-        error, density = objectives[kept, 0], objectives[kept, 1]
-        # The box that only this member dominates: to its left neighbour's error, to its right neighbour's density.
-        width = np.concatenate([[REFERENCE_POINT[0]], error[:-1]]) - error
-        height = np.concatenate([density[1:], [REFERENCE_POINT[1]]]) - density
-        kept.pop(int(np.lexsort((width * height, wanted[kept]))[0]))
+        added = contributions(objectives[kept], np.asarray(reference, dtype=float))
+        kept.pop(int(np.lexsort((added, wanted[kept]))[0]))
     return np.array(kept, dtype=np.int64)
+
+
+def _boxes(front: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Area that only each member dominates, float (n,): to its left neighbour's loss, to its right neighbour's cost."""
+    # Sorted by cost, they are sorted by loss too.
+    loss, cost = front[:, 0], front[:, 1]
+    width = np.concatenate([reference[:1], loss[:-1]]) - loss
+    height = np.concatenate([cost[1:], reference[1:]]) - cost
+    return width * height
+
+
+def _volumes(front: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Volume that only each member dominates, float (n,)."""
+    return np.asarray(moocore.hv_contributions(front, ref=reference), dtype=float)
 
 
 def knee(objectives: np.ndarray) -> int:
@@ -85,7 +115,7 @@ def knee(objectives: np.ndarray) -> int:
     Both axes are scaled to the front's own range first. A front of one or two members has its sparsest as knee.
 
     Args:
-        objectives: float (n, 2), non-dominated.
+        objectives: float (n, n_objectives), non-dominated.
 
     Returns:
         Index of the knee.
@@ -100,28 +130,32 @@ def knee(objectives: np.ndarray) -> int:
         raise ValueError("expected a front with at least one member, found none")
     low, high = objectives.min(axis=0), objectives.max(axis=0)
     scaled = (objectives - low) / np.where(high > low, high - low, 1.0)
-    # The line joins (0, 1) and (1, 0), so the distance below it grows with -(x + y).
+    # The line (plane) joins the ends (0, 1) and (1, 0), so the distance below it grows with -(x + y).
     return int(np.lexsort((objectives[:, 1], scaled.sum(axis=1)))[0])
 
 
 @dataclass
 class Front:
-    """Pruned networks, none of which is better than another in both error and density.
+    """Pruned networks, none of which is better than another in every objective.
 
     Attributes:
         masks: One mask per member.
-        objectives: float64 (n_members, 2): error-like objective on the search split, and density.
+        objectives: float64 (n_members, n_objectives): the loss on the search split, and the costs.
         stages: Which stage of the search found each member.
-        builder: Makes the pruned and repaired network of one boolean mask (n_weights,); None for a front from a file.
+        names: Of the objectives.
+        dense: The network that the members are pruned from; None for a front from a file.
+        states: The state of each member's finished network, as it was measured; None for a front from a file.
     """
 
     masks: PackedMasks
     objectives: np.ndarray
     stages: list[str]
-    builder: "Callable[[np.ndarray], nn.Module] | None" = field(default=None, repr=False)
+    names: tuple[str, ...] = ERROR_AND_DENSITY
+    dense: "nn.Module | None" = field(default=None, repr=False)
+    states: "list[dict[str, Tensor]] | None" = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        self.objectives = np.asarray(self.objectives, dtype=np.float64).reshape(-1, 2)
+        self.objectives = np.asarray(self.objectives, dtype=np.float64).reshape(-1, len(self.names))
         if not len(self.masks) == len(self.objectives) == len(self.stages):
             raise ValueError(
                 f"expected as many objectives and stages as masks, found {len(self.masks)} masks, "
@@ -132,46 +166,68 @@ class Front:
         return len(self.masks)
 
     @classmethod
-    def empty(cls, n_weights: int) -> "Front":
-        """A front without members, over `n_weights` weights."""
-        return cls(PackedMasks.empty(n_weights), np.zeros((0, 2)), [])
+    def empty(cls, n_units: int, names: tuple[str, ...] = ERROR_AND_DENSITY) -> "Front":
+        """A front without members, over `n_units` units."""
+        return cls(PackedMasks.empty(n_units), np.zeros((0, len(names))), [], names)
 
     @property
     def error(self) -> np.ndarray:
-        """The error-like objective per member, float64 (n_members,)."""
+        """The loss per member, float64 (n_members,)."""
         return self.objectives[:, 0]
+
+    @property
+    def costs(self) -> np.ndarray:
+        """The costs per member, float64 (n_members, n_objectives - 1), relative to the dense network."""
+        return self.objectives[:, 1:]
 
     @property
     def density(self) -> np.ndarray:
         """Share of prunable weights kept, float64 (n_members,)."""
-        return self.objectives[:, 1]
+        return self.objectives[:, self.names.index("density")] if "density" in self.names else self.masks.density
 
     @property
     def sparsity(self) -> np.ndarray:
         """Share of prunable weights removed, float64 (n_members,)."""
-        return 1.0 - self.objectives[:, 1]
+        return 1.0 - self.density
+
+    @property
+    def reference(self) -> tuple[float, ...]:
+        """Up to where hypervolume is measured."""
+        return reference_point(self.names)
 
     def hypervolume(self) -> float:
-        """Hypervolume on (error, density) with reference point (1, 1)."""
-        return hypervolume(self.objectives)
+        """Hypervolume of all objectives, see `objectives.reference_point`."""
+        return hypervolume(self.objectives, self.reference)
 
     def select(self, indices: np.ndarray) -> "Front":
-        """The members at `indices`, in that order."""
-        indices = np.asarray(indices, dtype=np.int64)
-        stages = [self.stages[i] for i in indices]
-        return Front(self.masks.select(indices), self.objectives[indices], stages, self.builder)
+        """The members at `indices`, int (n,) or bool (n_members,), in that order."""
+        indices = np.arange(len(self))[np.asarray(indices)] if len(indices) else np.zeros(0, dtype=np.int64)
+        return Front(
+            self.masks.select(indices),
+            self.objectives[indices],
+            [self.stages[i] for i in indices],
+            self.names,
+            self.dense,
+            None if self.states is None else [self.states[i] for i in indices],
+        )
 
     def merge(self, other: "Front") -> "Front":
-        """The non-dominated members of both, sparsest first; of equal points this front's own is kept.
+        """The non-dominated members of both, cheapest first; of equal points this front's own is kept.
+
+        The result knows no networks.
 
         Raises:
-            ValueError: The two fronts are over different numbers of weights.
+            ValueError: The two fronts are over different numbers of units, or have different objectives.
         """
+        if self.names != other.names:
+            raise ValueError(
+                f"expected fronts of the same objectives, found {', '.join(self.names)} and {', '.join(other.names)}"
+            )
         both = Front(
             self.masks.concatenate(other.masks),
             np.concatenate([self.objectives, other.objectives]),
             self.stages + other.stages,
-            self.builder,
+            self.names,
         )
         return both.select(non_dominated(both.objectives))
 
@@ -180,7 +236,9 @@ class Front:
 
         The best members beyond each of `sparsities` are among them, see `spread_subset`.
         """
-        return self if size is None else self.select(spread_subset(self.objectives, size, sparsities))
+        if size is None:
+            return self
+        return self.select(spread_subset(self.objectives, size, sparsities, self.reference))
 
     def closest(self, *, sparsity: float) -> int:
         """Index of the member of nearest sparsity; of two, the one with less error.
@@ -202,7 +260,7 @@ class Front:
         return knee(self.objectives)
 
     def network(self, index: int) -> "nn.Module":
-        """A pruned and repaired copy of the network, which needs nothing of this package to run.
+        """A pruned and repaired copy of the network as it was measured, which needs nothing of this package to run.
 
         Args:
             index: Member of the front.
@@ -210,30 +268,35 @@ class Front:
         Raises:
             RuntimeError: The front was read from a file and knows no network.
         """
-        if self.builder is None:
+        if self.dense is None or self.states is None:
             raise RuntimeError(
-                "this front was read from a file and knows no network; call pareto_prune, "
-                "or apply the member's mask with paretoprune.evaluation.PopulationEvaluator.build"
+                "this front was read from a file and knows no network; call pareto_prune, or load the member's state "
+                "from networks.safetensors with paretoprune.networks.checkpoints.load_networks"
             )
-        return self.builder(self.masks.unpack(index))
+        network = copy.deepcopy(self.dense)
+        network.load_state_dict(self.states[index])
+        return network
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The front as plain arrays, for an npz file."""
+        """The front as plain arrays, for an npz file; names of objectives only where they are not error and density."""
+        names = {} if self.names == ERROR_AND_DENSITY else {"names": np.array(self.names, dtype=np.str_)}
         return {
             "words": self.masks.words,
-            "n_weights": np.array(self.masks.n_weights),
+            "n_weights": np.array(self.masks.n_units),
             "objectives": self.objectives,
             "stages": np.array(self.stages, dtype=np.str_),
+            **names,
         }
 
     @classmethod
     def of_arrays(cls, arrays: dict[str, Any]) -> "Front":
         """Undo `arrays`."""
         masks = PackedMasks(arrays["words"], int(arrays["n_weights"]))
-        return cls(masks, arrays["objectives"], [str(stage) for stage in arrays["stages"]])
+        names = tuple(str(name) for name in arrays.get("names", ERROR_AND_DENSITY))
+        return cls(masks, arrays["objectives"], [str(stage) for stage in arrays["stages"]], names)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the front to an npz file: `words`, `n_weights`, `objectives`, `stages`.
+        """Write the front to an npz file: `words`, `n_weights`, `objectives`, `stages`, see `arrays`.
 
         A member's id is its position.
         """

@@ -346,7 +346,7 @@ class PopulationEvaluator:
         return Scores(np.array([v.error for v in verdicts]), np.array([v.divergence for v in verdicts]))
 
     def __call__(self, masks: PackedMasks) -> np.ndarray:
-        """Objectives float64 (n_masks, 2): the error-like objective and the density."""
+        """Losses float64 (n_masks,): errors or divergences, as the objective says."""
         return self.bounded(masks, np.full(len(masks), math.inf))[0]
 
     def bounded(self, masks: PackedMasks, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -357,12 +357,12 @@ class PopulationEvaluator:
             bounds: float (n_masks,); infinite to judge on all images.
 
         Returns:
-            Objectives float64 (n_masks, 2), and whether each was judged on all images, bool (n_masks,): where not, the
-            error-like objective is a lower bound, larger than the given bound.
+            Losses float64 (n_masks,), and whether each was judged on all images, bool (n_masks,): where not, the loss is
+            a lower bound, larger than the given bound.
         """
         verdicts = self._verdicts(masks.words, np.asarray(bounds, dtype=np.float64).tolist())
-        errors = [v.error if self.objective == "error" else v.divergence for v in verdicts]
-        return np.column_stack([errors, masks.density]), np.array([v.complete for v in verdicts], dtype=bool)
+        losses = np.array([v.error if self.objective == "error" else v.divergence for v in verdicts])
+        return losses, np.array([v.complete for v in verdicts], dtype=bool)
 
     @property
     def reconstruction(self) -> Reconstruction | None:

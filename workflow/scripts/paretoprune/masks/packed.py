@@ -55,24 +55,24 @@ def fingerprint(words: np.ndarray) -> bytes:
 
 @dataclass(frozen=True)
 class PackedMasks:
-    """Many pruning masks, one bit a weight.
+    """Many pruning masks, one bit a unit.
 
     Attributes:
-        words: uint64 (n_masks, n_words); bit 1 = the weight is kept; padding bits are 0.
-        n_weights: Number of weights a mask covers.
+        words: uint64 (n_masks, n_words); bit 1 = the unit is kept; padding bits are 0.
+        n_units: Number of units a mask covers.
     """
 
     words: np.ndarray
-    n_weights: int
+    n_units: int
 
     def __post_init__(self) -> None:
-        expected = n_words_for(self.n_weights)
+        expected = n_words_for(self.n_units)
         if self.words.dtype != np.uint64 or self.words.ndim != 2 or self.words.shape[1] != expected:
             raise ValueError(
-                f"expected uint64 words of shape (n_masks, {expected}) for {self.n_weights} weights, "
+                f"expected uint64 words of shape (n_masks, {expected}) for {self.n_units} weights, "
                 f"found {self.words.dtype} {self.words.shape}"
             )
-        used = self.n_weights % WORD_BITS
+        used = self.n_units % WORD_BITS
         if used and len(self.words) and np.any(self.words[:, -1] >> np.uint64(used)):
             raise ValueError("padding bits beyond the last weight must be 0; build masks with PackedMasks.pack")
 
@@ -81,36 +81,36 @@ class PackedMasks:
 
     @classmethod
     def pack(cls, masks: np.ndarray) -> "PackedMasks":
-        """Pack boolean masks (n_masks, n_weights)."""
+        """Pack boolean masks (n_masks, n_units)."""
         masks = np.atleast_2d(np.asarray(masks, dtype=bool))
         return cls(pack_rows(masks), masks.shape[1])
 
     @classmethod
-    def pack_each(cls, masks: Iterable[np.ndarray], n_weights: int) -> "PackedMasks":
-        """Pack boolean masks, each (n_weights,), one by one as they come: no more than one is ever held as booleans."""
+    def pack_each(cls, masks: Iterable[np.ndarray], n_units: int) -> "PackedMasks":
+        """Pack boolean masks, each (n_units,), one by one as they come: no more than one is ever held as booleans."""
         rows = [pack_rows(mask[None])[0] for mask in masks]
-        return cls(np.array(rows, dtype=np.uint64).reshape(len(rows), n_words_for(n_weights)), n_weights)
+        return cls(np.array(rows, dtype=np.uint64).reshape(len(rows), n_words_for(n_units)), n_units)
 
     @classmethod
-    def of_genomes(cls, genomes: "Iterable[Genome]", n_weights: int) -> "PackedMasks":
+    def of_genomes(cls, genomes: "Iterable[Genome]", n_units: int) -> "PackedMasks":
         """The masks of genomes, in their order."""
         rows = [genome.words for genome in genomes]
-        return cls(np.array(rows, dtype=np.uint64).reshape(len(rows), n_words_for(n_weights)), n_weights)
+        return cls(np.array(rows, dtype=np.uint64).reshape(len(rows), n_words_for(n_units)), n_units)
 
     @classmethod
-    def empty(cls, n_weights: int) -> "PackedMasks":
-        """No masks at all, over `n_weights` weights."""
-        return cls(np.zeros((0, n_words_for(n_weights)), dtype=np.uint64), n_weights)
+    def empty(cls, n_units: int) -> "PackedMasks":
+        """No masks at all, over `n_units` units."""
+        return cls(np.zeros((0, n_words_for(n_units)), dtype=np.uint64), n_units)
 
     def unpack(self, index: int) -> np.ndarray:
-        """Mask number `index` as bool (n_weights,)."""
-        return unpack_row(self.words[index], self.n_weights)
+        """Mask number `index` as bool (n_units,)."""
+        return unpack_row(self.words[index], self.n_units)
 
     def select(self, indices: np.ndarray | Sequence[int]) -> "PackedMasks":
         """The masks at `indices` (integers or booleans), in that order."""
         rows = np.asarray(indices)
         # An empty list has no integer type of its own.
-        return PackedMasks(self.words[rows if rows.size else rows.astype(np.int64)], self.n_weights)
+        return PackedMasks(self.words[rows if rows.size else rows.astype(np.int64)], self.n_units)
 
     def concatenate(self, other: "PackedMasks") -> "PackedMasks":
         """These masks followed by the other's.
@@ -118,19 +118,24 @@ class PackedMasks:
         Raises:
             ValueError: The two cover different numbers of weights.
         """
-        if other.n_weights != self.n_weights:
-            raise ValueError(f"expected masks over {self.n_weights} weights, found {other.n_weights}")
-        return PackedMasks(np.concatenate([self.words, other.words]), self.n_weights)
+        if other.n_units != self.n_units:
+            raise ValueError(f"expected masks over {self.n_units} weights, found {other.n_units}")
+        return PackedMasks(np.concatenate([self.words, other.words]), self.n_units)
+
+    @property
+    def n_weights(self) -> int:
+        """TEMPORARY."""
+        return self.n_units
 
     @property
     def n_kept(self) -> np.ndarray:
-        """Number of kept weights per mask, int64 (n_masks,)."""
+        """Number of kept units per mask, int64 (n_masks,)."""
         return np.bitwise_count(self.words).sum(axis=1, dtype=np.int64)
 
     @property
     def density(self) -> np.ndarray:
-        """Share of kept weights per mask, float64 (n_masks,)."""
-        return self.n_kept / self.n_weights
+        """Share of kept units per mask, float64 (n_masks,)."""
+        return self.n_kept / self.n_units
 
     def fingerprints(self) -> list[bytes]:
         """One fingerprint per mask."""
@@ -138,7 +143,7 @@ class PackedMasks:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to an npz file with arrays `words` and `n_weights`."""
-        write_npz(path, {"words": self.words, "n_weights": np.array(self.n_weights)})
+        write_npz(path, {"words": self.words, "n_weights": np.array(self.n_units)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "PackedMasks":

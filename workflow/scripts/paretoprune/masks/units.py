@@ -1,6 +1,11 @@
-"""Where each prunable weight lies in a flat mask."""
+"""Units: what is removed in one piece, and the groups in which they compete.
+
+A unit is a weight, or whatever else goes as a whole; a group is a set of units that compete, such as a layer. Phase 1
+has one threshold for each group, Phase 2 one bit for each unit. The search sees nothing else of a problem.
+"""
 
 import fnmatch
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,15 +15,80 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from paretoprune.masks.packed import PackedMasks
+
 if TYPE_CHECKING:
     from torch import nn
 
-    from paretoprune.masks.packed import PackedMasks
+
+class Units(ABC):
+    """Units in groups; those of a group lie side by side in a mask.
+
+    Attributes:
+        names: Of the groups, in the order in which they lie in the mask.
+    """
+
+    names: tuple[str, ...]
+
+    @property
+    @abstractmethod
+    def sizes(self) -> np.ndarray:
+        """Number of units of each group, int64 (n_groups,)."""
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """Start of each group in a mask and, last, its end; int64 (n_groups + 1,)."""
+        return np.concatenate([[0], np.cumsum(self.sizes)])
+
+    @property
+    def n_units(self) -> int:
+        """Number of units, the bits of a mask."""
+        return int(self.offsets[-1])
+
+    @property
+    def n_groups(self) -> int:
+        """Number of groups."""
+        return len(self.names)
+
+    @cached_property
+    def group_of(self) -> np.ndarray:
+        """Index of the group that each unit belongs to, int32 (n_units,)."""
+        return np.repeat(np.arange(self.n_groups, dtype=np.int32), self.sizes)
+
+    def n_kept(self, masks: PackedMasks) -> np.ndarray:
+        """Number of kept units per mask and group, int64 (n_masks, n_groups)."""
+        counts = [np.add.reduceat(masks.unpack(i), self.offsets[:-1], dtype=np.int64) for i in range(len(masks))]
+        return np.array(counts, dtype=np.int64).reshape(len(masks), self.n_groups)
 
 
 @dataclass(frozen=True)
-class MaskLayout:
-    """Where each prunable tensor lies in the flat mask.
+class PlainUnits(Units):
+    """Units that are nothing but bits in groups, for problems without networks.
+
+    Attributes:
+        names: Of the groups.
+        counts: Number of units of each group, at least 1.
+    """
+
+    names: tuple[str, ...]
+    counts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.names) != len(self.counts) or not self.counts or min(self.counts) < 1:
+            raise ValueError(
+                f"expected a name and a positive number of units for each group, found {len(self.names)} names and "
+                f"the counts {list(self.counts)}; leave empty groups out"
+            )
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """Number of units of each group, int64 (n_groups,)."""
+        return np.array(self.counts, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class WeightUnits(Units):
+    """The prunable weights of a network: a unit is a weight, a group is a tensor.
 
     Attributes:
         names: Parameter names in the order in which they lie in the mask.
@@ -29,7 +99,7 @@ class MaskLayout:
     shapes: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, network: "nn.Module", exclude: Sequence[str] = ()) -> "MaskLayout":
+    def of(cls, network: "nn.Module", exclude: Sequence[str] = ()) -> "WeightUnits":
         """Lay out the weights of every convolution and linear layer of `network`.
 
         Biases and normalisation parameters are never pruned. A weight shared by several modules appears once.
@@ -75,28 +145,8 @@ class MaskLayout:
 
     @cached_property
     def sizes(self) -> np.ndarray:
-        """Number of weights per tensor, int64 (n_layers,)."""
+        """Number of weights per tensor, int64 (n_groups,)."""
         return np.array([prod(shape) for shape in self.shapes], dtype=np.int64)
-
-    @cached_property
-    def offsets(self) -> np.ndarray:
-        """Start of each tensor in the flat mask and, last, its end; int64 (n_layers + 1,)."""
-        return np.concatenate([[0], np.cumsum(self.sizes)])
-
-    @property
-    def n_weights(self) -> int:
-        """Number of prunable weights."""
-        return int(self.offsets[-1])
-
-    @property
-    def n_layers(self) -> int:
-        """Number of prunable tensors."""
-        return len(self.names)
-
-    @cached_property
-    def layer_of(self) -> np.ndarray:
-        """Index of the tensor that each weight belongs to, int32 (n_weights,)."""
-        return np.repeat(np.arange(self.n_layers, dtype=np.int32), self.sizes)
 
     def flatten(self, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
         """Concatenate one array per tensor, in layout order.
@@ -125,38 +175,58 @@ class MaskLayout:
             )
         }
 
-    def n_kept(self, masks: "PackedMasks") -> np.ndarray:
-        """Number of kept weights per mask and layer, int64 (n_masks, n_layers)."""
-        counts = [np.add.reduceat(masks.unpack(i), self.offsets[:-1], dtype=np.int64) for i in range(len(masks))]
-        return np.array(counts, dtype=np.int64).reshape(len(masks), self.n_layers)
+    @property
+    def n_weights(self) -> int:
+        """Number of prunable weights."""
+        return self.n_units
+
+    @property
+    def n_layers(self) -> int:
+        """TEMPORARY."""
+        return self.n_groups
+
+    @property
+    def layer_of(self) -> np.ndarray:
+        """TEMPORARY."""
+        return self.group_of
+
+    def to_weights(self, bits: np.ndarray) -> np.ndarray:
+        """Which weights a mask keeps, bool (n_weights,): here the bits themselves, bool (n_units,)."""
+        return bits
 
 
-def ranks_within_layers(scores: np.ndarray, layout: MaskLayout) -> np.ndarray:
-    """Rank every weight inside its own layer; ties are broken by position.
+MaskLayout = WeightUnits
+
+
+def ranks_within_groups(scores: np.ndarray, units: Units) -> np.ndarray:
+    """Rank every unit inside its own group; ties are broken by position.
 
     Args:
-        scores: float (n_weights,), higher = keep.
-        layout: The layers.
+        scores: float (n_units,), higher = keep.
+        units: The groups.
 
     Returns:
-        int32 (n_weights,): 0 for the most important weight of a layer.
+        int32 (n_units,): 0 for the most important unit of a group.
     """
-    ranks = np.empty(layout.n_weights, dtype=np.int32)
-    for start, stop in pairwise(layout.offsets):
+    ranks = np.empty(units.n_units, dtype=np.int32)
+    for start, stop in pairwise(units.offsets):
         order = np.argsort(-scores[start:stop], kind="stable")
         ranks[start:stop][order] = np.arange(stop - start, dtype=np.int32)
     return ranks
 
 
-def keep_top(ranks: np.ndarray, n_keep: Iterable[int], layout: MaskLayout) -> np.ndarray:
-    """The mask that keeps exactly the `n_keep` best-ranked weights of each layer.
+ranks_within_layers = ranks_within_groups
+
+
+def keep_top(ranks: np.ndarray, n_keep: Iterable[int], units: Units) -> np.ndarray:
+    """The mask that keeps exactly the `n_keep` best-ranked units of each group.
 
     Args:
-        ranks: int (n_weights,) from `ranks_within_layers`.
-        n_keep: Number to keep per layer, (n_layers,).
-        layout: The layers.
+        ranks: int (n_units,) from `ranks_within_groups`.
+        n_keep: Number to keep per group, (n_groups,).
+        units: The groups.
 
     Returns:
-        bool (n_weights,).
+        bool (n_units,).
     """
-    return ranks < np.repeat(np.asarray(n_keep, dtype=np.int32), layout.sizes)
+    return ranks < np.repeat(np.asarray(n_keep, dtype=np.int32), units.sizes)

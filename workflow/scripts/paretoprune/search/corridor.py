@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from paretoprune.fronts import Front
+from paretoprune.fronts import Front, non_dominated
 from paretoprune.masks.packed import PackedMasks, pack_rows
-from paretoprune.masks.units import MaskLayout
-from paretoprune.search.operators import Ranking, SearchedLayer, searched_layers
+from paretoprune.masks.units import Units
+from paretoprune.search.groups import Ranking, SearchedGroup, searched_groups
 
 
 @dataclass(frozen=True)
@@ -19,16 +19,16 @@ class Corridor:
     Attributes:
         lower: uint64 (n_words,), always kept; packed like a mask.
         upper: uint64 (n_words,), may be kept; contains `lower`.
-        layout: The layers.
+        units: The groups.
     """
 
     lower: np.ndarray
     upper: np.ndarray
-    layout: MaskLayout
+    units: Units
 
     def __post_init__(self) -> None:
         # Checks shape, type and padding of both.
-        PackedMasks(np.stack([self.lower, self.upper]), self.layout.n_weights)
+        PackedMasks(np.stack([self.lower, self.upper]), self.units.n_units)
         if np.any(self.lower & ~self.upper):
             raise ValueError("the lower end of a corridor must lie inside its upper end")
         if not self.n_searched:
@@ -38,29 +38,29 @@ class Corridor:
             )
 
     @classmethod
-    def between(cls, light: np.ndarray, heavy: np.ndarray, layout: MaskLayout) -> "Corridor":
+    def between(cls, light: np.ndarray, heavy: np.ndarray, units: Units) -> "Corridor":
         """The corridor that two anchors cut out.
 
-        The thresholds of Phase 1 do not nest: in a layer the heavy anchor may keep what the light one drops. The ends
+        The thresholds of Phase 1 do not nest: in a group the heavy anchor may keep what the light one drops. The ends
         are therefore the anchors' intersection and union, so that both anchors always lie in the corridor.
 
         Args:
-            light: bool (n_weights,).
-            heavy: bool (n_weights,).
-            layout: The layers.
+            light: bool (n_units,).
+            heavy: bool (n_units,).
+            units: The groups.
         """
-        return cls(pack_rows((light & heavy)[None])[0], pack_rows((light | heavy)[None])[0], layout)
+        return cls(pack_rows((light & heavy)[None])[0], pack_rows((light | heavy)[None])[0], units)
 
     @classmethod
-    def around(cls, masks: PackedMasks, layout: MaskLayout) -> "Corridor":
+    def around(cls, masks: PackedMasks, units: Units) -> "Corridor":
         """The smallest corridor that several masks lie in: their intersection and their union."""
-        return cls(np.bitwise_and.reduce(masks.words), np.bitwise_or.reduce(masks.words), layout)
+        return cls(np.bitwise_and.reduce(masks.words), np.bitwise_or.reduce(masks.words), units)
 
     @classmethod
-    def everything(cls, layout: MaskLayout) -> "Corridor":
+    def everything(cls, units: Units) -> "Corridor":
         """All masks: no corridor at all."""
-        ends = pack_rows(np.stack([np.zeros(layout.n_weights, dtype=bool), np.ones(layout.n_weights, dtype=bool)]))
-        return cls(ends[0], ends[1], layout)
+        ends = pack_rows(np.stack([np.zeros(units.n_units, dtype=bool), np.ones(units.n_units, dtype=bool)]))
+        return cls(ends[0], ends[1], units)
 
     @cached_property
     def searched(self) -> np.ndarray:
@@ -74,28 +74,30 @@ class Corridor:
 
     def restrict(self, masks: PackedMasks) -> PackedMasks:
         """Each mask moved to the nearest one in the corridor."""
-        return PackedMasks((masks.words & self.upper) | self.lower, masks.n_weights)
+        return PackedMasks((masks.words & self.upper) | self.lower, masks.n_units)
 
     @cached_property
-    def layers(self) -> list[SearchedLayer]:
-        """The layers in which there is something to search."""
-        return searched_layers(self.layout.offsets, self.searched)
+    def groups(self) -> list[SearchedGroup]:
+        """The groups in which there is something to search."""
+        return searched_groups(self.units.offsets, self.searched)
 
     def rank(self, scores: np.ndarray) -> Ranking:
-        """The searched weights of each of `layers` from the least to the most important.
+        """The searched weights of each of `groups` from the least to the most important.
 
-        It is the order in which a layer crosses the corridor from the light to the heavy anchor.
+        It is the order in which a group crosses the corridor from the light to the heavy anchor.
 
         Args:
-            scores: float (n_weights,), higher = keep.
+            scores: float (n_units,), higher = keep.
         """
-        return [layer.rank(scores) for layer in self.layers]
+        return [group.rank(scores) for group in self.groups]
 
 
 def choose_anchors(
     front: Front, dense_error: float, chance_error: float, *, light_tolerance: float, heavy_tolerance: float
 ) -> tuple[int, int]:
     """Pick the light and the heavy anchor from a Phase 1 front.
+
+    With more than one cost they are chosen along the trade-off of the loss and the first cost.
 
     Both tolerances are shares of the way from the dense network's error to that of guessing, so that one rule serves
     any number of classes and both objectives. Light: the sparsest member within `light_tolerance` (none: the densest
@@ -114,28 +116,36 @@ def choose_anchors(
     Raises:
         ValueError: The front has fewer than two members.
     """
-    if len(front) < 2:
+    along = _along(front)
+    if len(along) < 2:
         raise ValueError(
-            f"expected a Phase 1 front of at least two members to draw a corridor between, found {len(front)}; give "
+            f"expected a Phase 1 front of at least two members to draw a corridor between, found {len(along)}; give "
             "Phase 1 more evaluations"
         )
     reach = chance_error - dense_error
-    by_density = np.argsort(-front.density, kind="stable")
 
     def sparsest_within(tolerance: float) -> int:
-        """Position along `by_density`."""
-        within = np.flatnonzero(front.error[by_density] <= dense_error + tolerance * reach)
+        """Position in `along`."""
+        within = np.flatnonzero(front.error[along] <= dense_error + tolerance * reach)
         return int(within[-1]) if len(within) else 0
 
-    light = min(sparsest_within(light_tolerance), len(front) - 2)
+    light = min(sparsest_within(light_tolerance), len(along) - 2)
     heavy = max(sparsest_within(heavy_tolerance), light + 1)
-    return int(by_density[light]), int(by_density[heavy])
+    return int(along[light]), int(along[heavy])
+
+
+def _along(front: Front) -> np.ndarray:
+    """Members along the trade-off of the loss and the first cost, the dearest first, int64."""
+    # Of two objectives, all members of a front.
+    members = non_dominated(front.objectives[:, :2]) if len(front.names) > 2 else np.arange(len(front))
+    order: np.ndarray = members[np.argsort(-front.costs[members, 0], kind="stable")]
+    return order
 
 
 def anchors_between(front: Front, light: int, heavy: int, n_corridors: int) -> list[int]:
     """Anchors from light to heavy that cut the front between them into stretches of about equal length.
 
-    Length is measured along the front, error and density counting alike.
+    Length is measured along the front, loss and first cost counting alike.
 
     Args:
         front: Phase 1's front.
@@ -146,10 +156,10 @@ def anchors_between(front: Front, light: int, heavy: int, n_corridors: int) -> l
     Returns:
         Indices of at most n_corridors + 1 different members, light first, heavy last.
     """
-    by_density = np.argsort(-front.density, kind="stable")
-    positions = {int(member): i for i, member in enumerate(by_density)}
-    members = by_density[positions[light] : positions[heavy] + 1]
-    steps = np.abs(np.diff(front.objectives[members], axis=0)).sum(axis=1)
+    ordered = _along(front)
+    positions = {int(member): i for i, member in enumerate(ordered)}
+    members = ordered[positions[light] : positions[heavy] + 1]
+    steps = np.abs(np.diff(front.objectives[members, :2], axis=0)).sum(axis=1)
     along = np.concatenate([[0.0], np.cumsum(steps)])
     wanted = np.linspace(0.0, along[-1], n_corridors + 1)[1:-1]
     inner = np.unique(np.abs(along[None] - wanted[:, None]).argmin(axis=1)) if len(wanted) else np.array([], dtype=int)
@@ -157,22 +167,22 @@ def anchors_between(front: Front, light: int, heavy: int, n_corridors: int) -> l
     return [light, *members[inner].tolist(), heavy]
 
 
-def corridors_of(anchors: PackedMasks, n_corridors: int, layout: MaskLayout) -> list[Corridor]:
+def corridors_of(anchors: PackedMasks, n_corridors: int, units: Units) -> list[Corridor]:
     """What Phase 2 searches: the corridors between neighbouring anchors, or everything where none is wanted.
 
     Args:
         anchors: From light to heavy, at least two.
         n_corridors: 0 for no corridor.
-        layout: The layers.
+        units: The groups.
     """
     if not n_corridors:
-        return [Corridor.everything(layout)]
-    return [Corridor.around(anchors.select([i, i + 1]), layout) for i in range(len(anchors) - 1)]
+        return [Corridor.everything(units)]
+    return [Corridor.around(anchors.select([i, i + 1]), units) for i in range(len(anchors) - 1)]
 
 
-def corridor_around(anchors: PackedMasks, n_corridors: int, layout: MaskLayout) -> Corridor:
+def corridor_around(anchors: PackedMasks, n_corridors: int, units: Units) -> Corridor:
     """The one corridor that holds all of `corridors_of`, for a description."""
-    return Corridor.around(anchors, layout) if n_corridors else Corridor.everything(layout)
+    return Corridor.around(anchors, units) if n_corridors else Corridor.everything(units)
 
 
 def describe_corridor(front: Front, light: int, heavy: int, corridor: Corridor) -> dict[str, Any]:
@@ -184,16 +194,16 @@ def describe_corridor(front: Front, light: int, heavy: int, corridor: Corridor) 
         heavy: Index of the heavy anchor.
         corridor: The corridor.
     """
-    layout = corridor.layout
-    kept_and_searched = PackedMasks(np.stack([corridor.lower, corridor.searched]), layout.n_weights)
-    per_layer = zip(layout.names, layout.sizes.tolist(), *layout.n_kept(kept_and_searched).tolist(), strict=True)
+    units = corridor.units
+    kept_and_searched = PackedMasks(np.stack([corridor.lower, corridor.searched]), units.n_units)
+    per_layer = zip(units.names, units.sizes.tolist(), *units.n_kept(kept_and_searched).tolist(), strict=True)
     anchors = {
         name: {"id": i, "density": float(front.density[i]), "error": float(front.error[i])}
         for name, i in (("light", light), ("heavy", heavy))
     }
     return {
         **anchors,
-        "n_weights": layout.n_weights,
+        "n_weights": units.n_units,
         "n_corridor": corridor.n_searched,
         "layers": [
             {

@@ -26,7 +26,7 @@ from numpy.random import Generator
 
 from paretoprune.masks.genomes import Genome
 from paretoprune.masks.packed import PackedMasks, pack_rows, unpack_row
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 
 # Tournaments held at a time, so that they never take more than a few megabytes.
 TOURNAMENTS_AT_ONCE = 2**18
@@ -42,13 +42,13 @@ def n_groups_within(evaluations: int, share: float) -> int:
     return max(2, int(share * evaluations))
 
 
-def cut_into_groups(layout: MaskLayout, n_groups: int) -> np.ndarray:
+def cut_into_groups(units: WeightUnits, n_groups: int) -> np.ndarray:
     """Cut the flat mask into groups of similar size: runs of whole output filters of a layer.
 
     Where there are fewer groups than layers, a group is a run of whole layers.
 
     Args:
-        layout: The layers; the first axis of a tensor counts its output filters.
+        units: The layers; the first axis of a tensor counts its output filters.
         n_groups: Largest number of groups; there are fewer where the network has fewer filters.
 
     Returns:
@@ -57,19 +57,19 @@ def cut_into_groups(layout: MaskLayout, n_groups: int) -> np.ndarray:
     Raises:
         ValueError: There is a single output filter or a single group, so that to lack it would be to keep nothing.
     """
-    filters = np.array([shape[0] for shape in layout.shapes], dtype=np.int64)
+    filters = np.array([shape[0] for shape in units.shapes], dtype=np.int64)
     n_groups = min(n_groups, int(filters.sum()))
     if n_groups < 2:
         raise ValueError(f"expected at least two groups of whole output filters to compare, found {n_groups}")
-    bounds = layout.offsets.tolist()
+    bounds = units.offsets.tolist()
     while len(bounds) - 1 > n_groups:
         # The smallest two neighbours together become one.
         joint = [after - before for before, after in zip(bounds[:-2], bounds[2:], strict=True)]
         del bounds[joint.index(min(joint)) + 1]
-    n_cuts = np.ones(layout.n_layers, dtype=np.int64)
+    n_cuts = np.ones(units.n_groups, dtype=np.int64)
     for _ in range(n_groups - (len(bounds) - 1)):
-        n_cuts[np.argmax(np.where(n_cuts < filters, layout.sizes / n_cuts, 0))] += 1
-    for start, size, rows, cuts in zip(layout.offsets[:-1], layout.sizes, filters, n_cuts, strict=True):
+        n_cuts[np.argmax(np.where(n_cuts < filters, units.sizes / n_cuts, 0))] += 1
+    for start, size, rows, cuts in zip(units.offsets[:-1], units.sizes, filters, n_cuts, strict=True):
         bounds.extend((start + np.arange(1, cuts) * rows // cuts * (size // rows)).tolist())
     return np.array(sorted(bounds), dtype=np.int64)
 
@@ -154,10 +154,10 @@ def sample_by_tournaments(costs: np.ndarray, n_samples: int, rng: Generator) -> 
     for _ in range(n_samples):
         n = min(ceil(rng.random() * len(costs)), len(costs) - 1)
         cleared = win_tournaments(everything, costs, n, rng, prefer="high")
-        yield _marked(everything, len(costs)) ^ _marked(cleared, len(costs))
+        yield _words_with(everything, len(costs)) ^ _words_with(cleared, len(costs))
 
 
-def _marked(bits: np.ndarray, n_bits: int) -> np.ndarray:
+def _words_with(bits: np.ndarray, n_bits: int) -> np.ndarray:
     """Words in which the given bits are 1."""
     marks = np.zeros((1, n_bits), dtype=bool)
     marks[0, bits] = True
@@ -236,7 +236,7 @@ class TournamentVariation:
         words ^= self._words(win_tournaments(candidates, self.costs, n, rng, prefer="low"))
 
     def _words(self, bits: np.ndarray) -> np.ndarray:
-        return _marked(bits, len(self.costs))
+        return _words_with(bits, len(self.costs))
 
     def _ones(self, words: np.ndarray) -> np.ndarray:
         return np.flatnonzero(unpack_row(words, len(self.costs)))

@@ -1,11 +1,11 @@
 """Which candidates pymoo's survival drops, whatever the images say that they have not been judged on.
 
-A candidate that is judged on some images only has a lower bound for its error. These functions say how far judging must
+A candidate that is judged on some images only has a lower bound for its loss. These functions say how far judging must
 go at least to be of use (`bounds`), and afterwards which bounds do not settle a candidate's fate (`undecided`): those
 candidates are judged on all images before pymoo sees them. What pymoo then makes of the generation is, to the last
-bit, what it would have made of all errors in full: a candidate it drops anyway leaves no trace.
+bit, what it would have made of all losses in full: a candidate it drops anyway leaves no trace.
 
-Errors that candidates are dropped for are always those of members judged in full, so none of them is on the front.
+Losses that candidates are dropped for are always those of members judged in full, so none of them is on the front.
 """
 
 from typing import Protocol
@@ -20,12 +20,12 @@ from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 class Survival(Protocol):
     """The survival of one generation."""
 
-    def bounds(self, density: np.ndarray, front: np.ndarray) -> np.ndarray:
-        """Errors above which a candidate is most likely of no use, and certainly dominated.
+    def bounds(self, costs: np.ndarray, front: np.ndarray) -> np.ndarray:
+        """Losses above which a candidate is most likely of no use, and certainly dominated.
 
         Args:
-            density: float (n_candidates,), exact.
-            front: float (n_members, 2), objectives of all non-dominated networks that were judged in full.
+            costs: float (n_candidates, n_costs), exact.
+            front: float (n_members, 1 + n_costs), objectives of all non-dominated networks that were judged in full.
 
         Returns:
             float (n_candidates,); infinite where a candidate matters whatever its error.
@@ -36,7 +36,7 @@ class Survival(Protocol):
         """Candidates that may survive or change what does.
 
         Args:
-            objectives: float (n_candidates, 2); errors of candidates that are not complete are lower bounds.
+            objectives: float (n_candidates, 1 + n_costs); losses of candidates that are not complete are lower bounds.
             complete: bool (n_candidates,).
 
         Returns:
@@ -45,38 +45,38 @@ class Survival(Protocol):
         ...
 
 
-def least_error_within(density: np.ndarray, members: np.ndarray) -> np.ndarray:
-    """The least error among members that are at least as sparse.
+def least_loss_within(costs: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """The least loss among members that cost no more in any respect.
 
     Args:
-        density: float (n,).
-        members: float (n_members, 2), error and density.
+        costs: float (n, n_costs).
+        members: float (n_members, 1 + n_costs), loss and costs.
 
     Returns:
-        float (n,), infinite where every member is denser.
+        float (n,), infinite where every member costs more.
     """
-    fits = members[None, :, 1] <= density[:, None]
+    fits = (members[None, :, 1:] <= costs[:, None, :]).all(axis=2)
     return np.where(fits, members[None, :, 0], np.inf).min(axis=1, initial=np.inf)
 
 
 class RankSurvival:
     """NSGA-II's: whole ranks survive until one does not fit, of which the least crowded do.
 
-    A candidate beyond that rank is dropped. A larger error of it could only move it further back, and it does not
+    A candidate beyond that rank is dropped. A larger loss of it could only move it further back, and it does not
     matter for the ranks before its own.
 
     Args:
-        parents: float (n, 2), objectives of the population.
+        parents: float (n, n_objectives), objectives of the population.
         n_survive: How many survive.
     """
 
     def __init__(self, parents: np.ndarray, n_survive: int) -> None:
         self._parents, self._n_survive = parents, n_survive
 
-    def bounds(self, density: np.ndarray, front: np.ndarray) -> np.ndarray:
-        """Errors with which a candidate lies behind the population's last rank; see `Survival`."""
+    def bounds(self, costs: np.ndarray, front: np.ndarray) -> np.ndarray:
+        """Losses with which a candidate lies behind the population's last rank; see `Survival`."""
         last = NonDominatedSorting().do(self._parents)[-1]
-        return least_error_within(density, self._parents[last])
+        return least_loss_within(costs, self._parents[last])
 
     def undecided(self, objectives: np.ndarray, complete: np.ndarray) -> np.ndarray:
         """Those in the ranks from which survivors are taken; see `Survival`."""
@@ -104,23 +104,26 @@ class NeighbourSurvival:
         values: np.ndarray = self._decomposition.do(objectives, weights=self._weights[at], ideal_point=ideal)
         return values
 
-    def bounds(self, density: np.ndarray, front: np.ndarray) -> np.ndarray:
-        """Errors with which a candidate is dominated and better than no neighbour as it stands; see `Survival`."""
-        ideal = np.minimum(self._ideal, [np.inf, density.min(initial=np.inf)])
-        found = least_error_within(density, front)
+    def bounds(self, costs: np.ndarray, front: np.ndarray) -> np.ndarray:
+        """Losses with which a candidate is dominated and better than no neighbour as it stands; see `Survival`."""
+        # What is not known of the ideal point of the losses can only lower it, which the ideal so far stands in for.
+        ideal = self._ideal.copy()
+        ideal[1:] = np.minimum(ideal[1:], costs.min(axis=0, initial=np.inf))
+        found = least_loss_within(costs, front)
         for i, at in enumerate(self._neighbours):
             values = self._values(self._parents[at], at, ideal)
             weights = self._weights[at]
-            open_ = weights[:, 1] * (density[i] - ideal[1]) < values
+            # A neighbour whose value the costs alone exceed is safe whatever the loss.
+            exposed = (weights[:, 1:] * (costs[i] - ideal[1:]) < values[:, None]).all(axis=1)
             with np.errstate(divide="ignore"):
-                needed = ideal[0] + values[open_] / weights[open_, 0]
+                needed = ideal[0] + values[exposed] / weights[exposed, 0]
             found[i] = max(found[i], needed.max(initial=-np.inf))
         return found
 
     def undecided(self, objectives: np.ndarray, complete: np.ndarray) -> np.ndarray:
         """Those that would replace a neighbour or move the ideal point; see `Survival`."""
         ideal = np.min(np.vstack([self._ideal, objectives[complete]]), axis=0)
-        ideal[1] = min(ideal[1], objectives[:, 1].min())
+        ideal[1:] = np.minimum(ideal[1:], objectives[:, 1:].min(axis=0))
         found = (objectives[:, 0] < ideal[0]) & ~complete
         parents = self._parents.copy()
         for i, at in enumerate(self._neighbours):
