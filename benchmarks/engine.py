@@ -34,9 +34,14 @@ sys.path.insert(0, str(PACKAGE))
 import numpy as np  # noqa: E402
 from paretoprune.fronts import non_dominated  # noqa: E402
 from paretoprune.masks.packed import WORD_BITS, PackedMasks  # noqa: E402
-from paretoprune.masks.units import MaskLayout  # noqa: E402
-from paretoprune.search import search  # noqa: E402
+from paretoprune.masks.units import PlainUnits, WeightUnits  # noqa: E402
+from paretoprune.search.algorithms import ALGORITHMS  # noqa: E402
 from paretoprune.search.corridor import Corridor  # noqa: E402
+from paretoprune.search.flat import blind_algorithm  # noqa: E402
+from paretoprune.search.phase2 import guided_algorithm  # noqa: E402
+from paretoprune.search.problem import Problem as SearchProblem  # noqa: E402
+from paretoprune.search.pymoo_adapter import PruningProblem  # noqa: E402
+from paretoprune.settings import Flat, Phase2  # noqa: E402
 from pymoo.algorithms.moo.nsga2 import NSGA2  # noqa: E402
 from pymoo.core.algorithm import Algorithm  # noqa: E402
 from pymoo.core.problem import Problem  # noqa: E402
@@ -85,20 +90,20 @@ def cases(sizes: Sequence[int]) -> list[Case]:
             # Its defaults, and what `flat` does.
             found += [Case("pymoo", "nsga2", "two-point", n, 2), Case("pymoo", "nsga2", "uniform", n, 2)]
         generations = 20 if n <= 1_000_000 else 10
-        for algorithm in search.ALGORITHMS:
+        for algorithm in ALGORITHMS:
             found.append(Case("flat", algorithm, "uniform", n, generations))
             found.append(Case("guided", algorithm, "one-point", n, generations))
     return found
 
 
-def resnet56_layout(n_weights: int) -> MaskLayout:
+def resnet56_layout(n_weights: int) -> WeightUnits:
     """The proportions of a ResNet-56 on CIFAR-10, scaled to `n_weights`."""
     widths = [16] * 19 + [32] * 18 + [64] * 18
     inputs = [3, *widths[:-1]]
     sizes = np.array([a * b * 9 for a, b in zip(inputs, widths, strict=True)] + [64 * 10])
     ends = np.rint(np.cumsum(sizes) / sizes.sum() * n_weights).astype(int)
     scaled = np.diff(ends, prepend=0).tolist()
-    return MaskLayout(tuple(f"layer{i}" for i in range(len(scaled))), tuple((size,) for size in scaled))
+    return WeightUnits(tuple(f"layer{i}" for i in range(len(scaled))), tuple((size,) for size in scaled))
 
 
 class Objective:
@@ -109,18 +114,19 @@ class Objective:
 
     def __init__(self, n_weights: int) -> None:
         rng = np.random.default_rng(SEED)
+        self.problem = SearchProblem(PlainUnits(("all",), (n_weights,)), lambda masks: self(masks)[0][:, 0])
         self.words = np.linspace(0, n_weights // WORD_BITS - 1, N_DECISIVE).astype(int)
         self._weights = rng.exponential(size=N_DECISIVE)
         self._weights /= self._weights.sum() * WORD_BITS
         self._front = np.zeros((0, 2))
 
-    def __call__(self, n_kept: np.ndarray, density: np.ndarray) -> np.ndarray:
+    def of(self, n_kept: np.ndarray, density: np.ndarray) -> np.ndarray:
         """Objectives (n, 2) from the kept weights in each of `words`, int (n, n_decisive), and density (n,)."""
         return np.column_stack([1 - np.sqrt(n_kept @ self._weights), density])
 
-    def judge(self, masks: PackedMasks) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, masks: PackedMasks) -> tuple[np.ndarray, np.ndarray]:
         """Objectives (n, 2) of packed masks, and which of them join the front of all so far, as a `Recorder` says."""
-        objectives = self(np.bitwise_count(masks.words[:, self.words]), masks.density)
+        objectives = self.of(np.bitwise_count(masks.words[:, self.words]), masks.density)
         both = np.concatenate([self._front, objectives])
         members = non_dominated(both)
         joined = np.isin(np.arange(len(self._front), len(both)), members)
@@ -137,7 +143,7 @@ class BooleanProblem(Problem):
         self._bits = self._objective.words[:, None] * WORD_BITS + np.arange(WORD_BITS)
 
     def _evaluate(self, x: np.ndarray, out: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        out["F"] = self._objective(x[:, self._bits].sum(axis=2), x.mean(axis=1))
+        out["F"] = self._objective.of(x[:, self._bits].sum(axis=2), x.mean(axis=1))
 
 
 def _prepare(case: Case) -> Callable[[], tuple[Algorithm, Problem]]:
@@ -158,8 +164,10 @@ def _prepare(case: Case) -> Callable[[], tuple[Algorithm, Problem]]:
     rng = np.random.default_rng(SEED)
     if case.engine == "flat":
         return lambda: (
-            search.blind_algorithm(case.algorithm, n, population=case.population, flip_rate=FLIP_RATE, rng=rng),
-            search.PruningProblem.packed(n, Objective(n).judge),
+            blind_algorithm(
+                Objective(n).problem, Flat(algorithm=case.algorithm, flip_rate=FLIP_RATE), case.population, rng
+            ),
+            PruningProblem.packed(Objective(n)),
         )
     layout = resnet56_layout(n)
     guides = [rng.random(n, dtype=np.float32) for _ in range(2)]
@@ -167,18 +175,17 @@ def _prepare(case: Case) -> Callable[[], tuple[Algorithm, Problem]]:
 
     def make() -> tuple[Algorithm, Problem]:
         corridor = Corridor.between(light, heavy, layout)
-        algorithm, variation = search.guided_algorithm(
-            case.algorithm,
-            corridor,
-            [corridor.rank(scores) for scores in guides],
-            PackedMasks.empty(n),
-            population=case.population,
+        settings = Phase2(
+            algorithm=case.algorithm,
             softness=SOFTNESS,
             first_rate=FIRST_RATE,
             crossover_probability=CROSSOVER_PROBABILITY,
-            rng=rng,
         )
-        return algorithm, search.PruningProblem.packed(n, Objective(n).judge, variation.reward)
+        rankings = [corridor.rank(scores) for scores in guides]
+        algorithm, variation = guided_algorithm(
+            corridor, rankings, PackedMasks.empty(n), settings, case.population, rng
+        )
+        return algorithm, PruningProblem.packed(Objective(n), variation.reward)
 
     return make
 

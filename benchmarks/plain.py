@@ -15,12 +15,16 @@ import torch
 from paretoprune.evaluation.metrics import divergence, top1_error
 from paretoprune.masks.genomes import Genome
 from paretoprune.masks.packed import PackedMasks, pack_rows, unpack_row
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.repair.batchnorm import make_repair
-from paretoprune.search import search
+from paretoprune.search.adaptive import AdaptiveVariation
 from paretoprune.search.corridor import Corridor
-from paretoprune.search.operators import AdaptiveVariation
-from paretoprune.search.search import Evaluate, Recorder, SearchResult
+from paretoprune.search.phase2 import guided_algorithm
+from paretoprune.search.problem import Effort
+from paretoprune.search.problem import Problem as SearchProblem
+from paretoprune.search.pymoo_adapter import run_algorithm
+from paretoprune.search.recorder import Recorder, SearchResult
+from paretoprune.settings import Phase2
 from pymoo.algorithms.moo.nsga2 import NSGA2
 from pymoo.core.crossover import Crossover
 from pymoo.core.mutation import Mutation
@@ -31,7 +35,7 @@ BATCH_SIZE = 1000
 
 
 class PlainEvaluator:
-    """Masks to objectives, the usual way.
+    """Masks to losses, the usual way.
 
     Args:
         network: The trained dense network.
@@ -46,7 +50,7 @@ class PlainEvaluator:
     def __init__(
         self,
         network: nn.Module,
-        layout: MaskLayout,
+        layout: WeightUnits,
         images: Tensor,
         labels: Tensor,
         *,
@@ -75,13 +79,13 @@ class PlainEvaluator:
         return pruned
 
     def __call__(self, masks: PackedMasks) -> np.ndarray:
-        """Objectives float64 (n_masks, 2): the error-like objective and the density."""
+        """Losses float64 (n_masks,)."""
         errors = []
         for i in range(len(masks)):
             logits = self.predict(self.prune(masks.unpack(i)))
             by_label = self._objective == "error"
             errors.append(top1_error(logits, self._labels) if by_label else divergence(logits, self._dense))
-        return np.column_stack([errors, masks.density])
+        return np.array(errors)
 
 
 def _pack(row: np.ndarray) -> Genome:
@@ -129,31 +133,24 @@ class _BooleanMutation(Mutation):
 
 
 def search_corridor(
-    evaluate: Evaluate,
-    corridor: Corridor,
+    problem: SearchProblem,
+    corridors: Sequence[Corridor],
     guides: Sequence[np.ndarray],
     before: SearchResult,
-    *,
-    evaluations: int,
-    population: int,
-    softness: float,
-    first_rate: float,
-    crossover_probability: float,
-    seed: int,
+    settings: Phase2,
+    effort: Effort,
 ) -> SearchResult:
-    """Phase 2 by NSGA-II on booleans; arguments as for `paretoprune.search.search.search_corridor`."""
-    n_weights = corridor.layout.n_weights
-    recorder = Recorder(evaluate, n_weights, budget=evaluations, stage="phase2", before=before)
-    packed, variation = search.guided_algorithm(
-        "nsga2",
+    """Phase 2 by NSGA-II on booleans; arguments as for `paretoprune.search.phase2.search_corridor`, one corridor."""
+    (corridor,) = corridors
+    n_weights, population = problem.units.n_units, effort.population
+    recorder = Recorder(problem, budget=effort.evaluations, stage="phase2", before=before)
+    packed, variation = guided_algorithm(
         corridor,
         [corridor.rank(scores) for scores in guides],
         before.front.thinned(max(2, population * 3 // 4)).masks,
-        population=population,
-        softness=softness,
-        first_rate=first_rate,
-        crossover_probability=crossover_probability,
-        rng=np.random.default_rng(seed),
+        settings,
+        population,
+        np.random.default_rng(effort.seed),
     )
     algorithm = NSGA2(
         pop_size=population,
@@ -161,6 +158,5 @@ def search_corridor(
         crossover=_BooleanCrossover(packed.mating.crossover),
         mutation=_BooleanMutation(packed.mating.mutation),
     )
-    problem = _BooleanProblem(n_weights, recorder, variation)
-    search.run_algorithm(algorithm, problem, recorder, seed)
+    run_algorithm(algorithm, _BooleanProblem(n_weights, recorder, variation), recorder, effort.seed)
     return recorder.result()

@@ -10,25 +10,30 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from paretoprune.evaluation.evaluator import PopulationEvaluator
+from paretoprune.fronts import Front
 from paretoprune.importance.allocation import STARTS, starting_allocations
 from paretoprune.importance.scores import compute_importance, flat_scores
-from paretoprune.masks.units import MaskLayout
-from paretoprune.search import search
+from paretoprune.masks.units import WeightUnits
 from paretoprune.search.corridor import Corridor, choose_anchors
-from paretoprune.search.search import Evaluate, SearchResult
+from paretoprune.search.phase2 import search_corridor
+from paretoprune.search.problem import Effort, Evaluate, Problem
+from paretoprune.search.recorder import SearchResult
+from paretoprune.search.thresholds import search_thresholds
+from paretoprune.settings import Phase1, Phase2
 
 from benchmarks import plain
 from benchmarks.inputs import data_directory, images_and_labels, resnet
 
 SCORES = ("magnitude", "lamp", "fisher")
 N_GRADIENT_IMAGES = 64
-OPERATORS = {"softness": 0.05, "first_rate": 0.02, "crossover_probability": 0.3}
+MOVES = Phase2(softness=0.05, first_rate=0.02, crossover_probability=0.3)
 PREFIX_CACHE_MB = 2000
 
 
@@ -38,40 +43,32 @@ def start_densities(population: int) -> list[float]:
 
 
 def both_phases(
-    evaluate: Evaluate,
-    search_corridor: Callable[..., SearchResult],
-    layout: MaskLayout,
-    scores: dict[str, np.ndarray],
-    *,
-    population: int,
-    evaluations: int,
-    seed: int,
+    problem: Problem, search_corridor: Callable[..., SearchResult], scores: dict[str, np.ndarray], effort: Effort
 ) -> tuple[SearchResult, list[float]]:
     """Half of the evaluations for each phase; the result, and the seconds of each phase."""
     start = time.perf_counter()
-    before = search.search_thresholds(
-        evaluate,
-        layout,
+    assert isinstance(problem.units, WeightUnits)
+    first = effort.evaluations // 2
+    before = search_thresholds(
+        problem,
         scores["magnitude"],
-        starting_allocations(list(STARTS), start_densities(population), scores, layout),
-        evaluations=evaluations // 2,
-        population=population,
-        seed=seed,
+        starting_allocations(list(STARTS), start_densities(effort.population), scores, problem.units),
+        Phase1(),
+        replace(effort, evaluations=first),
     )
     middle = time.perf_counter()
     light, heavy = choose_anchors(before.front, 0.0, 0.9, light_tolerance=0.01, heavy_tolerance=0.8)
-    corridor = Corridor.between(before.front.masks.unpack(light), before.front.masks.unpack(heavy), layout)
-    found = search_corridor(
-        evaluate,
-        corridor,
-        [scores["magnitude"], scores["fisher"]],
-        before,
-        evaluations=evaluations - evaluations // 2,
-        population=population,
-        seed=seed,
-        **OPERATORS,
-    )
+    corridor = Corridor.around(before.front.masks.select([light, heavy]), problem.units)
+    guides = [scores["magnitude"], scores["fisher"]]
+    left = replace(effort, evaluations=effort.evaluations - first)
+    found = search_corridor(problem, [corridor], guides, before, MOVES, left)
     return found, [middle - start, time.perf_counter() - middle]
+
+
+def judge_again(front: Front, evaluate: Evaluate) -> Front:
+    """The same masks judged by another evaluator, without those that others now dominate."""
+    judged = Front(front.masks, np.column_stack([evaluate(front.masks), front.density]), front.stages)
+    return Front.empty(front.masks.n_units).merge(judged)
 
 
 def measure(
@@ -112,10 +109,10 @@ def measure(
     everything, all_labels = images_and_labels(n_images + n_calibration, data)
     images, labels, calibration = everything[:n_images], all_labels[:n_images], everything[n_images:]
     network = resnet(depth, data)
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     sample = images[:N_GRADIENT_IMAGES], labels[:N_GRADIENT_IMAGES]
     scores = {name: flat_scores(compute_importance(name, network, layout, *sample, seed), layout) for name in SCORES}
-    budget = {"population": population, "evaluations": population * generations, "seed": seed}
+    effort = Effort(population * generations, population, seed)
     judging: dict[str, Any] = {"repair": "batchnorm", "calibration_images": calibration, "objective": "divergence"}
 
     start = time.perf_counter()
@@ -130,22 +127,20 @@ def measure(
         precision=precision,
     )
     prepared = time.perf_counter() - start
-    ours, phases = both_phases(
-        evaluate, lambda *a, **k: search.search_corridor(*a, **k, algorithm="nsga2"), layout, scores, **budget
-    )
+    ours, phases = both_phases(Problem(layout, evaluate), search_corridor, scores, effort)
     evaluate.close()
     exact = PopulationEvaluator(network, layout, images, labels, **judging, workers=workers, precision="float32")
-    front = search.judge_again(ours.front, exact).thinned(population)
+    front = judge_again(ours.front, exact).thinned(population)
     exact.close()
     seconds_ours = time.perf_counter() - start
 
     # The plain implementation has as many cores: torch's eager mode uses them by threads.
     torch.set_num_threads(workers)
     usual = plain.PlainEvaluator(network, layout, images, labels, **judging)
-    hypervolume = search.judge_again(front, usual).hypervolume()
+    hypervolume = judge_again(front, usual).hypervolume()
     row: dict[str, Any] = {
         "depth": depth,
-        **budget,
+        **asdict(effort),
         "images": n_images,
         "calibration": n_calibration,
         "workers": workers,
@@ -154,14 +149,14 @@ def measure(
         "seconds_preparation": round(prepared, 2),
         "seconds_phase1": round(phases[0], 2),
         "seconds_phase2": round(phases[1], 2),
-        "share_of_images_seen": round(evaluate.n_images_seen / (n_images * budget["evaluations"]), 3),
-        "share_of_candidates_continued": round(evaluate.prefixes.hits / budget["evaluations"], 3),
+        "share_of_images_seen": round(evaluate.n_images_seen / (n_images * effort.evaluations), 3),
+        "share_of_candidates_continued": round(evaluate.prefixes.hits / effort.evaluations, 3),
         "hypervolume_ours": round(hypervolume, 5),
         "plain": "run" if n_plain is None else f"extrapolated from {n_plain} candidates",
     }
     start = time.perf_counter()  # the plain evaluator has judged before, so it is warm
     if n_plain is None:
-        theirs, _ = both_phases(usual, plain.search_corridor, layout, scores, **budget)
+        theirs, _ = both_phases(Problem(layout, usual), plain.search_corridor, scores, effort)
         seconds_plain = time.perf_counter() - start
         theirs_hypervolume = theirs.front.thinned(population).hypervolume()
         row |= {
@@ -170,7 +165,7 @@ def measure(
         }
     else:
         usual(front.masks.select(np.linspace(0, len(front) - 1, n_plain).astype(int)))
-        seconds_plain = (time.perf_counter() - start) / n_plain * budget["evaluations"]
+        seconds_plain = (time.perf_counter() - start) / n_plain * effort.evaluations
     torch.set_num_threads(1)
     return row | {"seconds_plain": round(seconds_plain, 2), "speed_ratio": round(seconds_plain / seconds_ours, 3)}
 

@@ -9,10 +9,13 @@ import pytest
 import torch
 from paretoprune.evaluation.evaluator import PopulationEvaluator
 from paretoprune.masks.packed import PackedMasks
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.architectures import CifarResNet
 from paretoprune.search.corridor import Corridor, choose_anchors
-from paretoprune.search.search import search_corridor, search_thresholds
+from paretoprune.search.phase2 import search_corridor
+from paretoprune.search.problem import Effort, Problem
+from paretoprune.search.thresholds import search_thresholds
+from paretoprune.settings import Phase1, Phase2
 from small_networks import digits, magnitude_mask, trained
 from torch import nn
 
@@ -27,32 +30,28 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results.json"
 class Importance:
     """An error that falls with the importance kept."""
 
-    def __init__(self, layout: MaskLayout) -> None:
+    def __init__(self, layout: WeightUnits) -> None:
         self.scores = np.random.default_rng(2).exponential(size=layout.n_weights)
 
     def __call__(self, masks: PackedMasks) -> np.ndarray:
         kept = [self.scores[masks.unpack(i)].sum() for i in range(len(masks))]
-        return np.column_stack([1 - (np.array(kept) / self.scores.sum()) ** 0.5, masks.density])
+        return 1 - (np.array(kept) / self.scores.sum()) ** 0.5
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_plain_search_finds_the_same_front_draw_for_draw(layout: MaskLayout, seed: int) -> None:
+def test_the_plain_search_finds_the_same_front_draw_for_draw(layout: WeightUnits, seed: int) -> None:
     evaluate = Importance(layout)
+    problem = Problem(layout, evaluate)
     counts = [np.ceil(share * layout.sizes).astype(int) for share in (0.8, 0.4, 0.1)]
-    before = search_thresholds(evaluate, layout, evaluate.scores, counts, evaluations=80, population=10, seed=seed)
+    before = search_thresholds(problem, evaluate.scores, counts, Phase1(), Effort(80, 10, seed))
     light, heavy = choose_anchors(before.front, 0.0, 1.0, light_tolerance=0.05, heavy_tolerance=0.9)
     corridor = Corridor.between(before.front.masks.unpack(light), before.front.masks.unpack(heavy), layout)
     guides = [evaluate.scores, evaluate.scores[::-1].copy()]
-    settings: dict[str, Any] = {
-        "evaluations": 150,
-        "population": 10,
-        "softness": 0.05,
-        "first_rate": 0.05,
-        "crossover_probability": 0.4,
-        "seed": seed,
-    }
-    ours = search_corridor(evaluate, corridor, guides, before, algorithm="nsga2", **settings)
-    theirs = plain.search_corridor(evaluate, corridor, guides, before, **settings)
+    settings = Phase2(softness=0.05, first_rate=0.05, crossover_probability=0.4)
+    ours, theirs = (
+        search(problem, [corridor], guides, before, settings, Effort(150, 10, seed))
+        for search in (search_corridor, plain.search_corridor)
+    )
     assert np.array_equal(ours.front.masks.words, theirs.front.masks.words)
     assert np.array_equal(ours.front.objectives, theirs.front.objectives)
     assert [row["hypervolume"] for row in ours.history] == [row["hypervolume"] for row in theirs.history]
@@ -63,7 +62,7 @@ def test_the_plain_search_finds_the_same_front_draw_for_draw(layout: MaskLayout,
 @pytest.mark.parametrize("repair", ["none", "batchnorm"])
 def test_the_plain_evaluator_and_ours_agree(repair: str, objective: str) -> None:
     network, (images, labels) = trained("residual"), digits()
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     masks = PackedMasks.pack(np.array([magnitude_mask(network, layout, d) for d in (1.0, 0.5, 0.2)]))
     arguments: dict[str, Any] = {"repair": repair, "calibration_images": images[:100], "objective": objective}
     theirs = plain.PlainEvaluator(network, layout, images[1000:1200], labels[1000:1200], **arguments)
@@ -81,7 +80,7 @@ def test_operations_of_a_network_are_counted_two_to_a_product() -> None:
 
 def test_both_eager_loops_give_the_masked_network_s_answers() -> None:
     network, (images, _) = trained("residual"), digits()
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     mask = magnitude_mask(network, layout, 0.5)
     masked = trained("residual")
     with torch.no_grad():

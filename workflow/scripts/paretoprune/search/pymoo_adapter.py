@@ -1,7 +1,7 @@
 """pymoo's algorithms, unmodified, on packed genomes: problem, operators, and the loop that asks and tells."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from pymoo.core.algorithm import Algorithm
@@ -14,11 +14,25 @@ from pymoo.core.termination import NoTermination
 
 from paretoprune.masks.genomes import Genome
 from paretoprune.masks.packed import PackedMasks
+from paretoprune.search.problem import Problem as SearchProblem
 from paretoprune.search.recorder import BudgetSpentError, Recorder
 from paretoprune.search.survival import survival_of
 
 # Generations without a single new mask after which a search has run dry.
 PATIENCE = 50
+
+
+class Judges(Protocol):
+    """What pymoo's problem needs of a `Recorder`."""
+
+    @property
+    def problem(self) -> SearchProblem:
+        """Whose masks it judges."""
+        ...
+
+    def __call__(self, masks: PackedMasks) -> tuple[np.ndarray, np.ndarray]:
+        """Masks to objectives (n, n_objectives), and whether each is new and on the front, bool (n,)."""
+        ...
 
 
 class PruningProblem(Problem):
@@ -36,7 +50,7 @@ class PruningProblem(Problem):
         self,
         n_var: int,
         decode: Callable[[np.ndarray], PackedMasks],
-        recorder: Recorder,
+        recorder: Judges,
         reward: Callable[[Genome, bool], None] | None = None,
         bounds: tuple[float, float] | None = None,
     ) -> None:
@@ -45,7 +59,7 @@ class PruningProblem(Problem):
         self._decode, self._recorder, self._reward = decode, recorder, reward
 
     @classmethod
-    def packed(cls, recorder: Recorder, reward: Callable[[Genome, bool], None] | None = None) -> "PruningProblem":
+    def packed(cls, recorder: Judges, reward: Callable[[Genome, bool], None] | None = None) -> "PruningProblem":
         """The problem whose individuals are genomes: object arrays (n, 1), of which pymoo copies the pointers only."""
         n_units = recorder.problem.units.n_units
         return cls(1, lambda x: PackedMasks.of_genomes(x[:, 0], n_units), recorder, reward)
