@@ -51,10 +51,7 @@ rule choose_anchors:
         runtime=10,
         gpu=0,
     params:
-        tolerances=lambda wildcards: configuration.anchor_tolerances(
-            settings_of(wildcards)
-        ),
-        n_corridors=lambda wildcards: settings_of(wildcards)["anchors"]["corridors"],
+        anchors=lambda wildcards: settings_of(wildcards)["anchors"],
         objective=lambda wildcards: settings_of(wildcards)["objective"],
     script:
         "../scripts/choose_anchors.py"

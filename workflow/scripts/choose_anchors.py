@@ -2,9 +2,11 @@
 
 from paretoprune.files import read_json, write_json
 from paretoprune.fronts import Front
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.checkpoints import DenseNetwork
-from paretoprune.search.corridor import anchors_between, choose_anchors, corridor_around, describe_corridor
+from paretoprune.search.corridor import Corridor, describe_corridor
+from paretoprune.settings import Anchors
+from paretoprune.stages.anchors import find_anchors
 from paretoprune.workflow.steps import step
 
 name = "{dataset} {network} seed {seed}: {method}, anchors".format(**snakemake.wildcards)
@@ -12,13 +14,16 @@ with step(name, snakemake.log[0]) as (log, _):
     front = Front.load(snakemake.input.front)
     metrics = read_json(snakemake.input.metrics)
     dense = DenseNetwork.load(snakemake.input.network)
-    layout = MaskLayout.of(dense.network, dense.exclude)
-    dense_error = 0.0 if snakemake.params.objective == "divergence" else 1 - metrics["accuracy"]["search"]
-    tolerances, n_corridors = snakemake.params.tolerances, snakemake.params.n_corridors
-    light, heavy = choose_anchors(front, dense_error, 1 - 1 / metrics["n_classes"], **tolerances)
-    anchors = anchors_between(front, light, heavy, max(1, n_corridors))
-    front.select(anchors).save(snakemake.output.anchors)
-    corridor = corridor_around(front.masks.select(anchors), n_corridors, layout)
-    description = describe_corridor(front, light, heavy, corridor)
-    write_json(snakemake.output.corridor, {**tolerances, "n_corridors": n_corridors, **description})
-    log.info("corridor of %d bits out of %d weights", corridor.n_searched, layout.n_weights)
+    units, settings = WeightUnits.of(dense.network, dense.exclude), Anchors.of(snakemake.params.anchors)
+    dense_loss = 0.0 if snakemake.params.objective == "divergence" else 1 - metrics["accuracy"]["search"]
+    chosen = find_anchors(front, dense_loss, metrics["n_classes"], settings)
+    anchors = front.select(chosen)
+    anchors.save(snakemake.output.anchors)
+    corridor = Corridor.around(anchors.masks, units) if settings.corridors else Corridor.everything(units)
+    facts = {
+        "light_tolerance": settings.light_tolerance,
+        "heavy_tolerance": settings.heavy_tolerance,
+        "n_corridors": settings.corridors,
+    }
+    write_json(snakemake.output.corridor, facts | describe_corridor(front, chosen[0], chosen[-1], corridor))
+    log.info("corridor of %d bits out of %d weights", corridor.n_searched, units.n_weights)

@@ -1,41 +1,32 @@
 """Phase 2: search a bit per corridor weight, and publish the front of both phases."""
 
 from paretoprune.fronts import Front
-from paretoprune.search.corridor import corridors_of
-from paretoprune.search.guidance import CandidateGuide
-from paretoprune.search.search import SearchResult, read_history, search_corridor
-from paretoprune.workflow.search_steps import (
-    allowed_masks,
-    log_progress,
-    make_search_evaluator,
-    phase2_budget,
-    publish,
-    read_scores,
-)
+from paretoprune.search.problem import Effort
+from paretoprune.search.recorder import SearchResult, read_history
+from paretoprune.settings import Budget, Compute, Phase2, Publishing, Searching
+from paretoprune.stages.phase2 import refine_bits
+from paretoprune.stages.publish import publish
+from paretoprune.workflow.search_inputs import log_progress, read_scores, read_task, write_published
 from paretoprune.workflow.steps import step
 
 name = "{dataset} {network} seed {seed}: {method}, phase 2".format(**snakemake.wildcards)
 with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as (log, device):
-    settings = snakemake.params.settings
-    granted = {"workers": snakemake.threads, "prefix_cache_mb": snakemake.resources.prefix_cache_mb}
-    evaluate = make_search_evaluator(snakemake.input, settings, device, **granted)
-    scores = read_scores(snakemake.input.scores, evaluate.layout)
-    anchors = Front.load(snakemake.input.anchors).masks
+    settings, task = snakemake.params.settings, read_task(snakemake.input)
+    searching = Searching.of(settings)
+    compute = Compute(str(device), snakemake.threads, snakemake.resources.prefix_cache_mb)
     before = SearchResult(Front.load(snakemake.input.front), read_history(snakemake.input.history))
-    algorithm = settings["algorithm"] | {"evaluations": phase2_budget(settings, before)}
-    moving_guide = None
-    if settings["refit_guide"]:
-        costs = evaluate.refit_costs()
-        moving_guide = lambda corridor: CandidateGuide(costs, evaluate.layout, corridor.layers)  # noqa: E731
-    found = search_corridor(
-        evaluate,
-        corridors_of(anchors, settings["corridors"], evaluate.layout),
-        [scores[guide] for guide in settings["guides"]],
+    spent = before.history[-1]["evaluations"]
+    evaluations = Budget(settings["evaluations"], settings["share"]).phase2(spent)
+    found = refine_bits(
+        task,
+        read_scores(snakemake.input.scores, task.units),
+        Front.load(snakemake.input.anchors).masks if settings["corridors"] else None,
         before,
-        **algorithm,
-        seed=int(snakemake.wildcards.seed),
-        moving_guide=moving_guide,
-        progress=log_progress(log, before.history[-1]["evaluations"] + algorithm["evaluations"]),
-        allowed=allowed_masks(settings, evaluate.layout),
+        searching,
+        Phase2.of(settings),
+        Effort(evaluations, settings["population"], int(snakemake.wildcards.seed)),
+        compute,
+        progress=log_progress(log, spent + evaluations),
     )
-    publish(found, evaluate, snakemake.input, snakemake.output, settings, device)
+    front = publish(found.front, task, searching, Publishing.of(settings), compute)
+    write_published(front, found.history, snakemake.output)

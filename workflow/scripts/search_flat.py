@@ -1,19 +1,18 @@
 """Baseline: search whole masks in a single phase."""
 
-from paretoprune.search.search import search_flat
-from paretoprune.workflow.search_steps import allowed_masks, log_progress, make_search_evaluator, publish
+from paretoprune.search.problem import Effort
+from paretoprune.settings import Compute, Flat, Publishing, Searching
+from paretoprune.stages.flat import find_flat
+from paretoprune.stages.publish import publish
+from paretoprune.workflow.search_inputs import log_progress, read_task, write_published
 from paretoprune.workflow.steps import step
 
 name = "{dataset} {network} seed {seed}: {method}".format(**snakemake.wildcards)
 with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as (log, device):
-    settings = snakemake.params.settings
-    evaluate = make_search_evaluator(snakemake.input, settings, device, workers=snakemake.threads)
-    found = search_flat(
-        evaluate,
-        evaluate.layout,
-        **settings["algorithm"],
-        seed=int(snakemake.wildcards.seed),
-        progress=log_progress(log, settings["algorithm"]["evaluations"]),
-        allowed=allowed_masks(settings, evaluate.layout),
-    )
-    publish(found, evaluate, snakemake.input, snakemake.output, settings, device)
+    settings, task = snakemake.params.settings, read_task(snakemake.input)
+    searching, compute = Searching.of(settings), Compute(str(device), snakemake.threads)
+    effort = Effort(settings["evaluations"], settings["population"], int(snakemake.wildcards.seed))
+    progress = log_progress(log, effort.evaluations)
+    found = find_flat(task, searching, Flat.of(settings), effort, compute, progress=progress)
+    front = publish(found.front, task, searching, Publishing.of(settings), compute)
+    write_published(front, found.history, snakemake.output)

@@ -1,27 +1,25 @@
 """Phase 1: search one threshold per layer."""
 
 from paretoprune.files import write_csv
-from paretoprune.importance.allocation import starting_allocations
-from paretoprune.search.search import HISTORY_COLUMNS, search_thresholds
-from paretoprune.workflow.search_steps import allowed_masks, log_progress, make_search_evaluator, read_scores
+from paretoprune.search.problem import Effort
+from paretoprune.search.recorder import HISTORY_COLUMNS
+from paretoprune.settings import Compute, Phase1, Searching
+from paretoprune.stages.phase1 import find_thresholds
+from paretoprune.workflow.search_inputs import log_progress, read_scores, read_task
 from paretoprune.workflow.steps import step
 
 name = "{dataset} {network} seed {seed}: {method}, phase 1".format(**snakemake.wildcards)
 with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as (log, device):
-    settings = snakemake.params.settings
-    evaluate = make_search_evaluator(snakemake.input, settings, device, workers=snakemake.threads)
-    scores = read_scores(snakemake.input.scores, evaluate.layout)
-    found = search_thresholds(
-        evaluate,
-        evaluate.layout,
-        scores[settings["importance"]],
-        starting_allocations(settings["starts"], settings["start_densities"], scores, evaluate.layout),
-        **settings["algorithm"],
-        seed=int(snakemake.wildcards.seed),
-        reselect=evaluate.reselect,
-        precompute=evaluate.precompute,
-        progress=log_progress(log, settings["algorithm"]["evaluations"]),
-        allowed=allowed_masks(settings, evaluate.layout),
+    settings, task = snakemake.params.settings, read_task(snakemake.input)
+    found = find_thresholds(
+        task,
+        read_scores(snakemake.input.scores, task.units),
+        Searching.of(settings),
+        Phase1.of(settings),
+        Effort(settings["evaluations"], settings["population"], int(snakemake.wildcards.seed)),
+        Compute(str(device), snakemake.threads),
+        sparsities=settings["sparsities"],
+        progress=log_progress(log, settings["evaluations"]),
     )
     found.front.save(snakemake.output.front)
     write_csv(snakemake.output.history, found.history, HISTORY_COLUMNS)

@@ -1,18 +1,18 @@
-"""Baseline: one importance score and one allocation rule at a ladder of densities, without a search."""
+"""Baseline: one importance score and one allocation rule at several densities, without a search."""
 
-import numpy as np
-from paretoprune.importance.allocation import allocate
-from paretoprune.search.search import sweep_allocation
-from paretoprune.workflow.search_steps import allowed_masks, log_progress, make_search_evaluator, publish, read_scores
+from paretoprune.settings import Compute, Densities, Publishing, Searching
+from paretoprune.stages.allocation import try_allocation
+from paretoprune.stages.publish import publish
+from paretoprune.workflow.search_inputs import log_progress, read_scores, read_task, write_published
 from paretoprune.workflow.steps import step
 
 name = "{dataset} {network} seed {seed}: {method}".format(**snakemake.wildcards)
 with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as (log, device):
-    settings, ladder = snakemake.params.settings, snakemake.params.settings["ladder"]
-    evaluate = make_search_evaluator(snakemake.input, settings, device, workers=snakemake.threads)
-    (scores,) = read_scores(snakemake.input.scores, evaluate.layout).values()
-    densities = np.geomspace(ladder["lowest"], ladder["highest"], ladder["size"])
-    counts = [allocate(settings["allocation"], scores, evaluate.layout, density) for density in densities]
-    progress, allowed = log_progress(log, len(counts)), allowed_masks(settings, evaluate.layout)
-    found = sweep_allocation(evaluate, evaluate.layout, scores, counts, progress=progress, allowed=allowed)
-    publish(found, evaluate, snakemake.input, snakemake.output, settings, device)
+    settings, task = snakemake.params.settings, read_task(snakemake.input)
+    searching, compute = Searching.of(settings), Compute(str(device), snakemake.threads)
+    (scores,) = read_scores(snakemake.input.scores, task.units).values()
+    densities = Densities.of(settings["ladder"])
+    progress = log_progress(log, densities.size)
+    found = try_allocation(task, scores, settings["allocation"], searching, densities, compute, progress=progress)
+    front = publish(found.front, task, searching, Publishing.of(settings), compute)
+    write_published(front, found.history, snakemake.output)

@@ -16,7 +16,7 @@ REFIT_GUIDE = "refit"
 
 
 def setting(default: Any, description: str, **rule: Any) -> Any:
-    """A field with its default, its meaning, and the JSON schema of its values; a list stands for an immutable tuple."""
+    """A field with its default, its meaning, and the JSON schema of its values; a list becomes a tuple."""
     if isinstance(default, list):
         default = tuple(default)
     return field(default=default, metadata={"description": description, "rule": rule})
@@ -78,7 +78,8 @@ class Judging(Settings):
     refine: bool = setting(
         True,
         "with repair reconstruct, whether finished networks are re-fitted once more, each layer on inputs from the "
-        "pruned layers before it; with the weights found and with each layer's chosen anew, of which the better is kept",
+        "pruned layers before it; with the weights found and with each layer's chosen anew, of which the better "
+        "is kept",
         type="boolean",
     )
     objective: str = setting("error", "the loss that is minimised", enum=list(LOSSES))
@@ -86,8 +87,34 @@ class Judging(Settings):
 
 @dataclass(frozen=True)
 class Compute(Settings):
-    """What candidates are computed with; results do not depend on processes and memory."""
+    """What a step was granted to compute with; results do not depend on processes and memory."""
 
+    device: str = setting("cpu", "where to compute", type="string")
+    workers: int = setting(1, "processes of one thread that candidates are judged with", type="integer", minimum=1)
+    prefix_cache_mb: int = setting(
+        0, "memory (MB) for activations that later candidates continue from", type="integer", minimum=0
+    )
+
+
+@dataclass(frozen=True)
+class Searching(Judging):
+    """How candidates are judged during a search, and which may be published.
+
+    What `Judging` says holds for finished networks.
+    """
+
+    search_repair: str | None = setting(
+        None, "what is put right while searching, where that is not `repair`; null for the same"
+    )
+    candidate_images: int | None = setting(
+        None,
+        "search images that candidates are judged on, null for all; published networks are judged on all of them",
+        type=["integer", "null"],
+        minimum=1,
+    )
+    empty_layers: str = setting(
+        "allow", "whether networks with a layer that keeps nothing may be published", enum=["allow", "forbid"]
+    )
     precision: str = setting(
         "auto",
         "of weights and activations during the search; auto: bfloat16 where the device has arithmetic for it",
@@ -98,10 +125,8 @@ class Compute(Settings):
         "images per forward pass; auto: by their size",
         oneOf=[{"type": "integer", "minimum": 1}, {"const": "auto"}],
     )
-    device: str = setting("cpu", "where to compute", type="string")
-    workers: int = setting(1, "processes of one thread that candidates are judged with", type="integer", minimum=1)
-    prefix_cache_mb: int = setting(
-        0, "memory (MB) for activations that later candidates continue from", type="integer", minimum=0
+    costs: Sequence[str] = setting(
+        ["density"], "what is minimised beside the loss", type="array", minItems=1, maxItems=2
     )
 
 
@@ -190,8 +215,8 @@ class Flat(Settings):
     )
     flip_rate: float = setting(
         0.001,
-        "probability of each bit to flip in a mutation; of sparse_ea and mskea the smallest step, as a share of the kept "
-        "weights",
+        "probability of each bit to flip in a mutation; of sparse_ea and mskea the smallest step, as a share of the "
+        "kept weights",
         **POSITIVE_SHARE,
     )
     score_share: float = setting(
@@ -225,9 +250,6 @@ class Publishing(Settings):
         type="array",
         uniqueItems=True,
         items=SHARE,
-    )
-    empty_layers: str = setting(
-        "allow", "whether networks with a layer that keeps nothing may be published", enum=["allow", "forbid"]
     )
 
 

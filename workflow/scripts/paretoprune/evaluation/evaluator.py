@@ -357,8 +357,8 @@ class PopulationEvaluator:
             bounds: float (n_masks,); infinite to judge on all images.
 
         Returns:
-            Losses float64 (n_masks,), and whether each was judged on all images, bool (n_masks,): where not, the loss is
-            a lower bound, larger than the given bound.
+            Losses float64 (n_masks,), and whether each was judged on all images, bool (n_masks,): where not, the loss
+            is a lower bound, larger than the given bound.
         """
         verdicts = self._verdicts(masks.words, np.asarray(bounds, dtype=np.float64).tolist())
         losses = np.array([v.error if self.objective == "error" else v.divergence for v in verdicts])

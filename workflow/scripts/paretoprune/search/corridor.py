@@ -167,22 +167,14 @@ def anchors_between(front: Front, light: int, heavy: int, n_corridors: int) -> l
     return [light, *members[inner].tolist(), heavy]
 
 
-def corridors_of(anchors: PackedMasks, n_corridors: int, units: Units) -> list[Corridor]:
-    """What Phase 2 searches: the corridors between neighbouring anchors, or everything where none is wanted.
+def corridors_of(anchors: PackedMasks, units: Units) -> list[Corridor]:
+    """The corridors between neighbouring anchors, which Phase 2 searches.
 
     Args:
         anchors: From light to heavy, at least two.
-        n_corridors: 0 for no corridor.
         units: The groups.
     """
-    if not n_corridors:
-        return [Corridor.everything(units)]
     return [Corridor.around(anchors.select([i, i + 1]), units) for i in range(len(anchors) - 1)]
-
-
-def corridor_around(anchors: PackedMasks, n_corridors: int, units: Units) -> Corridor:
-    """The one corridor that holds all of `corridors_of`, for a description."""
-    return Corridor.around(anchors, units) if n_corridors else Corridor.everything(units)
 
 
 def describe_corridor(front: Front, light: int, heavy: int, corridor: Corridor) -> dict[str, Any]:

@@ -4,17 +4,16 @@ import copy
 import difflib
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 
 from paretoprune.importance.allocation import STARTS
+from paretoprune.settings import REFIT_GUIDE, Budget, Searching
 
 Config = Mapping[str, Any]
-# The guide of Phase 2 that is no score: costs of drops and gains of grows as re-fitted for each candidate.
-REFIT_GUIDE = "refit"
-
 # Flat algorithms that judge groups of weights before they start.
 SPARSE_ALGORITHMS = ("sparse_ea", "mskea")
 # Settings that say which members of a front are published.
@@ -123,14 +122,14 @@ def _broken_method(config: Config, name: str) -> Iterator[str]:
         phase1 = merged["phase1"]
         starts = len(phase1["starts"]) * len(phase1["start_densities"])
         needed = starts + merged["population"] + phase1["n_reselected"]
-        if phase1_evaluations(merged) < needed:
+        if budget_of(merged).phase1 < needed:
             yield (
-                f"method_settings.{name}: Phase 1 gets {phase1_evaluations(merged)} evaluations, expected at least "
+                f"method_settings.{name}: Phase 1 gets {budget_of(merged).phase1} evaluations, expected at least "
                 f"{needed} ({starts} starting allocations, a population of {merged['population']} and "
                 f"{phase1['n_reselected']} members chosen anew); raise "
                 "`evaluations` or `phase1.share`, or start from fewer densities"
             )
-        if phase1["share"] < 1 and phase1_evaluations(merged) >= merged["evaluations"]:
+        if phase1["share"] < 1 and budget_of(merged).phase1 >= merged["evaluations"]:
             yield f"method_settings.{name}: phase1.share leaves Phase 2 no evaluations; lower it, or 1 for none at all"
         yield from _broken_refitting(merged, name)
         if merged["anchors"]["light_tolerance"] >= merged["anchors"]["heavy_tolerance"]:
@@ -224,9 +223,9 @@ def phase1_source(config: Config, name: str) -> str:
     return config["method_settings"][name].get("phase1_from") or name
 
 
-def phase1_evaluations(settings: Config) -> int:
-    """How many of a method's evaluations Phase 1 gets."""
-    return round(settings["evaluations"] * settings["phase1"]["share"])
+def budget_of(settings: Config) -> Budget:
+    """How a method's evaluations are divided."""
+    return Budget(settings["evaluations"], settings["phase1"]["share"])
 
 
 def phase1_settings(settings: Config) -> dict[str, Any]:
@@ -235,29 +234,18 @@ def phase1_settings(settings: Config) -> dict[str, Any]:
     own.pop("share")
     return {
         **searching_settings(settings),
+        **own,
         "importance": settings["importance"],
-        "starts": own.pop("starts"),
-        "start_densities": own.pop("start_densities"),
-        "algorithm": {
-            **own,
-            # Nothing else in Phase 1 asks for them, and it need not run again for their sake.
-            "sparsities": settings["sparsities"] if own["n_reselected"] else [],
-            "evaluations": phase1_evaluations(settings),
-            "population": settings["population"],
-        },
+        # Nothing else in Phase 1 asks for them, and it need not run again for their sake.
+        "sparsities": settings["sparsities"] if own["n_reselected"] else [],
+        "evaluations": budget_of(settings).phase1,
+        "population": settings["population"],
     }
 
 
-def judging_settings(settings: Config) -> dict[str, Any]:
-    """The part of a method's settings that says how finished networks are made and judged."""
-    keys = ("repair", "repair_images", "damping", "refine", "objective", "precision", "batch_size")
-    return {key: settings[key] for key in keys}
-
-
 def searching_settings(settings: Config) -> dict[str, Any]:
-    """The part of a method's settings that says how candidates are judged during a search."""
-    keys = ("search_repair", "candidate_images", "empty_layers")
-    return {**judging_settings(settings), **{key: settings[key] for key in keys}}
+    """The part of a method's settings that says how candidates and finished networks are made and judged."""
+    return {one.name: settings[one.name] for one in fields(Searching) if one.name in settings}
 
 
 def repairs_of(settings: Config) -> set[str]:
@@ -268,11 +256,6 @@ def repairs_of(settings: Config) -> set[str]:
 def start_scores(starts: Sequence[str]) -> list[str]:
     """The scores that classical allocations follow."""
     return [STARTS[name][1] for name in starts]
-
-
-def anchor_tolerances(settings: Config) -> dict[str, Any]:
-    """How the light and the heavy anchor are chosen."""
-    return {key: settings["anchors"][key] for key in ("light_tolerance", "heavy_tolerance")}
 
 
 def score_guides(settings: Config) -> list[str]:
@@ -295,19 +278,14 @@ def objective(config: Config, network: str) -> str:
 
 def phase2_settings(settings: Config) -> dict[str, Any]:
     """The part of a method's settings that its Phase 2 depends on, beyond the results of Phase 1."""
-    own = dict(settings["phase2"])
     return {
         **searching_settings(settings),
         **{key: settings[key] for key in PUBLISHING},
-        "guides": score_guides(settings),
-        "refit_guide": REFIT_GUIDE in own.pop("guides"),
+        **settings["phase2"],
         "corridors": settings["anchors"]["corridors"],
-        "phase1_evaluations": phase1_evaluations(settings),
-        "algorithm": {
-            **own,
-            "evaluations": settings["evaluations"] - phase1_evaluations(settings),
-            "population": settings["population"],
-        },
+        "evaluations": settings["evaluations"],
+        "share": settings["phase1"]["share"],
+        "population": settings["population"],
     }
 
 
@@ -319,7 +297,8 @@ def flat_settings(settings: Config) -> dict[str, Any]:
     return {
         **searching_settings(settings),
         **{key: settings[key] for key in PUBLISHING},
-        "algorithm": {**own, **{key: settings[key] for key in ("evaluations", "population")}},
+        **own,
+        **{key: settings[key] for key in ("evaluations", "population")},
     }
 
 

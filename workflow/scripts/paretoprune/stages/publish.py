@@ -1,0 +1,49 @@
+"""Publishing: from what a search has found to finished networks that are measured as they are shipped."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from paretoprune.fronts import Front, non_dominated
+from paretoprune.settings import Compute, Publishing, Searching
+from paretoprune.stages.candidates import candidate_evaluator
+from paretoprune.stages.task import Task
+
+
+def publish(front: Front, task: Task, searching: Searching, publishing: Publishing, compute: Compute) -> Front:
+    """Thin a front, finish its networks, and measure them.
+
+    `front_size` members stay, among them the best ones beyond each of `sparsities`.
+
+    What is published is judged once more: on all search images, in float32, with the repair of the method. Where that
+    re-fits weights, each network is re-fitted layer by layer, once with the weights that were found and once with each
+    layer's chosen anew. Of the two the better stays: a search has seen so many candidates on its images that the best
+    of them are partly luck, and weights chosen anew have not seen them. Members that others then dominate are dropped.
+
+    Args:
+        front: What a search has found.
+        task: What is pruned.
+        searching: How networks are put right and measured.
+        publishing: Which members stay.
+        compute: What to compute with; activations are not kept.
+
+    Returns:
+        The front with its finished networks; members whose weights were chosen anew are of stage `reselected`.
+
+    Raises:
+        ValueError: The front is empty: every network that was tried has an empty layer, which is forbidden.
+    """
+    if not len(front):
+        raise ValueError(
+            "expected at least one network to publish, found none: each that was tried has a layer that keeps nothing; "
+            "set `empty_layers: allow`, or raise `evaluations` or, for an allocation, `ladder.highest`"
+        )
+    front = front.thinned(publishing.front_size, publishing.sparsities)
+    exact = replace(searching, precision="float32", candidate_images=None, search_repair=None)
+    with candidate_evaluator(task, exact, replace(compute, prefix_cache_mb=0)) as evaluate:
+        masks, states, scores = evaluate.finish(front.masks, reselect=True)
+    objectives = np.column_stack([scores.objective(searching.objective), front.costs])
+    same = np.all(masks.words == front.masks.words, axis=1)
+    stages = [stage if kept else "reselected" for stage, kept in zip(front.stages, same, strict=True)]
+    judged = Front(masks, objectives, stages, front.names, task.network, states)
+    return judged.select(non_dominated(judged.objectives))
