@@ -4,12 +4,13 @@ import copy
 import multiprocessing
 import pickle
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from paretoprune import Front, pareto_prune
+from paretoprune import Front, api, pareto_prune
 from paretoprune.data.splits import LabelledImages
 from paretoprune.evaluation.evaluator import PopulationEvaluator
 from paretoprune.evaluation.measurement import measure_errors
@@ -18,7 +19,9 @@ from paretoprune.evaluation.workers import can_fork
 from paretoprune.fronts import non_dominated
 from paretoprune.importance.scores import compute_importance
 from paretoprune.masks.packed import PackedMasks
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
+from paretoprune.networks.costs import Priced, make_costs
+from paretoprune.stages import candidates
 from small_networks import digits, magnitude_mask, n_hooks, numpy_state, states_equal, trained
 from torch import Tensor, nn
 
@@ -70,7 +73,7 @@ def test_the_front_is_consistent() -> None:
 
 def test_the_front_is_no_worse_than_the_classical_allocations() -> None:
     front, network, (images, labels) = pruned(), trained("foreign"), part(1000, 1200)
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     judge = PopulationEvaluator(network, layout, images, labels, repair="batchnorm", calibration_images=part(0, 400)[0])
     parameters = dict(network.named_parameters())
     sizes = np.abs(layout.flatten({name: parameters[name].detach().numpy() for name in layout.names}))
@@ -79,9 +82,10 @@ def test_the_front_is_no_worse_than_the_classical_allocations() -> None:
         everywhere = np.zeros(layout.n_weights, dtype=bool)
         everywhere[np.argsort(-sizes, kind="stable")[:n_keep]] = True
         for mask in (everywhere, magnitude_mask(network, layout, density)):
-            error, found = judge(PackedMasks.pack(mask))[0]
+            masks = PackedMasks.pack(mask)
+            error, found = judge(masks)[0], masks.density[0]
             # One weight a layer for rounding, one image of 200 for calibration images in another order.
-            able = front.density <= found + layout.n_layers / layout.n_weights
+            able = front.density <= found + layout.n_groups / layout.n_weights
             assert front.error[able].min() <= error + 1.01 / 200
 
 
@@ -99,7 +103,7 @@ def test_the_member_closest_to_a_sparsity_is_found() -> None:
 
 def test_every_network_has_the_promised_sparsity_and_error() -> None:
     front, (images, labels) = pruned(), part(1000, 1200)
-    layout = MaskLayout.of(trained("foreign"))
+    layout = WeightUnits.of(trained("foreign"))
     for i in range(len(front)):
         network = front.network(i)
         parameters = dict(network.named_parameters())
@@ -162,24 +166,22 @@ def test_without_search_images_a_fifth_is_held_out() -> None:
 
 
 def test_images_that_are_held_out_are_used_for_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    from paretoprune import api
-
     images, labels = part(0, 400)
     images = images.clone()
     images[:, 0, 0, 0] = torch.arange(400.0) / 400  # tells which image it is
     given: dict[str, set[float]] = {}
 
-    class Recording(api.PopulationEvaluator):
-        def __init__(self, network: nn.Module, layout: MaskLayout, images: Tensor, *rest: Any, **options: Any) -> None:
+    class Recording(PopulationEvaluator):
+        def __init__(self, network: nn.Module, layout: WeightUnits, images: Tensor, *rest: Any, **options: Any) -> None:
             given["search"] = set(images[:, 0, 0, 0].tolist())
             given["calibration"] = set(options["calibration_images"][:, 0, 0, 0].tolist())
             super().__init__(network, layout, images, *rest, **options)
 
-    def recording(score: str, network: nn.Module, layout: MaskLayout, images: Tensor, *rest: Any) -> dict[str, Tensor]:
+    def recording(score: str, network: nn.Module, layout: WeightUnits, images: Tensor, *rest: Any) -> dict[str, Tensor]:
         given[score] = set(images[:, 0, 0, 0].tolist())
         return compute_importance(score, network, layout, images, *rest)
 
-    monkeypatch.setattr(api, "PopulationEvaluator", Recording)
+    monkeypatch.setattr(candidates, "PopulationEvaluator", Recording)
     monkeypatch.setattr(api, "compute_importance", recording)
     prune(images=images, labels=labels, search_images=None, search_labels=None, evaluations=60)
     assert {name: len(seen) for name, seen in given.items() if name in ("search", "calibration", "fisher")} == {
@@ -229,17 +231,15 @@ def test_with_progress_a_bar_shows_all_evaluations(capfd: pytest.CaptureFixture[
 def test_as_many_networks_are_judged_as_asked_for(
     repair: str, evaluations: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from paretoprune import api
-
     judged: list[int] = []
 
-    class Counting(api.PopulationEvaluator):
+    class Counting(PopulationEvaluator):
         # The final front is finished and measured once more, which is no part of the search.
         def bounded(self, masks: PackedMasks, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             judged.append(len(masks))
             return super().bounded(masks, bounds)
 
-    monkeypatch.setattr(api, "PopulationEvaluator", Counting)
+    monkeypatch.setattr(candidates, "PopulationEvaluator", Counting)
     prune(repair=repair, evaluations=evaluations, workers=1)
     assert sum(judged) == evaluations
 
@@ -258,7 +258,7 @@ def by_hand(repair: str) -> PopulationEvaluator:
     images, (search_images, search_labels) = part(0, 400)[0], part(1000, 1200)
     return PopulationEvaluator(
         trained("foreign"),
-        MaskLayout.of(trained("foreign")),
+        WeightUnits.of(trained("foreign")),
         search_images,
         search_labels,
         repair=repair,
@@ -270,27 +270,58 @@ def by_hand(repair: str) -> PopulationEvaluator:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_final_front_is_judged_in_float32(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from paretoprune import api
-
     chosen: list[str] = []
 
-    class Rough(api.PopulationEvaluator):
+    class Rough(PopulationEvaluator):
         def __init__(self, *given: Any, **options: Any) -> None:
-            super().__init__(*given, **({"precision": precision} | options))
+            wanted = precision if options["precision"] == "auto" else options["precision"]
+            super().__init__(*given, **(options | {"precision": wanted}))
             chosen.append(self.precision)
 
-    monkeypatch.setattr(api, "PopulationEvaluator", Rough)
+    monkeypatch.setattr(candidates, "PopulationEvaluator", Rough)
     front = prune(evaluations=60)
     exact = by_hand("batchnorm")
-    if precision == "float32":
-        assert chosen == ["float32"]
-        assert np.array_equal(front.objectives, exact(front.masks))
-    else:
-        # Searched roughly, so that its networks are built and measured again.
-        assert chosen == ["bfloat16", "float32"]
-        measured = [exact.measure(exact.build(front.masks.unpack(i)))[0] for i in range(len(front))]
-        assert front.error.tolist() == measured
-        assert np.array_equal(non_dominated(front.objectives), np.arange(len(front)))
+    # Both phases, and then the networks as they are handed out.
+    assert chosen == [precision, precision, "float32"]
+    measured = [exact.measure(exact.build(front.masks.unpack(i)))[0] for i in range(len(front))]
+    assert front.error.tolist() == measured
+    assert np.array_equal(non_dominated(front.objectives), np.arange(len(front)))
+    for i in range(len(front)):
+        assert exact.measure(front.network(i))[0] == front.error[i]
+
+
+def test_a_front_is_data_and_keeps_no_images_alive() -> None:
+    front = pruned()
+    assert {type(value) for value in vars(front).values()} <= {PackedMasks, np.ndarray, list, tuple, type(front.dense)}
+    stored = len(pickle.dumps(front))
+    states = sum(tensor.numel() * tensor.element_size() for state in front.states or [] for tensor in state.values())
+    assert stored < 1.3 * states + 200_000
+
+
+def test_other_objectives_are_minimised_and_stored(tmp_path: Path) -> None:
+    front = prune(objectives=("divergence", "macs", "parameters"))
+    assert front.names == ("error", "macs", "parameters")
+    assert front.costs.shape == (len(front), 2)
+    priced = Priced(trained("foreign"), WeightUnits.of(trained("foreign")), part(0, 1)[0])
+    for i, cost in enumerate(make_costs(["macs", "parameters"], priced)):
+        np.testing.assert_array_equal(front.costs[:, i], cost.of(front.masks))
+    assert np.array_equal(non_dominated(front.objectives), np.arange(len(front)))
+    front.save(tmp_path / "front.npz")
+    assert np.array_equal(Front.load(tmp_path / "front.npz").objectives, front.objectives)
+
+
+@pytest.mark.parametrize(
+    ("objectives", "message"),
+    [
+        (("accuracy", "density"), "expected a loss among error, divergence as first objective, found 'accuracy'"),
+        (("error", "watts"), "expected costs among density, parameters, macs, bytes, found watts"),
+        (("error",), "expected a loss and one or two costs"),
+        (("error", "density", "density"), "expected a loss and one or two costs, each once"),
+    ],
+)
+def test_objectives_that_cannot_be_minimised_are_refused(objectives: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prune(objectives=objectives)
 
 
 # Networks that are re-fitted
@@ -312,7 +343,7 @@ def test_a_re_fitted_front_is_consistent() -> None:
 
 def test_the_error_of_a_re_fitted_member_is_that_of_its_network() -> None:
     front, (images, labels), original = refitted(), part(1000, 1200), trained("residual")
-    layout = MaskLayout.of(original)
+    layout = WeightUnits.of(original)
     for i in range(len(front)):
         network = front.network(i)
         assert not network.training

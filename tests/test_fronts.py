@@ -4,10 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from paretoprune.fronts import Front, hypervolume, knee, non_dominated, spread_subset
 from paretoprune.masks.packed import PackedMasks
+from torch import nn
 
 N_WEIGHTS = 70
 # Coordinates in tenths, some beyond the reference point, so that ties and equal points are common.
@@ -207,9 +209,56 @@ def test_a_front_from_a_file_builds_no_networks() -> None:
         front_of([(0.5, 0.5)]).network(0)
 
 
-def test_a_front_hands_the_mask_of_the_member_to_its_builder() -> None:
-    asked: list[np.ndarray] = []
-    front = front_of([(0.6, 0.2), (0.1, 0.9)], first_mask=4)
-    front.builder = asked.append  # type: ignore[assignment]
-    front.select(np.array([1])).network(0)
-    np.testing.assert_array_equal(asked[0], front.masks.unpack(1))
+def test_a_front_hands_out_the_state_of_the_member_in_a_network_of_its_own() -> None:
+    front, dense = front_of([(0.6, 0.2), (0.1, 0.9)], first_mask=4), nn.Linear(2, 1)
+    front.dense, front.states = dense, [nn.Linear(2, 1).state_dict() for _ in range(2)]
+    before = dense.weight.clone()
+    chosen = front.select(np.array([1]))
+    network = chosen.network(0)
+    assert torch.equal(network.get_parameter("weight"), front.states[1]["weight"])
+    network.get_parameter("weight").data.zero_()
+    assert torch.equal(chosen.network(0).get_parameter("weight"), front.states[1]["weight"])
+    assert torch.equal(dense.weight, before)
+
+
+BOXES = np.array([[0.5, 0.5, 0.5], [0.75, 0.25, 0.5], [0.25, 0.75, 0.8]])
+
+
+def test_three_objectives_have_the_volume_of_their_boxes() -> None:
+    front = Front(PackedMasks.pack(np.eye(3, 70, dtype=bool)), BOXES, ["x"] * 3, ("error", "density", "macs"))
+    assert front.reference == (1.0, 1.1, 1.1)
+    first, second, third = (np.prod(front.reference - row) for row in BOXES)
+    # Boxes up to the reference overlap in the box of the worse of both in each objective.
+    both = [np.prod(front.reference - np.maximum(BOXES[a], BOXES[b])) for a, b in ((0, 1), (0, 2), (1, 2))]
+    every = np.prod(front.reference - BOXES.max(axis=0))
+    assert front.hypervolume() == pytest.approx(first + second + third - sum(both) + every, abs=1e-12)
+
+
+def test_three_objectives_are_merged_thinned_and_kept_in_files(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    names = ("error", "density", "macs")
+    masks, points = PackedMasks.pack(rng.random((40, 70)) < 0.5), rng.random((40, 3))
+    whole = Front(masks, points, ["a"] * 40, names)
+    front = Front.empty(70, names).merge(whole.select(np.arange(20))).merge(whole.select(np.arange(20, 40)))
+    dominated = [any(np.all(q <= p) and np.any(q < p) for q in points) for p in points]
+    assert sorted(front.objectives.tolist()) == sorted(points[~np.array(dominated)].tolist())
+    assert np.all(np.diff(front.costs[:, 0]) >= 0)
+    small = front.thinned(5)
+    # By hand: the member without which least is lost goes, one after the other.
+    expected = front
+    while len(expected) > 5:
+        losses = [expected.select(np.delete(np.arange(len(expected)), i)).hypervolume() for i in range(len(expected))]
+        expected = expected.select(np.delete(np.arange(len(expected)), int(np.argmax(losses))))
+    assert np.array_equal(small.objectives, expected.objectives)
+    front.save(tmp_path / "front.npz")
+    loaded = Front.load(tmp_path / "front.npz")
+    assert loaded.names == names
+    assert np.array_equal(loaded.objectives, front.objectives)
+    with pytest.raises(ValueError, match="same objectives, found error, density, macs and error, density"):
+        front.merge(Front.empty(70))
+
+
+def test_a_front_of_error_and_density_has_the_arrays_it_always_had(tmp_path: Path) -> None:
+    front_of([(0.6, 0.2), (0.1, 0.9)]).save(tmp_path / "front.npz")
+    with np.load(tmp_path / "front.npz") as arrays:
+        assert set(arrays) == {"words", "n_weights", "objectives", "stages"}

@@ -32,7 +32,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 def ends(corridor: Corridor) -> tuple[np.ndarray, np.ndarray]:
     """The lower and the upper end as booleans (n_weights,)."""
-    n = corridor.layout.n_weights
+    n = corridor.units.n_units
     return unpack_row(corridor.lower, n), unpack_row(corridor.upper, n)
 
 
@@ -80,9 +80,9 @@ def test_the_layers_and_their_rankings_cover_what_is_searched_once(sizes: list[i
     scores = np.random.default_rng(seed).random(sum(sizes))
     ranking = corridor.rank(scores)
     lower, upper = ends(corridor)
-    per_layer = [part.sum() for part in corridor.layout.split(upper & ~lower).values()]
-    assert [layer.n_searched for layer in corridor.layers] == [n for n in per_layer if n]
-    bits = [layer.at.start * 64 + order for layer, order in zip(corridor.layers, ranking, strict=True)]
+    per_layer = [part.sum() for part in np.split(upper & ~lower, corridor.units.offsets[1:-1])]
+    assert [layer.n_searched for layer in corridor.groups] == [n for n in per_layer if n]
+    bits = [layer.at.start * 64 + order for layer, order in zip(corridor.groups, ranking, strict=True)]
     np.testing.assert_array_equal(np.sort(np.concatenate(bits)), np.flatnonzero(upper & ~lower))
     assert corridor.n_searched == sum(per_layer)
     assert all(np.all(np.diff(scores[order]) > 0) for order in bits)
@@ -185,7 +185,7 @@ def test_everything_is_searched_without_a_corridor(sizes: list[int]) -> None:
     layout = WeightUnits(tuple(map(str, range(len(sizes)))), tuple((size,) for size in sizes))
     corridor = Corridor.everything(layout)
     assert corridor.n_searched == sum(sizes)
-    assert [layer.n_searched for layer in corridor.layers] == sizes
+    assert [layer.n_searched for layer in corridor.groups] == sizes
     masks = PackedMasks.pack(np.random.default_rng(0).random((3, sum(sizes))) < 0.5)
     np.testing.assert_array_equal(corridor.restrict(masks).words, masks.words)
 
@@ -236,14 +236,13 @@ def test_corridors_lie_between_neighbouring_anchors_or_are_one_of_everything() -
     rng = np.random.default_rng(0)
     layout = WeightUnits(("a", "b"), ((40,), (30,)))
     masks = PackedMasks.pack(rng.random((4, 70)) < np.array([[0.8], [0.6], [0.4], [0.2]]))
-    found = corridors_of(masks, 3, layout)
+    found = corridors_of(masks, layout)
     assert len(found) == 3
     for i, corridor in enumerate(found):
         expected = Corridor.between(masks.unpack(i), masks.unpack(i + 1), layout)
         np.testing.assert_array_equal(corridor.lower, expected.lower)
         np.testing.assert_array_equal(corridor.upper, expected.upper)
-    (everything,) = corridors_of(masks, 0, layout)
-    assert everything.n_searched == 70
+    assert Corridor.everything(layout).n_searched == 70
 
 
 # Descriptions

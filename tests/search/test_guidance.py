@@ -12,9 +12,10 @@ from paretoprune.masks.genomes import Genome
 from paretoprune.masks.packed import pack_rows, unpack_row
 from paretoprune.masks.units import WeightUnits
 from paretoprune.repair.refit import Reconstruction, RefitCosts
+from paretoprune.search.adaptive import AdaptiveVariation
 from paretoprune.search.corridor import Corridor
 from paretoprune.search.guidance import CandidateGuide
-from paretoprune.search.operators import AdaptiveVariation, drop, grow, swap
+from paretoprune.search.moves import Moves
 from small_networks import calibration, magnitude_mask, trained
 from torch import nn
 
@@ -32,14 +33,14 @@ class Guided:
         self.corridor = Corridor.between(searched, np.zeros_like(searched), self.layout)
         if everything:
             self.corridor = Corridor.everything(self.layout)
-        self.layers = self.corridor.layers
+        self.groups = self.corridor.groups
         names = {int(start): name for start, name in zip(self.layout.offsets[:-1], self.layout.names, strict=True)}
-        self.names = [names[layer.start] for layer in self.layers]
-        self.guide = CandidateGuide(RefitCosts(self.reconstruction, self.statistics), self.layout, self.layers)
+        self.names = [names[group.start] for group in self.groups]
+        self.guide = CandidateGuide(RefitCosts(self.reconstruction, self.statistics), self.layout, self.groups)
 
     def bits(self, k: int, order: np.ndarray) -> np.ndarray:
         """Positions in the whole mask."""
-        return order + self.layers[k].at.start * 64
+        return order + self.groups[k].at.start * 64
 
     def error(self, name: str, mask: np.ndarray) -> float:
         """What re-fitting a layer leaves, weighed by how much its outputs matter; solved in float64."""
@@ -105,7 +106,7 @@ def test_only_the_layer_s_own_bits_decide_and_are_remembered() -> None:
     first = space.guide(pack_rows(mask[None])[0], [0, 2])
     solved = space.reconstruction.n_solved + space.reconstruction.n_reused
     other = mask.copy()
-    other[space.layers[2].start :] ^= True
+    other[space.groups[2].start :] ^= True
     again = space.guide(pack_rows(other[None])[0], [0, 2])
     assert again[0] is first[0]
     assert not np.array_equal(again[2], first[2])
@@ -113,13 +114,13 @@ def test_only_the_layer_s_own_bits_decide_and_are_remembered() -> None:
 
 
 def test_only_so_many_layers_are_remembered() -> None:
-    space, asked = guided("residual"), []
+    space, asked = guided("residual"), list[str]()
 
     def costs(name: str, kept: np.ndarray) -> np.ndarray:
         asked.append(name)
         return np.arange(len(kept), dtype=np.float32)
 
-    guide = CandidateGuide(costs, space.layout, space.layers, n_remembered=2)
+    guide = CandidateGuide(costs, space.layout, space.groups, n_remembered=2)
     words = pack_rows(magnitude_mask(space.network, space.layout, 0.4)[None])[0]
     orders = guide(words, [0, 1, 2])
     assert guide(words, [1, 2])[2] is orders[2]
@@ -139,11 +140,11 @@ def test_moves_along_the_guide_harm_less_than_moves_against_it(softness: float) 
 
     def after(orders: dict[int, np.ndarray], move: str) -> float:
         changed = words.copy()
-        rng = np.random.default_rng(0)
+        rng, moves = np.random.default_rng(0), Moves(space.groups, orders, softness)
         if move == "swap":
-            assert swap(changed, space.layers, orders, [k], [k], 20, softness, rng) == 20
+            assert moves.swap(changed, [k], [k], 20, rng) == 20
         else:
-            assert (drop if move == "drop" else grow)(changed, space.layers, orders, [k], 20, softness, rng) == 20
+            assert (moves.drop if move == "drop" else moves.grow)(changed, [k], 20, rng) == 20
         return space.error(name, unpack_row(changed, space.layout.n_weights))
 
     against = {k: order[k][::-1]}
@@ -161,7 +162,7 @@ def test_the_variation_asks_the_guide_for_the_genome_s_own_order_of_the_layers_i
         asked.append((words.tobytes(), list(chosen)))
         return space.guide(words, chosen)
 
-    variation = AdaptiveVariation(space.layers, [watching])
+    variation = AdaptiveVariation(space.groups, [watching])
     rng = np.random.default_rng(1)
     masks = rng.random((30, space.layout.n_weights)) < 0.5
     genomes = [Genome(row) for row in pack_rows(masks)]

@@ -6,9 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import WeightUnits
+from paretoprune.objectives import Cost, Density, GroupCost
 from paretoprune.search.corridor import Corridor, choose_anchors
-from paretoprune.search.search import Recorder, SearchResult, search_corridor, search_flat, search_thresholds
-from paretoprune.search.survival import RankSurvival, least_error_within
+from paretoprune.search.flat import search_flat
+from paretoprune.search.phase2 import search_corridor
+from paretoprune.search.problem import Effort, Problem
+from paretoprune.search.recorder import Recorder, SearchResult
+from paretoprune.search.survival import RankSurvival, least_loss_within
+from paretoprune.search.thresholds import search_thresholds
+from paretoprune.settings import Flat, Phase1, Phase2
 
 STARTS = [0.9, 0.5, 0.2]
 
@@ -24,7 +30,8 @@ class Plain:
 
     def full(self, masks: PackedMasks) -> np.ndarray:
         kept = np.array([self.importance[masks.unpack(i)].sum() for i in range(len(masks))]) / self.importance.sum()
-        return np.column_stack([np.round((1 - kept**0.5) * self.n_images) / self.n_images, masks.density])
+        found: np.ndarray = np.round((1 - kept**0.5) * self.n_images) / self.n_images
+        return found
 
     def __call__(self, masks: PackedMasks) -> np.ndarray:
         self.n_judged += len(masks)
@@ -36,39 +43,31 @@ class Bounded(Plain):
     """The same, stopping at the first error above the bound, or anywhere between that and the truth."""
 
     def bounded(self, masks: PackedMasks, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        objectives = self.full(masks)
-        truth = objectives[:, 0].copy()
+        truth = self.full(masks)
         stops = truth > bounds
         # What an early look leaves: somewhere from just above the bound up to the truth, different for each mask.
         share = np.modf(truth * 7919 + masks.density * 104729)[0]
         lower = np.floor(bounds * self.n_images + 1e-9) / self.n_images + 1 / self.n_images
         lower = np.where(stops, np.minimum(truth, lower + share * np.maximum(truth - lower, 0)), truth)
-        objectives[:, 0] = np.where(stops, lower, truth)
-        self.n_seen += int(np.round(objectives[:, 0] / np.maximum(truth, 1e-9) * self.n_images).sum())
+        losses = np.where(stops, lower, truth)
+        self.n_seen += int(np.round(losses / np.maximum(truth, 1e-9) * self.n_images).sum())
         self.n_judged += len(masks)
         self.n_stopped += int(stops.sum())
-        assert np.all(objectives[stops, 0] > bounds[stops])
-        return objectives, ~stops
+        assert np.all(losses[stops] > bounds[stops])
+        return losses, ~stops
 
 
-def both_phases(evaluate: Plain, layout: WeightUnits, algorithm: str, seed: int) -> SearchResult:
+def both_phases(
+    evaluate: Plain, layout: WeightUnits, algorithm: str, seed: int, costs: tuple[Cost, ...] = (Density(),)
+) -> SearchResult:
+    problem = Problem(layout, evaluate, costs)
     counts = [np.ceil(share * layout.sizes).astype(int) for share in STARTS]
-    before = search_thresholds(evaluate, layout, evaluate.scores, counts, evaluations=150, population=12, seed=seed)
+    before = search_thresholds(problem, evaluate.scores, counts, Phase1(), Effort(150, 12, seed))
     light, heavy = choose_anchors(before.front, 0.0, 1.0, light_tolerance=0.1, heavy_tolerance=0.8)
     corridor = Corridor.between(before.front.masks.unpack(light), before.front.masks.unpack(heavy), layout)
-    return search_corridor(
-        evaluate,
-        corridor,
-        [evaluate.scores, evaluate.importance],
-        before,
-        algorithm=algorithm,
-        evaluations=300,
-        population=12,
-        softness=0.05,
-        first_rate=0.05,
-        crossover_probability=0.4,
-        seed=seed,
-    )
+    guides = [evaluate.scores, evaluate.importance]
+    settings = Phase2(algorithm=algorithm, softness=0.05, first_rate=0.05, crossover_probability=0.4)
+    return search_corridor(problem, [corridor], guides, before, settings, Effort(300, 12, seed))
 
 
 def same(a: SearchResult, b: SearchResult) -> bool:
@@ -94,6 +93,21 @@ def test_both_phases_find_the_same_with_and_without_stopping(layout: WeightUnits
     assert bounded.n_judged - plain.n_judged < 0.3 * bounded.n_stopped
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("algorithm", ["nsga2", "moead"])
+def test_with_two_costs_both_phases_find_the_same_with_and_without_stopping(
+    layout: WeightUnits, algorithm: str, seed: int
+) -> None:
+    plain, bounded = Plain(layout), Bounded(layout)
+    price = GroupCost("price", layout, np.array([1.0, 5.0, 0.5]), 30.0)
+    costs: tuple[Cost, ...] = (Density(), price)
+    full = both_phases(plain, layout, algorithm, seed, costs)
+    assert same(both_phases(bounded, layout, algorithm, seed, costs), full)
+    assert full.front.names == ("error", "density", "price")
+    # Of the algorithms, NSGA-III takes every candidate's loss in full.
+    assert (bounded.n_stopped > 20) == (algorithm == "moead")
+
+
 @pytest.mark.parametrize("algorithm", ["nsga2", "moead", "sparse_ea", "mskea"])
 @pytest.mark.parametrize("seed", [3, 4])
 def test_the_flat_search_finds_the_same_with_and_without_stopping(
@@ -101,7 +115,7 @@ def test_the_flat_search_finds_the_same_with_and_without_stopping(
 ) -> None:
     plain, bounded = Plain(layout), Bounded(layout)
     found = [
-        search_flat(evaluate, layout, algorithm=algorithm, evaluations=300, population=14, flip_rate=0.02, seed=seed)
+        search_flat(Problem(layout, evaluate), Flat(algorithm=algorithm, flip_rate=0.02), Effort(300, 14, seed))
         for evaluate in (plain, bounded)
     ]
     assert same(*found)
@@ -115,16 +129,22 @@ def test_a_known_lower_bound_is_completed_when_it_matters(layout: WeightUnits) -
 
     evaluate = Bounded(layout)
     masks = PackedMasks.pack(np.random.default_rng(0).random((6, layout.n_weights)) < 0.5)
-    recorder = Recorder(evaluate, layout.n_weights, budget=6, stage="test")
+    recorder = Recorder(Problem(layout, evaluate), budget=6, stage="test")
     recorder.survival = Always(np.array([[0.0, 0.0]]), 1)
     objectives, _ = recorder(masks)
     assert evaluate.n_stopped == 6
-    assert np.array_equal(objectives, evaluate.full(masks))
+    assert np.array_equal(objectives, np.column_stack([evaluate.full(masks), masks.density]))
     assert recorder.evaluations == 6
 
 
 values = st.integers(0, 12).map(lambda v: v / 12)
 points = st.lists(st.tuples(values, values), min_size=1, max_size=14)
+
+
+def test_with_two_costs_only_members_that_cost_no_more_in_both_count() -> None:
+    members = np.array([[0.3, 0.2, 0.5], [0.1, 0.5, 0.4], [0.05, 0.8, 0.9]])
+    costs = np.array([[0.3, 0.5], [0.6, 0.4], [0.6, 0.45], [0.6, 0.6], [0.9, 0.9], [0.1, 0.9]])
+    assert least_loss_within(costs, members).tolist() == [0.3, 0.1, 0.1, 0.1, 0.05, np.inf]
 
 
 @given(points, points, st.data())
@@ -155,6 +175,7 @@ def test_what_ranks_leave_undecided_covers_everything_that_may_survive(
     assert survivors(lower) == survivors(truth)
 
 
-def test_the_least_error_counts_members_of_equal_density_and_none_denser() -> None:
+def test_the_least_loss_counts_members_of_equal_density_and_none_denser() -> None:
     members = np.array([[0.3, 0.2], [0.1, 0.5], [0.05, 0.8]])
-    assert least_error_within(np.array([0.1, 0.2, 0.49, 0.5, 1.0]), members).tolist() == [np.inf, 0.3, 0.3, 0.1, 0.05]
+    costs = np.array([[0.1], [0.2], [0.49], [0.5], [1.0]])
+    assert least_loss_within(costs, members).tolist() == [np.inf, 0.3, 0.3, 0.1, 0.05]

@@ -1,38 +1,48 @@
-"""The search as one function, for networks and images in memory."""
+"""The search as one function, for networks and images in memory: the workflow's stages, one after the other."""
 
 import copy
 import os
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from paretoprune.data.splits import split_images
-from paretoprune.evaluation.evaluator import PopulationEvaluator, predict
+from paretoprune.data.splits import LabelledImages, split_images
+from paretoprune.evaluation.metrics import predict, top1_error
 from paretoprune.fronts import Front
-from paretoprune.importance.allocation import STARTS, starting_allocations
+from paretoprune.importance.allocation import STARTS
 from paretoprune.importance.layer_statistics import collect_statistics
 from paretoprune.importance.scores import compute_importance, flat_scores
-from paretoprune.masks.units import MaskLayout
-from paretoprune.repair.batchnorm import REFITTING
-from paretoprune.search.corridor import anchors_between, choose_anchors, corridors_of
-from paretoprune.search.guidance import CandidateGuide
-from paretoprune.search.search import search_corridor, search_thresholds
+from paretoprune.masks.units import WeightUnits
+from paretoprune.repair.batchnorm import REFITTING, REPAIRS
+from paretoprune.search.problem import Effort
+from paretoprune.settings import LOSSES, REFIT_GUIDE, Anchors, Budget, Compute, Phase1, Phase2, Publishing, Searching
+from paretoprune.stages.anchors import find_anchors
+from paretoprune.stages.phase1 import find_thresholds
+from paretoprune.stages.phase2 import refine_bits
+from paretoprune.stages.publish import publish
+from paretoprune.stages.task import Task
 
 START_DENSITIES = (0.8, 0.5, 0.3, 0.2, 0.1)
 N_CALIBRATION = 512
 N_GRADIENT_IMAGES = 256
-# Of the calibration images, those that a candidate's batch-norm statistics are corrected on.
-N_REPAIR = 256
-# Classical allocations at each of these densities: four, with or without the order of elimination.
-N_STARTS = 4
 PREFIX_CACHE_MB = 1000
-# What differs where candidates are re-fitted.
-REFITTED_PHASE1: dict[str, Any] = {"rungs": 24, "level_switches": 0.5, "n_reselected": 8}
-NO_LADDER: dict[str, Any] = {"rungs": None, "level_switches": 0.0, "n_reselected": 0}
-N_CORRIDORS = 4
+BATCH_SIZE = 64
+# Where candidates are re-fitted, the order of elimination leads; a ladder of densities lets them share re-fits.
+REFITTED = (
+    Phase1(
+        rungs=24,
+        level_switches=0.5,
+        n_reselected=8,
+        starts=("global_magnitude", "lamp", "erdos_renyi_kernel", "elimination"),
+        start_densities=START_DENSITIES,
+    ),
+    Anchors(corridors=4),
+    Phase2(guides=("elimination", REFIT_GUIDE)),
+)
+MASKED = (Phase1(start_densities=START_DENSITIES), Anchors(), Phase2(guides=("magnitude", "fisher")))
 
 
 def pareto_prune(
@@ -48,6 +58,7 @@ def pareto_prune(
     device: str | torch.device | None = None,
     workers: int | None = None,
     progress: bool = True,
+    objectives: Sequence[str] = ("error", "density"),
 ) -> Front:
     """Find the Pareto set of pruned versions of a trained network, error against density.
 
@@ -70,23 +81,72 @@ def pareto_prune(
         workers: Processes to judge candidates with on a CPU; by default one for each core. The front does not depend on
             it.
         progress: Whether to show a progress bar.
+        objectives: What is minimised: a loss (`error`, or `divergence` from the dense network's answers) and one or two
+            costs (`density`, `parameters`, `macs`, `bytes`), each relative to the dense network.
 
     Returns:
-        The front: `sparsity` and `error` (top-1 on the search images, after repair) per member, `hypervolume()`,
-        `closest(sparsity=0.8)`, and `network(i)`, a pruned and repaired copy on the CPU.
+        The front, at most 60 members: `sparsity`, `error` (the loss on the search images, after repair) and `costs` per
+        member, `hypervolume()`, `closest(sparsity=0.8)`, and `network(i)`, a copy of the very network that was
+        measured, on the CPU.
 
     Raises:
         ValueError: Images, labels, options or network cannot be used; the message says what was expected.
     """
-    population = int(np.clip(evaluations // 20, 8, 40))
     refits = repair in REFITTING
-    phase1 = REFITTED_PHASE1 if refits else NO_LADDER
-    needed = 2 * (N_STARTS * len(START_DENSITIES) + population + phase1["n_reselected"])
+    phase1, anchors, phase2 = REFITTED if refits else MASKED
+    budget, population = Budget(evaluations, phase1.share), int(np.clip(evaluations // 20, 8, 40))
+    needed = 2 * (len(phase1.starts) * len(phase1.start_densities) + population + phase1.n_reselected)
     if evaluations < needed:
         raise ValueError(
             f"expected at least {needed} evaluations, half of them for Phase 1: the classical allocations, one "
             f"population{' and members chosen anew' if refits else ''}; found {evaluations}"
         )
+    if repair not in REPAIRS:
+        raise ValueError(f"expected a repair mode among {', '.join(REPAIRS)}, found '{repair}'")
+    loss, *costs = objectives
+    if loss not in LOSSES:
+        raise ValueError(f"expected a loss among {', '.join(LOSSES)} as first objective, found '{loss}'")
+    train, search = _divide(images, labels, search_images, search_labels, seed)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = copy.deepcopy(network).to("cpu").float().eval()
+    units = WeightUnits.of(network)
+    order = np.random.default_rng(seed).permutation(len(train))
+    calibration = train.images[order[:N_CALIBRATION]]
+    n_classes = _check_answers(network, train, search)
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    statistics = collect_statistics(network, units, calibration, seed=seed, device=device) if refits else None
+    task = Task(network, units, search, calibration, statistics)
+    searching = Searching(repair=repair, objective=loss, costs=tuple(costs))
+    compute = Compute(str(device), workers, PREFIX_CACHE_MB)
+    sample = train.images[order[:N_GRADIENT_IMAGES]], train.labels[order[:N_GRADIENT_IMAGES]]
+    followed = [STARTS[name][1] for name in phase1.starts]
+    names = dict.fromkeys(name for name in (phase2.guides[0], *followed, *phase2.guides) if name != REFIT_GUIDE)
+    scores = {
+        name: flat_scores(compute_importance(name, network, units, *sample, seed, statistics), units) for name in names
+    }
+    with tqdm(total=evaluations, desc="pareto_prune", unit="network", disable=not progress) as bar:
+
+        def show(row: dict[str, object]) -> None:
+            bar.set_postfix(stage=row["stage"], hypervolume=f"{row['hypervolume']:.4f}")
+            bar.update(int(str(row["evaluations"])) - bar.n)
+
+        effort = Effort(budget.phase1, population, seed)
+        found = find_thresholds(task, scores, searching, phase1, effort, compute, progress=show)
+        dense_loss = top1_error(predict(network, search.images, BATCH_SIZE), search.labels) if loss == "error" else 0.0
+        chosen = find_anchors(found.front, dense_loss, n_classes, anchors)
+        effort = Effort(budget.phase2(found.history[-1]["evaluations"]), population, seed)
+        guides = {name: scores[name] for name in phase2.guides if name != REFIT_GUIDE}
+        masks = found.front.masks.select(chosen)
+        found = refine_bits(task, guides, masks, found, searching, phase2, effort, compute, progress=show)
+    return publish(found.front, task, searching, Publishing(), compute)
+
+
+def _divide(
+    images: Tensor, labels: Tensor, search_images: Tensor | None, search_labels: Tensor | None, seed: int
+) -> tuple[LabelledImages, LabelledImages]:
+    """Training and search images: those given, or a fifth of the images held out for the search."""
     images, labels = _checked(images, labels, "images")
     if (search_images is None) != (search_labels is None):
         raise ValueError("search_images and search_labels belong together; give both or neither")
@@ -94,118 +154,34 @@ def pareto_prune(
         nothing = np.zeros(len(labels), dtype=bool)
         n_search = max(min(2000, len(labels) // 5), len(labels.unique()))
         splits = split_images(labels.numpy(), nothing, calibration=0, search=n_search, test=0, seed=seed)
-        search_images, search_labels = images[splits.search], labels[splits.search]
-        images, labels = images[splits.train], labels[splits.train]
-    else:
-        search_images, search_labels = _checked(search_images, search_labels, "search_images")
-        if len(search_labels.unique()) < 2:
-            raise ValueError("expected search images of at least two classes, found one; give a mixed set")
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = copy.deepcopy(network).to("cpu").float().eval()
-    layout = MaskLayout.of(network)
-    order = np.random.default_rng(seed).permutation(len(images))
-    calibration = images[order[:N_CALIBRATION]]
+        search = LabelledImages(images[splits.search], labels[splits.search])
+        return LabelledImages(images[splits.train], labels[splits.train]), search
+    search_images, search_labels = _checked(search_images, search_labels, "search_images")
+    if len(search_labels.unique()) < 2:
+        raise ValueError("expected search images of at least two classes, found one; give a mixed set")
+    return LabelledImages(images, labels), LabelledImages(search_images, search_labels)
 
-    n_answers = _check_answers(network, images)
-    for name, given in (("labels", labels), ("search_labels", search_labels)):
+
+def _check_answers(network: nn.Module, train: LabelledImages, search: LabelledImages) -> int:
+    """Number of classes that a network tells apart, or an error that says why it cannot, or not those of the labels."""
+    try:
+        answers = predict(network, train.images[:2], 2)
+    except (RuntimeError, AssertionError, AttributeError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"the network cannot run on images of shape {tuple(train.images.shape[1:])}: {reason}; give images as it "
+            "expects them"
+        ) from error
+    if answers.ndim != 2:
+        raise ValueError(f"expected logits (n, n_classes) from the network, found shape {tuple(answers.shape)}")
+    n_answers = answers.shape[1]
+    for name, given in (("labels", train.labels), ("search_labels", search.labels)):
         if not 0 <= int(given.min()) <= int(given.max()) < n_answers:
             raise ValueError(
                 f"expected {name} from 0 to {n_answers - 1}, as the network has {n_answers} answers, found "
                 f"{int(given.min())} to {int(given.max())}"
             )
-    if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    statistics = collect_statistics(network, layout, calibration, seed=seed, device=device) if refits else None
-    judging: dict[str, Any] = {
-        "repair": repair,
-        "calibration_images": calibration,
-        "repair_images": N_REPAIR,
-        "statistics": statistics,
-        "device": device,
-        "workers": workers,
-    }
-    evaluate = PopulationEvaluator(
-        network, layout, search_images, search_labels, **judging, prefix_cache_mb=PREFIX_CACHE_MB
-    )
-    sample = order[:N_GRADIENT_IMAGES]
-    scores = {
-        score: flat_scores(
-            compute_importance(score, network, layout, images[sample], labels[sample], seed, statistics), layout
-        )
-        for score in ("magnitude", "lamp", "elimination" if refits else "fisher")
-    }
-    chosen = [name for name, (_, score) in STARTS.items() if score in scores][-N_STARTS:]
-    starts = starting_allocations(chosen, START_DENSITIES, scores, layout)
-    guides = [scores["elimination"]] if refits else [scores["magnitude"], scores["fisher"]]
-    with tqdm(total=evaluations, desc="pareto_prune", unit="network", disable=not progress) as bar:
-
-        def show(row: dict[str, Any]) -> None:
-            bar.set_postfix(stage=row["stage"], hypervolume=f"{row['hypervolume']:.4f}")
-            bar.update(row["evaluations"] - bar.n)
-
-        found = search_thresholds(
-            evaluate,
-            layout,
-            guides[0],
-            starts,
-            evaluations=evaluations // 2,
-            population=population,
-            seed=seed,
-            **phase1,
-            reselect=evaluate.reselect,
-            precompute=evaluate.precompute,
-            progress=show,
-        )
-        chance = 1 - 1 / evaluate.n_classes
-        light, heavy = choose_anchors(
-            found.front, float(evaluate.dense.error[0]), chance, light_tolerance=0.01, heavy_tolerance=0.8
-        )
-        anchors = anchors_between(found.front, light, heavy, N_CORRIDORS if refits else 1)
-        costs = evaluate.refit_costs() if refits else None
-        found = search_corridor(
-            evaluate,
-            corridors_of(found.front.masks.select(anchors), len(anchors) - 1, layout),
-            guides,
-            found,
-            algorithm="nsga2",
-            # Fewer members than were to be chosen anew leave some of the first half over.
-            evaluations=evaluations - found.history[-1]["evaluations"],
-            population=population,
-            softness=0.05,
-            first_rate=0.02,
-            crossover_probability=0.3,
-            seed=seed,
-            moving_guide=None if costs is None else lambda corridor: CandidateGuide(costs, layout, corridor.layers),
-            progress=show,
-        )
-    front = found.front
-    evaluate.close()
-    if refits or evaluate.precision != "float32":
-        exact = PopulationEvaluator(network, layout, search_images, search_labels, **judging, precision="float32")
-        with exact:
-            if refits:
-                front = front.thinned(population)
-            masks, _, measured = exact.finish(front.masks, reselect=True)
-            front = Front(masks, np.column_stack([measured.error, front.density]), front.stages)
-            front = Front.empty(layout.n_weights).merge(front)
-    front.builder = evaluate.build
-    return front
-
-
-def _check_answers(network: nn.Module, images: Tensor) -> int:
-    """Number of classes that a network tells apart on such images, or an error that says why it cannot."""
-    try:
-        answers = predict(network, images[:2], 2)
-    except (RuntimeError, AssertionError, AttributeError, TypeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"the network cannot run on images of shape {tuple(images.shape[1:])}: {reason}; give images as it "
-            "expects them"
-        ) from error
-    if answers.ndim != 2:
-        raise ValueError(f"expected logits (n, n_classes) from the network, found shape {tuple(answers.shape)}")
-    return answers.shape[1]
+    return n_answers
 
 
 def _checked(images: Tensor, labels: Tensor, name: str) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,7 @@ def search_corridor(
             corridor, ranked, starts, settings, population, rng, n_objectives=len(problem.objectives)
         )
         runs.append(Run(algorithm, PruningProblem.packed(recorder, variation.reward), recorder, effort.seed))
-    _run_by_gain(runs, recorder)
+    take_turns(runs, recorder)
     return recorder.result()
 
 
@@ -130,7 +130,7 @@ def _sparsest_first(genomes: Iterable[Genome]) -> list[Genome]:
     return sorted(genomes, key=lambda genome: int(np.bitwise_count(genome.words).sum()))
 
 
-def _run_by_gain(runs: Sequence[Run], recorder: Recorder) -> None:
+def take_turns(runs: Sequence[Run], recorder: Recorder) -> None:
     """Give each next generation to the run that is expected to add most hypervolume for an evaluation.
 
     What a run is expected to add is what its last generations added, the latest counting most; a run that was never

@@ -23,7 +23,7 @@ from paretoprune.search.recorder import Recorder, SearchResult
 from paretoprune.settings import Phase1
 
 
-class _LevelSwitches(Mutation):
+class LevelSwitches(Mutation):
     """Some individuals are moved along the ladder at constant total density, the others by another mutation.
 
     Args:
@@ -130,7 +130,7 @@ def search_thresholds(
     first += _random_thresholds(n_random, units.n_groups, np.random.default_rng(effort.seed))
     mutation: Mutation = PM(prob=1.0, prob_var=1.0 / units.n_groups, eta=20)
     if rungs is not None and settings.level_switches:
-        mutation = _LevelSwitches(rungs, units.sizes, settings.level_switches, mutation)
+        mutation = LevelSwitches(rungs, units.sizes, settings.level_switches, mutation)
     algorithm = _algorithm(population, np.array(first), mutation, len(problem.objectives))
     run_algorithm(algorithm, PruningProblem(units.n_groups, decode, recorder, bounds=(0.0, 1.0)), recorder, effort.seed)
     if n_reselected and reselect is not None:
