@@ -9,13 +9,14 @@ FILES := $(wildcard $(shell git ls-files --cached --others --exclude-standard 2>
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo figures bench test lint format lock clean
+.PHONY: help demo figures bench test quick lint format lock clean
 
 help:
 	@echo "make demo     run the whole chain on handwritten digits (config.yaml)"
 	@echo "make figures  draw the report of the measured results in docs/results, without computing anything else"
 	@echo "make bench    measure speed and memory against plain code and peers, into benchmarks/"
 	@echo "make test     lint, type check and tests"
+	@echo "make quick    the tests of masks, search and configuration, which take no networks"
 	@echo "make format   format the code"
 	@echo "make lock     resolve the dependencies of pyproject.toml again"
 	@echo "make clean    remove .venv and caches, never results"
@@ -39,8 +40,12 @@ test: .venv/test.stamp
 
 .venv/test.stamp: .venv/dev.stamp $(FILES)
 	$(MAKE) --no-print-directory lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $(CORES) --dist loadfile
 	@touch $@
+
+quick: .venv/dev.stamp
+	$(BIN)/pytest --numprocesses $(CORES) --dist loadfile -m "not workflow" tests/masks tests/search tests/workflow tests/test_*.py \
+		--ignore tests/test_api.py --ignore tests/test_benchmarks.py
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

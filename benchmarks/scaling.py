@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from paretoprune.evaluation.evaluator import PopulationEvaluator
 from paretoprune.masks.packed import PackedMasks
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 
 from benchmarks.engine import Case, measure_all
 from benchmarks.evaluator import DENSITY
@@ -25,7 +25,7 @@ def _candidate(depth: int, n_images: int, data: Path | None) -> float:
     torch.set_num_threads(1)
     images, labels = images_and_labels(n_images + 128, data)
     network = resnet(depth, data)
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     evaluate = PopulationEvaluator(
         network,
         layout,

@@ -23,7 +23,7 @@ from paretoprune.evaluation.metrics import divergence, predict, top1_error
 from paretoprune.evaluation.workers import can_fork
 from paretoprune.importance.layer_statistics import collect_statistics
 from paretoprune.masks.packed import PackedMasks
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.repair.refit import Reconstruction
 from small_networks import (
     calibration,
@@ -62,7 +62,7 @@ def evaluator(
     images, labels = judged()
     return PopulationEvaluator(
         network,
-        MaskLayout.of(network),
+        WeightUnits.of(network),
         images,
         labels,
         repair=repair,
@@ -93,7 +93,7 @@ def test_the_evaluator_agrees_with_a_naive_loop_over_single_networks(kind: str, 
         kl = (dense.exp() * (dense - logits.log_softmax(1).double())).sum(1).mean()
         # float32 logits of size ten are good to about 1e-6, and 1 - exp(-x) is no steeper than 1.
         assert scores.divergence[i] == pytest.approx(1 - math.exp(-kl), abs=1e-4)
-    assert np.array_equal(evaluate(masks), np.column_stack([scores.error, masks.density]))
+    assert np.array_equal(evaluate(masks), scores.error)
 
 
 @pytest.mark.parametrize("repair", REPAIRS)
@@ -113,7 +113,7 @@ def test_built_networks_answer_as_the_naive_ones(kind: str, repair: str) -> None
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_built_network_has_the_judged_error_and_zeros_exactly_outside_the_mask(kind: str) -> None:
     network, (images, labels) = trained(kind), judged()
-    evaluate, layout = evaluator(network), MaskLayout.of(network)
+    evaluate, layout = evaluator(network), WeightUnits.of(network)
     masks = some_masks(network)
     errors = evaluate.score(masks).error
     originals = dict(network.named_parameters())
@@ -132,7 +132,7 @@ def test_a_built_network_has_the_judged_error_and_zeros_exactly_outside_the_mask
 
 def test_weights_that_are_not_prunable_keep_their_trained_values() -> None:
     network = trained("foreign")
-    built = evaluator(network).build(np.zeros(MaskLayout.of(network).n_weights, dtype=bool))
+    built = evaluator(network).build(np.zeros(WeightUnits.of(network).n_weights, dtype=bool))
     assert torch.equal(built.get_parameter("stem.bias"), network.get_parameter("stem.bias"))
     assert torch.equal(built.get_parameter("grouped_norm.weight"), network.get_parameter("grouped_norm.weight"))
 
@@ -195,7 +195,7 @@ def test_buffers_that_a_forward_pass_changes_do_not_carry_over_to_the_next_mask(
             return self.inner(x) + passes * torch.arange(10)
 
     evaluate = evaluator(Counting(), "none")
-    mask = PackedMasks.pack(np.ones((1, MaskLayout.of(Counting()).n_weights), dtype=bool))
+    mask = PackedMasks.pack(np.ones((1, WeightUnits.of(Counting()).n_weights), dtype=bool))
     first = evaluate.score(mask)
     second = evaluate.score(mask)
     assert (first.error[0], first.divergence[0]) == (second.error[0], second.divergence[0])
@@ -228,7 +228,7 @@ def test_the_full_mask_gets_the_dense_network_s_objectives() -> None:
 
 def test_no_masks_give_no_objectives() -> None:
     evaluate = evaluator(trained("residual"))
-    assert evaluate(PackedMasks.empty(evaluate.layout.n_weights)).shape == (0, 2)
+    assert evaluate(PackedMasks.empty(evaluate.layout.n_weights)).shape == (0,)
 
 
 def test_the_size_of_batches_does_not_change_what_is_found() -> None:
@@ -244,7 +244,7 @@ def test_the_size_of_batches_does_not_change_what_is_found() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_agrees_with_float32(kind: str, repair: str) -> None:
     network = trained(kind)
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     masks = PackedMasks.pack(np.array([magnitude_mask(network, layout, d) for d in (1.0, 0.8, 0.6, 0.4)]))
     exact = evaluator(network, repair).score(masks)
     rough = evaluator(network, repair, precision="bfloat16").score(masks)
@@ -535,10 +535,10 @@ SHARED = pytest.mark.skipif(not can_fork(), reason="worker processes are forked,
 
 def many_masks(network: nn.Module) -> PackedMasks:
     """Parents, and children that differ from them in the last layers only, some of them twice."""
-    layout, rng = MaskLayout.of(network), np.random.default_rng(5)
+    layout, rng = WeightUnits.of(network), np.random.default_rng(5)
     rows = unpacked(some_masks(network))
     for parent in (2, 4, 5):
-        for first in (layout.n_layers - 1, layout.n_layers - 2, layout.n_layers // 2):
+        for first in (layout.n_groups - 1, layout.n_groups - 2, layout.n_groups // 2):
             child = rows[parent].copy()
             later = np.arange(layout.n_weights) >= layout.offsets[first]
             child[later] ^= rng.random(int(later.sum())) < 0.1
@@ -568,7 +568,7 @@ def test_neither_workers_nor_kept_activations_nor_the_order_change_a_bit(
                 assert evaluate.prefixes.hits > 10
             # One candidate is judged in this process, none at all in no process.
             assert np.array_equal(evaluate(masks.select([6])), expected[[6]])
-            assert evaluate(masks.select([])).shape == (0, 2)
+            assert evaluate(masks.select([])).shape == (0,)
     assert multiprocessing.active_children() == []
 
 
@@ -584,17 +584,16 @@ def test_under_bounds_complete_candidates_get_the_same_and_others_a_lower_bound(
     settings: list[dict[str, Any]] = [{}, {"workers": 2, "prefix_cache_mb": 6}]
     for options in settings:
         with evaluator(network, objective=objective, batch_size=32, **options) as evaluate:
-            for bounds in (exact[:, 0], 0.5 * exact[:, 0], rng.random(len(masks))):
+            for bounds in (exact, 0.5 * exact, rng.random(len(masks))):
                 found, complete = evaluate.bounded(masks, bounds)
                 assert complete.dtype == bool
                 assert np.array_equal(found[complete], exact[complete])
-                assert np.array_equal(found[:, 1], exact[:, 1])
-                assert np.all(found[~complete, 0] > bounds[~complete])
+                assert np.all(found[~complete] > bounds[~complete])
                 # Sums of fewer terms may round otherwise in the last of sixteen places.
-                assert np.all(found[~complete, 0] <= exact[~complete, 0] + 1e-12)
-                assert np.all(complete[bounds >= exact[:, 0]])
+                assert np.all(found[~complete] <= exact[~complete] + 1e-12)
+                assert np.all(complete[bounds >= exact])
             assert np.array_equal(evaluate(masks), exact)
-            assert not evaluate.bounded(masks, 0.5 * exact[:, 0])[1].all()
+            assert not evaluate.bounded(masks, 0.5 * exact)[1].all()
 
 
 def test_a_bound_saves_looking_at_images() -> None:
@@ -656,7 +655,7 @@ def test_a_worker_that_is_killed_changes_nothing(caplog: pytest.LogCaptureFixtur
 
 def test_candidates_that_answer_nan_get_the_worst_objectives() -> None:
     network = made(architectures.Plain)
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
 
     class Fragile(nn.Module):
         """Divides by a weight, so that without it nothing is left but NaN."""
@@ -677,8 +676,8 @@ def test_candidates_that_answer_nan_get_the_worst_objectives() -> None:
             evaluate = evaluator(Fragile(), "none", objective=objective, batch_size=batch_size)
             assert evaluate.is_fused
             found, complete = evaluate.bounded(PackedMasks.pack(masks), np.full(2, math.inf))
-            assert found[0, 0] < 1
-            assert found[1, 0] == 1
+            assert found[0] < 1
+            assert found[1] == 1
             assert complete.all()
 
 
@@ -706,7 +705,7 @@ RECONSTRUCTED = ("residual", "foreign")
 
 def re_fitted(network: nn.Module, mask: np.ndarray) -> LayerwiseNetwork:
     """What repair `reconstruct` means, layer by layer, from its parts."""
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     statistics = collect_statistics(network, layout, calibration(), seed=0)
     plain = LayerwiseNetwork(
         network,
@@ -795,7 +794,7 @@ def test_what_is_computed_ahead_is_not_solved_again() -> None:
 
 def test_given_statistics_and_damping_are_used() -> None:
     network = trained("residual")
-    layout, masks = MaskLayout.of(network), some_masks(network)
+    layout, masks = WeightUnits.of(network), some_masks(network)
     statistics = collect_statistics(network, layout, calibration(), seed=0)
     found = evaluator(network, "reconstruct", objective="divergence", statistics=statistics)
     collected = evaluator(network, "reconstruct", objective="divergence")
@@ -817,7 +816,7 @@ def test_given_statistics_and_damping_are_used() -> None:
 def test_layers_that_are_excluded_keep_their_weights_when_networks_are_finished() -> None:
     network = trained("residual")
     images, labels = judged()
-    layout = MaskLayout.of(network, ["conv1.weight", "linear.weight"])
+    layout = WeightUnits.of(network, ["conv1.weight", "linear.weight"])
     evaluate = PopulationEvaluator(
         network, layout, images, labels, repair="reconstruct", calibration_images=calibration(), precision="float32"
     )
@@ -871,7 +870,7 @@ def test_two_processes_finish_and_choose_anew_as_one_does() -> None:
     assert np.array_equal(scores.error, other_scores.error)
     assert np.array_equal(scores.divergence, other_scores.divergence)
     assert np.array_equal(chosen.words, other_chosen.words)
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     assert np.array_equal(layout.n_kept(chosen), layout.n_kept(masks))
     assert not np.array_equal(chosen.words, masks.words)
 
@@ -880,7 +879,7 @@ def test_two_processes_finish_and_choose_anew_as_one_does() -> None:
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=SHARED)])
 def test_of_a_finished_network_and_one_with_weights_chosen_anew_the_better_stays(objective: str, workers: int) -> None:
     network = trained("residual")
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     good = [magnitude_mask(network, layout, density) for density in (1.0, 0.6, 0.2, 0.1)]
     bad = np.random.default_rng(0).random((3, layout.n_weights)) < 0.3
     masks = PackedMasks.pack(np.array([*good, *bad]))
@@ -912,7 +911,7 @@ def test_nothing_is_chosen_anew_where_networks_are_not_refined(changed: dict[str
 
 def test_finished_networks_answer_more_like_the_dense_one_than_judged_ones() -> None:
     network = trained("residual")
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     masks = PackedMasks.pack(np.array([magnitude_mask(network, layout, density) for density in (0.7, 0.5, 0.3)]))
     evaluate = evaluator(network, "reconstruct")
     assert evaluate.finish(masks)[2].divergence.mean() < evaluate.score(masks).divergence.mean()
@@ -937,7 +936,7 @@ def test_a_re_fitted_network_can_be_trained_further_and_leaves_the_evaluator_as_
 @pytest.mark.parametrize("kind", RECONSTRUCTED)
 def test_in_bfloat16_re_fitted_networks_are_judged_about_the_same_and_built_alike(kind: str) -> None:
     network = trained(kind)
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     masks = PackedMasks.pack(np.array([magnitude_mask(network, layout, d) for d in (1.0, 0.8, 0.6, 0.4)]))
     exact, rough = (evaluator(network, "reconstruct", precision=precision) for precision in ("float32", "bfloat16"))
     assert rough.precision == "bfloat16"

@@ -16,7 +16,7 @@ from paretoprune.evaluation.judging import Judge, Verdict
 from paretoprune.evaluation.metrics import divergence_of, image_losses
 from paretoprune.evaluation.prefixes import PrefixCache
 from paretoprune.masks.packed import PackedMasks
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from small_networks import calibration, digits, some_masks, trained
 from torch import Tensor
 
@@ -36,7 +36,7 @@ def judge(objective: str = "error", batch_size: int = 16, kind: str = "residual"
     network, (images, labels) = trained(kind), digits()
     images = placed(images[1000 : 1000 + N_IMAGES])
     quick = FusedNetwork(
-        network, MaskLayout.of(network), images[:2], repair=repair, calibration_images=placed(calibration())
+        network, WeightUnits.of(network), images[:2], repair=repair, calibration_images=placed(calibration())
     )
     with torch.inference_mode():
         quick.prepare(torch.ones(quick.layout.n_weights, dtype=torch.bool))
@@ -114,7 +114,7 @@ def test_the_evaluator_has_the_hardest_images_first(objective: str) -> None:
     images, labels = images[1000:1300], labels[1000:1300]
     evaluate = PopulationEvaluator(
         network,
-        MaskLayout.of(network),
+        WeightUnits.of(network),
         images,
         labels,
         repair="none",
@@ -133,7 +133,7 @@ def test_the_evaluator_has_the_hardest_images_first(objective: str) -> None:
     assert not torch.equal(ordered_labels, labels)
     # What a bad network gets wrong comes early: under a tight bound it is stopped sooner than in the given order.
     masks = PackedMasks(some_masks(network).words[5:6], evaluate.layout.n_weights)
-    exact = float(evaluate(masks)[0, 0])
+    exact = float(evaluate(masks)[0])
     evaluate.n_images_seen = 0
     evaluate._judge.batch_size = 10
     evaluate.bounded(masks, np.array([0.5 * exact]))

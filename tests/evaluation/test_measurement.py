@@ -4,14 +4,21 @@ import numpy as np
 import pytest
 import torch
 from paretoprune.data.splits import LabelledImages
-from paretoprune.evaluation.measurement import FRONT_COLUMNS, LAYER_COLUMNS, front_rows, layer_rows, measure_errors
+from paretoprune.evaluation.measurement import (
+    FRONT_COLUMNS,
+    LAYER_COLUMNS,
+    front_columns,
+    front_rows,
+    layer_rows,
+    measure_errors,
+)
 from paretoprune.evaluation.metrics import predict, top1_error
 from paretoprune.fronts import Front
 from paretoprune.masks.packed import PackedMasks
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from small_networks import digits, magnitude_mask, trained
 
-LAYOUT = MaskLayout.of(trained("foreign"))
+LAYOUT = WeightUnits.of(trained("foreign"))
 
 
 def some_front() -> Front:
@@ -73,3 +80,15 @@ def test_no_networks_have_no_errors() -> None:
     images, labels = digits()
     judged = LabelledImages(images[:10], labels[:10])
     assert measure_errors(trained("foreign"), [], judged, torch.device("cpu")).shape == (0,)
+
+
+def test_costs_that_are_not_the_density_have_columns_of_their_own() -> None:
+    front = some_front()
+    other = Front(
+        front.masks, np.column_stack([front.objectives, [0.2, 0.5, 0.9]]), front.stages, ("error", "density", "macs")
+    )
+    assert front_columns(front) == FRONT_COLUMNS
+    assert front_columns(other) == (*FRONT_COLUMNS, "macs")
+    rows = front_rows(other, np.zeros(3))
+    assert [row["macs"] for row in rows] == [0.2, 0.5, 0.9]
+    assert all(tuple(row) == front_columns(other) for row in rows)

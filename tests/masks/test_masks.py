@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paretoprune.masks.genomes import Genome
 from paretoprune.masks.packed import PackedMasks, fingerprint, n_words_for, pack_rows, unpack_row
-from paretoprune.masks.units import WeightUnits, keep_top, ranks_within_layers
+from paretoprune.masks.units import WeightUnits, keep_top, ranks_within_groups
 
 
 def random_masks(n_masks: int, n_weights: int, seed: int = 0) -> np.ndarray:
@@ -74,7 +74,7 @@ def test_masks_are_selected_by_position_and_by_boolean() -> None:
 def test_selecting_nothing_gives_no_masks() -> None:
     nothing = PackedMasks.pack(random_masks(2, 70)).select([])
     assert len(nothing) == 0
-    assert nothing.n_weights == 70
+    assert nothing.n_units == 70
 
 
 def test_concatenation_keeps_the_order() -> None:
@@ -131,7 +131,7 @@ def test_masks_packed_one_by_one_are_those_packed_at_once(n_masks: int, n_weight
     masks = random_masks(n_masks, n_weights)
     one_by_one = PackedMasks.pack_each(iter(masks), n_weights)
     np.testing.assert_array_equal(one_by_one.words, PackedMasks.pack(masks).words)
-    assert one_by_one.n_weights == n_weights
+    assert one_by_one.n_units == n_weights
 
 
 @pytest.mark.parametrize("n", [0, 3])
@@ -174,7 +174,7 @@ def test_saved_masks_load_as_they_were(tmp_path: Path) -> None:
     packed = PackedMasks.pack(random_masks(3, 70))
     packed.save(tmp_path / "masks.npz")
     loaded = PackedMasks.load(tmp_path / "masks.npz")
-    assert loaded.n_weights == 70
+    assert loaded.n_units == 70
     assert loaded.words.dtype == np.uint64
     np.testing.assert_array_equal(loaded.words, packed.words)
 
@@ -217,7 +217,7 @@ def test_kept_weights_are_counted_per_layer(sizes: list[int], n_masks: int) -> N
 
 
 def test_ranks_follow_the_scores_and_break_ties_by_position() -> None:
-    ranks = ranks_within_layers(np.array([2.0, 5.0, 2.0, 7.0, 0.0, 0.0]), flat_layout([4, 2]))
+    ranks = ranks_within_groups(np.array([2.0, 5.0, 2.0, 7.0, 0.0, 0.0]), flat_layout([4, 2]))
     assert ranks.tolist() == [2, 1, 3, 0, 0, 1]
 
 
@@ -226,7 +226,7 @@ def test_exactly_the_wanted_number_is_kept_under_ties(sizes: list[int], values: 
     several = flat_layout(sizes)
     scores = np.array(data.draw(st.lists(st.integers(0, values), min_size=sum(sizes), max_size=sum(sizes))), float)
     wanted = [data.draw(st.integers(0, size)) for size in sizes]
-    kept = keep_top(ranks_within_layers(scores, several), wanted, several)
+    kept = keep_top(ranks_within_groups(scores, several), wanted, several)
     assert kept.dtype == bool
     for mask, score, n in zip(several.split(kept).values(), several.split(scores).values(), wanted, strict=True):
         assert mask.sum() == n
@@ -236,7 +236,7 @@ def test_exactly_the_wanted_number_is_kept_under_ties(sizes: list[int], values: 
 
 def test_kept_sets_nest_as_the_number_grows() -> None:
     one = flat_layout([30])
-    ranks = ranks_within_layers(np.random.default_rng(0).integers(0, 4, 30).astype(float), one)
+    ranks = ranks_within_groups(np.random.default_rng(0).integers(0, 4, 30).astype(float), one)
     masks = [keep_top(ranks, [n], one) for n in range(31)]
     assert all(not np.any(fewer & ~more) for fewer, more in pairwise(masks))
 

@@ -12,12 +12,11 @@ from paretoprune.networks.architectures import Architecture, CifarResNet
 from paretoprune.networks.checkpoints import (
     DenseNetwork,
     load_networks,
-    load_tensors,
     load_weights,
     read_state_dict,
     save_networks,
-    save_tensors,
 )
+from paretoprune.tensors import load_tensors, save_tensors
 from safetensors.torch import save_file
 from small_networks import RESNET20, states_equal
 from torch import Tensor, nn

@@ -69,8 +69,8 @@ def test_signed_rank_is_scipys_exact_test() -> None:
 
 
 def test_signed_rank_of_all_signs_equal_is_the_share_of_that_outcome() -> None:
-    assert signed_rank_test(np.arange(1.0, 7.0)) == (pytest.approx(2 / 2**6), True)
-    assert signed_rank_test(-np.arange(1.0, 6.0)) == (pytest.approx(2 / 2**5), True)
+    assert signed_rank_test(np.arange(1.0, 7.0)) == pytest.approx((2 / 2**6, True))
+    assert signed_rank_test(-np.arange(1.0, 6.0)) == pytest.approx((2 / 2**5, True))
 
 
 def exact_by_enumeration(differences: np.ndarray) -> float:

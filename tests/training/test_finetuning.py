@@ -12,7 +12,7 @@ from paretoprune.evaluation.evaluator import PopulationEvaluator
 from paretoprune.evaluation.metrics import predict, top1_error
 from paretoprune.fronts import Front
 from paretoprune.masks.packed import PackedMasks
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.training.finetuning import FINETUNED_COLUMNS, choose_members, finetune_members
 from paretoprune.training.loop import Recipe
 from safetensors.torch import load_file
@@ -31,7 +31,7 @@ def part(start: int, stop: int) -> LabelledImages:
 def judge(network: nn.Module, data: LabelledImages) -> PopulationEvaluator:
     return PopulationEvaluator(
         network,
-        MaskLayout.of(network),
+        WeightUnits.of(network),
         data.images,
         data.labels,
         repair="batchnorm",
@@ -42,7 +42,7 @@ def judge(network: nn.Module, data: LabelledImages) -> PopulationEvaluator:
 
 def front_of(evaluate: PopulationEvaluator, network: nn.Module) -> Front:
     masks = PackedMasks.pack(np.array([magnitude_mask(network, evaluate.layout, d) for d in DENSITIES]))
-    return Front(masks, evaluate(masks), ["phase1"] * len(DENSITIES))
+    return Front(masks, np.column_stack([evaluate(masks), masks.density]), ["phase1"] * len(DENSITIES))
 
 
 def front_with(errors: list[float], densities: list[float]) -> Front:
@@ -110,7 +110,7 @@ def test_chosen_members_are_trained_with_their_masks_and_measured(
     assert {row["id"]: row["target"] for row in rows} == chosen
     files = sorted(file.name for file in (tmp_path / "new" / "folder").iterdir())
     assert files == sorted(f"member{i}.safetensors" for i in chosen)
-    test, search, layout = part(1300, 1797), part(1000, 1300), MaskLayout.of(network)
+    test, search, layout = part(1300, 1797), part(1000, 1300), WeightUnits.of(network)
     evaluate = judge(network, test)
     for row in rows:
         i = row["id"]

@@ -4,14 +4,28 @@ import copy
 import os
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import FrozenInstanceError, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from paretoprune.search import search
+from paretoprune.networks.costs import COSTS
 from paretoprune.search import sparse_ea as sparse
+from paretoprune.search.algorithms import ALGORITHMS
+from paretoprune.settings import (
+    SPARSE_ALGORITHMS,
+    Anchors,
+    Budget,
+    Densities,
+    Flat,
+    Phase1,
+    Phase2,
+    Publishing,
+    Searching,
+    Settings,
+)
 from paretoprune.workflow import configuration
 from paretoprune.workflow.configuration import ConfigurationError, check_configuration, merge, method_settings
 
@@ -349,14 +363,14 @@ def test_the_configuration_counts_groups_as_the_search_does(evaluations: int, sh
 
 def test_only_the_flat_search_knows_sparse_algorithms() -> None:
     assert "'mskea' is not one of" in only_problem({"search": {"phase2": {"algorithm": "mskea"}}})
-    assert configuration.SPARSE_ALGORITHMS == search.SPARSE_ALGORITHMS
     flat = SCHEMA["$defs"]["search"]["flat"]["properties"]["algorithm"]["enum"]
-    assert flat == [*search.ALGORITHMS, *search.SPARSE_ALGORITHMS]
+    assert flat == [*ALGORITHMS, *SPARSE_ALGORITHMS]
+    assert SCHEMA["$defs"]["algorithm"]["enum"] == list(ALGORITHMS)
 
 
 def test_the_share_for_scores_is_passed_to_algorithms_that_have_scores_only() -> None:
     for name, has in (("flat_nsga2", False), ("sparse_ea", True), ("mskea", True)):
-        settings = configuration.flat_settings(method_settings(DEFAULT, name))["algorithm"]
+        settings = configuration.flat_settings(method_settings(DEFAULT, name))
         assert ("score_share" in settings) is has
         assert settings["algorithm"] == ("nsga2" if name == "flat_nsga2" else name)
 
@@ -451,10 +465,7 @@ def test_repairs_of_a_method_are_those_of_its_search_and_of_its_networks() -> No
 def test_a_guide_by_re_fits_is_no_score() -> None:
     settings = merge(method_settings(DEFAULT, "two_phase_nsga2"), {"phase2": {"guides": ["elimination", "refit"]}})
     assert configuration.score_guides(settings) == ["elimination"]
-    found = configuration.phase2_settings(settings)
-    assert (found["guides"], found["refit_guide"]) == (["elimination"], True)
-    assert "guides" not in found["algorithm"]
-    assert configuration.phase2_settings(method_settings(DEFAULT, "two_phase_nsga2"))["refit_guide"] is False
+    assert configuration.phase2_settings(settings)["guides"] == ["elimination", "refit"]
 
 
 # Seeds
@@ -689,10 +700,11 @@ def test_both_phases_share_the_evaluations_without_a_remainder(evaluations: int,
     settings = merge(
         method_settings(DEFAULT, "two_phase_nsga2"), {"evaluations": evaluations, "phase1": {"share": share}}
     )
-    first = configuration.phase1_settings(settings)["algorithm"]["evaluations"]
+    first = configuration.phase1_settings(settings)["evaluations"]
     assert first == round(share * evaluations)
-    second = configuration.phase2_settings(settings)["algorithm"]["evaluations"]
-    assert first + second == evaluations == configuration.flat_settings(settings)["algorithm"]["evaluations"]
+    found = configuration.phase2_settings(settings)
+    second = Budget(found["evaluations"], found["share"]).phase2(first)
+    assert first + second == evaluations == configuration.flat_settings(settings)["evaluations"]
 
 
 @pytest.mark.parametrize(
@@ -711,6 +723,7 @@ def test_both_phases_share_the_evaluations_without_a_remainder(evaluations: int,
         ({"repair_images": 100}, {"phase1", "phase2", "flat", "allocation"}),
         ({"damping": 0.1}, {"phase1", "phase2", "flat", "allocation"}),
         ({"refine": False}, {"phase1", "phase2", "flat", "allocation"}),
+        ({"costs": ["macs"]}, {"phase1", "phase2", "flat", "allocation"}),
         ({"empty_layers": "forbid"}, {"phase1", "phase2", "flat", "allocation"}),
         ({"ladder": {"size": 3}}, {"allocation"}),
         ({"phase1": {"start_densities": [0.5]}}, {"phase1"}),
@@ -757,3 +770,59 @@ def test_auto_means_divergence_where_a_checkpoint_may_have_seen_the_search_image
     assert configuration.objective(config, "net") == ("divergence" if memorised else "error")
     assert configuration.objective(config | {"search": {"objective": "error"}}, "net") == "error"
     assert configuration.objective(config | {"search": {"objective": "divergence"}}, "net") == "divergence"
+
+
+# One place for defaults
+
+
+@pytest.mark.parametrize(
+    ("kind", "section"),
+    [
+        (Searching, ()),
+        (Publishing, ()),
+        (Phase1, ("phase1",)),
+        (Anchors, ("anchors",)),
+        (Phase2, ("phase2",)),
+        (Flat, ("flat",)),
+        (Densities, ("ladder",)),
+    ],
+)
+def test_config_yaml_and_schema_say_what_the_settings_say(kind: type[Settings], section: tuple[str, ...]) -> None:
+    values, schema = DEFAULT["search"], SCHEMA["$defs"]["search"]
+    for name in section:
+        values, schema = values[name], schema[name]["properties"]
+    own = kind().plain()
+    for one in fields(kind):
+        # Resolved by the configuration: `auto` depends on the network.
+        expected = "auto" if one.name == "objective" else own[one.name]
+        assert values[one.name] == expected, one.name
+        said = schema[one.name]
+        assert said.get("description") or "$ref" in said, one.name
+        for rule in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minItems", "maxItems"):
+            if "$ref" not in said and "oneOf" not in said:
+                assert said.get(rule) == one.metadata["rule"].get(rule), (one.name, rule)
+
+
+def test_settings_read_back_what_they_wrote_and_refuse_to_be_changed() -> None:
+    settings = Phase1.of(DEFAULT["search"]["phase1"] | {"rungs": 24, "unknown": 1})
+    assert settings == replace(Phase1(), rungs=24)
+    assert Phase1.of(settings.plain()) == settings
+    with pytest.raises(FrozenInstanceError):
+        settings.rungs = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("total", [10, 11, 601])
+@pytest.mark.parametrize("share", [0.3, 0.5, 1.0])
+def test_what_phase_1_leaves_goes_to_phase_2_if_there_is_one(total: int, share: float) -> None:
+    budget = Budget(total, share)
+    assert budget.phase1 == round(total * share)
+    for spent in (budget.phase1, budget.phase1 - 3):
+        assert budget.phase2(spent) == (0 if share == 1 else total - spent)
+
+
+def test_costs_are_those_that_networks_have_and_hold_for_all_methods() -> None:
+    assert SCHEMA["$defs"]["search"]["costs"]["items"]["enum"] == list(COSTS)
+    assert problems({"search": {"costs": ["macs", "bytes"]}}) == []
+    assert "'watts' is not one of" in only_problem({"search": {"costs": ["watts"]}})
+    found = only_problem({"method_settings": {"lamp": {"costs": ["macs"]}}})
+    assert found.endswith("hypervolumes on different costs cannot be compared; set search.costs")

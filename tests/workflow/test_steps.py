@@ -11,16 +11,11 @@ import pytest
 import torch
 from paretoprune.data.datasets import ImageSet
 from paretoprune.data.splits import LabelledImages, Splits, normalise
-from paretoprune.devices import default_batch_size
-from paretoprune.evaluation.evaluator import PopulationEvaluator
-from paretoprune.evaluation.workers import can_fork
 from paretoprune.importance.layer_statistics import collect_statistics, read_statistics, save_statistics
-from paretoprune.masks.packed import PackedMasks
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.architectures import Architecture
 from paretoprune.networks.checkpoints import DenseNetwork
 from paretoprune.workflow.inputs import read_splits
-from paretoprune.workflow.search_steps import make_evaluator
 from paretoprune.workflow.steps import step
 
 ARCHITECTURE = Architecture("resnet8", 3, 1, {"base_width": 2})
@@ -132,45 +127,8 @@ def judged() -> LabelledImages:
     return LabelledImages.of(images(), np.arange(20), (0.5,), (0.25,))
 
 
-def test_an_evaluator_follows_the_settings() -> None:
-    evaluate = make_evaluator(dense(), judged(), judged(), SETTINGS, torch.device("cpu"))
-    assert evaluate.objective == "divergence"
-    assert evaluate.layout == MaskLayout.of(dense().network, ["conv1.weight"])
-    mask = PackedMasks.pack(np.zeros((1, evaluate.layout.n_weights), dtype=bool))
-    assert evaluate(mask)[0, 0] == evaluate.score(mask).divergence[0] > 0
-
-
-def some_masks() -> PackedMasks:
-    n_weights = MaskLayout.of(dense().network, ["conv1.weight"]).n_weights
-    return PackedMasks.pack(np.random.default_rng(0).random((3, n_weights)) < 0.5)
-
-
-def test_an_evaluator_repairs_by_the_settings() -> None:
-    """Each one decides what comes out, and what comes out is what the evaluator makes of it by itself."""
-    settings = SETTINGS | {"repair": "reconstruct"}
-    found = []
-    for changed in ({}, {"repair_images": 20}, {"damping": 1.0}, {"refine": True}):
-        chosen = settings | changed
-        evaluate = make_evaluator(dense(), judged(), judged(), chosen, torch.device("cpu"))
-        by_hand = PopulationEvaluator(
-            dense().network,
-            evaluate.layout,
-            judged().images,
-            judged().labels,
-            calibration_images=judged().images,
-            **{key: value for key, value in chosen.items() if key != "evaluations"},
-        )
-        _, states, scores = evaluate.finish(some_masks())
-        _, expected, judged_by_hand = by_hand.finish(some_masks())
-        assert all(torch.equal(a[key], b[key]) for a, b in zip(states, expected, strict=True) for key in b)
-        assert np.array_equal(scores.divergence, judged_by_hand.divergence)
-        assert np.array_equal(evaluate(some_masks()), by_hand(some_masks()))
-        found.append(scores.divergence.tolist())
-    assert len({tuple(row) for row in found}) == 4
-
-
 def test_statistics_are_read_whatever_snakemake_makes_of_their_input(tmp_path: Path) -> None:
-    layout = MaskLayout.of(dense().network, ["conv1.weight"])
+    layout = WeightUnits.of(dense().network, ["conv1.weight"])
     collected = collect_statistics(dense().network, layout, judged().images, seed=0, positions=4)
     file = str(tmp_path / "statistics.safetensors")
     save_statistics(file, collected)
@@ -181,33 +139,3 @@ def test_statistics_are_read_whatever_snakemake_makes_of_their_input(tmp_path: P
         assert all(torch.equal(found[name].curvature, collected[name].curvature) for name in collected)
     assert read_statistics({"statistics": []}) is None
     assert read_statistics({}) is None
-
-
-def test_settings_can_be_changed_for_one_evaluator() -> None:
-    changed: dict[str, Any] = {"objective": "error", "precision": "bfloat16"}
-    evaluate = make_evaluator(dense(), judged(), judged(), SETTINGS, torch.device("cpu"), **changed)
-    assert evaluate.objective == "error"
-    assert evaluate.precision == "bfloat16"
-    assert make_evaluator(dense(), judged(), judged(), SETTINGS, torch.device("cpu")).precision == "float32"
-
-
-def test_an_evaluator_chooses_the_size_of_batches_itself_if_it_may() -> None:
-    automatic = make_evaluator(dense(), judged(), judged(), SETTINGS | {"batch_size": "auto"}, torch.device("cpu"))
-    mask = PackedMasks.pack(np.ones((1, automatic.layout.n_weights), dtype=bool))
-    assert automatic._judge.batch_size == default_batch_size(judged().images, torch.device("cpu"))
-    assert make_evaluator(dense(), judged(), judged(), SETTINGS, torch.device("cpu"))._judge.batch_size == 4
-    assert automatic.score(mask).error[0] == automatic.dense.error[0]
-
-
-def test_an_evaluator_judges_in_as_many_processes_as_it_is_given() -> None:
-    if not can_fork():
-        pytest.skip("worker processes are forked, which only Linux does well")
-    with make_evaluator(dense(), judged(), judged(), SETTINGS, torch.device("cpu"), workers=2) as evaluate:
-        assert evaluate.n_workers == 2
-
-
-def test_repair_is_done_on_the_calibration_images() -> None:
-    nothing = LabelledImages.of(images(), np.arange(0), (0.5,), (0.25,))
-    with pytest.raises(ValueError, match="needs calibration images, found none"):
-        make_evaluator(dense(), judged(), nothing, SETTINGS, torch.device("cpu"), repair="batchnorm")
-    assert make_evaluator(dense(), judged(), nothing, SETTINGS, torch.device("cpu")).n_classes == 3

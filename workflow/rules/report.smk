@@ -35,6 +35,7 @@ rule write_report:
             run
             | {
                 "objective": configuration.objective(config, run["network"]),
+                "costs": config["search"]["costs"],
                 "seeds": configuration.seeds_of(config, run),
             }
             for run in config["runs"]

@@ -1,9 +1,9 @@
 """Measure every finished network of a front on the test split, once, in float32."""
 
-from paretoprune.evaluation.measurement import FRONT_COLUMNS, LAYER_COLUMNS, front_rows, layer_rows, measure_errors
+from paretoprune.evaluation.measurement import LAYER_COLUMNS, front_columns, front_rows, layer_rows, measure_errors
 from paretoprune.files import write_csv
 from paretoprune.fronts import Front
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.checkpoints import DenseNetwork, load_networks
 from paretoprune.workflow.inputs import read_splits
 from paretoprune.workflow.steps import step
@@ -15,6 +15,6 @@ with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as
     (test,) = read_splits(snakemake.input.images, snakemake.input.splits, dense, "test")
     states = load_networks(snakemake.input.networks)
     errors = measure_errors(dense.network, states, test, device, n_workers=snakemake.threads)
-    write_csv(snakemake.output.front, front_rows(front, errors), FRONT_COLUMNS)
-    write_csv(snakemake.output.layers, layer_rows(front, MaskLayout.of(dense.network, dense.exclude)), LAYER_COLUMNS)
+    write_csv(snakemake.output.front, front_rows(front, errors), front_columns(front))
+    write_csv(snakemake.output.layers, layer_rows(front, WeightUnits.of(dense.network, dense.exclude)), LAYER_COLUMNS)
     log.info("%d members measured", len(front))

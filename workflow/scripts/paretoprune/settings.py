@@ -11,6 +11,8 @@ from typing import Any, Self, get_type_hints
 SHARE = {"type": "number", "minimum": 0, "maximum": 1}
 POSITIVE_SHARE = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
 LOSSES = ("error", "divergence")
+# Flat algorithms that judge groups of weights before they start, see `search.sparse_ea`.
+SPARSE_ALGORITHMS = ("sparse_ea", "mskea")
 # The guide of Phase 2 that is no score: costs of drops and gains of grows as re-fitted for each candidate.
 REFIT_GUIDE = "refit"
 

@@ -28,7 +28,7 @@ from paretoprune.evaluation.workers import WorkerPool, can_fork, run_in_processe
 from paretoprune.importance.curvature import DAMPING
 from paretoprune.importance.layer_statistics import LayerStatistics, collect_statistics
 from paretoprune.masks.packed import PackedMasks
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.architectures import channels_last, to_channels_last
 from paretoprune.networks.tracing import NotTraceableError
 from paretoprune.repair.batchnorm import REFITTING, REPAIRS
@@ -95,7 +95,7 @@ class PopulationEvaluator:
     def __init__(
         self,
         network: nn.Module,
-        layout: MaskLayout,
+        layout: WeightUnits,
         images: Tensor,
         labels: Tensor,
         *,
@@ -474,7 +474,7 @@ class PopulationEvaluator:
         found = self._in_processes(finish_one, len(masks))
         states = [{key: torch.from_numpy(value) for key, value in state.items()} for _, state, _, _ in found]
         scores = Scores(np.array([e for *_, e, _ in found]), np.array([d for *_, d in found]))
-        return PackedMasks.pack_each((mask for mask, *_ in found), masks.n_weights), states, scores
+        return PackedMasks.pack_each((mask for mask, *_ in found), masks.n_units), states, scores
 
     def reselect(self, masks: PackedMasks) -> PackedMasks:
         """Masks that keep as many weights of each layer, chosen anew on the pruned network's own inputs.
@@ -487,7 +487,7 @@ class PopulationEvaluator:
         def reselect_one(i: int) -> np.ndarray:
             return self._refined(masks.unpack(i), reselect=True).kept.cpu().numpy()
 
-        return PackedMasks.pack_each(self._in_processes(reselect_one, len(masks)), masks.n_weights)
+        return PackedMasks.pack_each(self._in_processes(reselect_one, len(masks)), masks.n_units)
 
     def _in_processes(self, function: Callable[[int], Any], n: int) -> list[Any]:
         """Results of a function for 0, ..., n - 1, in as many processes as the evaluator has."""

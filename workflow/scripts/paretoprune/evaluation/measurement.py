@@ -12,7 +12,7 @@ from paretoprune.devices import repeatable
 from paretoprune.evaluation.metrics import predict, top1_error
 from paretoprune.evaluation.workers import can_fork, run_in_processes
 from paretoprune.fronts import Front
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.architectures import channels_last, to_channels_last
 from paretoprune.networks.checkpoints import with_weights
 
@@ -51,13 +51,21 @@ def measure_errors(
     return np.array(run_in_processes(error_of, len(states), n_workers), dtype=np.float64)
 
 
+def front_columns(front: Front) -> tuple[str, ...]:
+    """Columns of `front_rows`: those that every front has, and one for each cost that is not the density."""
+    return (*FRONT_COLUMNS, *(name for name in front.names[1:] if name != "density"))
+
+
 def front_rows(front: Front, test_errors: np.ndarray) -> list[dict[str, Any]]:
-    """Describe each member; its id is its position in the front.
+    """Describe each member with the columns `front_columns`; its id is its position in the front.
 
     Args:
         front: A final front; its objectives were measured in float32 already.
         test_errors: float (n_members,), top-1 errors of its finished networks on the test split.
     """
+    further = {
+        name: front.objectives[:, front.names.index(name)] for name in front_columns(front)[len(FRONT_COLUMNS) :]
+    }
     return [
         {
             "id": i,
@@ -66,12 +74,13 @@ def front_rows(front: Front, test_errors: np.ndarray) -> list[dict[str, Any]]:
             "sparsity": float(front.sparsity[i]),
             "search_error": float(front.error[i]),
             "test_error": float(test_errors[i]),
+            **{name: float(costs[i]) for name, costs in further.items()},
         }
         for i in range(len(front))
     ]
 
 
-def layer_rows(front: Front, layout: MaskLayout) -> list[dict[str, Any]]:
+def layer_rows(front: Front, layout: WeightUnits) -> list[dict[str, Any]]:
     """Count the kept weights of each member, layer by layer."""
     return [
         {"id": i, "layer": name, "n_weights": int(size), "n_kept": int(kept)}

@@ -123,11 +123,6 @@ class PackedMasks:
         return PackedMasks(np.concatenate([self.words, other.words]), self.n_units)
 
     @property
-    def n_weights(self) -> int:
-        """TEMPORARY."""
-        return self.n_units
-
-    @property
     def n_kept(self) -> np.ndarray:
         """Number of kept units per mask, int64 (n_masks,)."""
         return np.bitwise_count(self.words).sum(axis=1, dtype=np.int64)

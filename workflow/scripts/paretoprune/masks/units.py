@@ -180,22 +180,9 @@ class WeightUnits(Units):
         """Number of prunable weights."""
         return self.n_units
 
-    @property
-    def n_layers(self) -> int:
-        """TEMPORARY."""
-        return self.n_groups
-
-    @property
-    def layer_of(self) -> np.ndarray:
-        """TEMPORARY."""
-        return self.group_of
-
     def to_weights(self, bits: np.ndarray) -> np.ndarray:
         """Which weights a mask keeps, bool (n_weights,): here the bits themselves, bool (n_units,)."""
         return bits
-
-
-MaskLayout = WeightUnits
 
 
 def ranks_within_groups(scores: np.ndarray, units: Units) -> np.ndarray:
@@ -213,9 +200,6 @@ def ranks_within_groups(scores: np.ndarray, units: Units) -> np.ndarray:
         order = np.argsort(-scores[start:stop], kind="stable")
         ranks[start:stop][order] = np.arange(stop - start, dtype=np.int32)
     return ranks
-
-
-ranks_within_layers = ranks_within_groups
 
 
 def keep_top(ranks: np.ndarray, n_keep: Iterable[int], units: Units) -> np.ndarray:

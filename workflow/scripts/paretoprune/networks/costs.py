@@ -82,7 +82,7 @@ def count_uses(network: nn.Module, image: Tensor) -> dict[str, int]:
     uses: dict[str, int] = {}
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        weight = module.weight
+        weight = module.get_parameter("weight")
         # A transposed convolution scatters from each input position, any other layer gathers for each output position.
         at, channels = (
             (inputs[0], module.in_channels) if isinstance(module, _ConvTransposeNd) else (output, len(weight))

@@ -25,7 +25,7 @@ from paretoprune.importance.layer_statistics import (
     some_positions,
     weight_rows,
 )
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.tracing import Call, Convolution, run_call, trace
 from paretoprune.repair.batchnorm import channel_moments, corrected_statistics
 from paretoprune.repair.refit import refit
@@ -69,7 +69,7 @@ class Refinement:
     def __init__(
         self,
         network: nn.Module,
-        layout: MaskLayout,
+        layout: WeightUnits,
         images: Tensor,
         statistics: Mapping[str, LayerStatistics],
         *,

@@ -13,6 +13,7 @@ import pandas as pd
 
 from paretoprune.files import read_json
 from paretoprune.fronts import hypervolume
+from paretoprune.objectives import reference_point
 
 METHOD_KINDS = ("two_phase", "flat", "allocation")
 OBJECTIVES = ("error", "divergence")
@@ -92,7 +93,8 @@ class RunResults:
         layers: layers.csv likewise, two-phase methods only.
         finetuned: finetuned.csv likewise, fine-tuned methods only.
         anchors: Content of anchors.json per (method, seed), two-phase methods only.
-        objective: What the search minimised beside density: "error" or "divergence".
+        objective: The loss that the search minimised: "error" or "divergence".
+        costs: What it minimised beside the loss; each is a column of `fronts`.
     """
 
     dataset: str
@@ -106,6 +108,7 @@ class RunResults:
     finetuned: pd.DataFrame
     anchors: dict[tuple[str, int], dict[str, Any]]
     objective: str
+    costs: tuple[str, ...] = ("density",)
 
     @property
     def dense_test_error(self) -> float:
@@ -126,6 +129,7 @@ def read_run(
     kinds: Mapping[str, str],
     finetuned_methods: Iterable[str],
     objective: str,
+    costs: Sequence[str] = ("density",),
 ) -> RunResults:
     """Read and check every result file of one dataset and network.
 
@@ -136,7 +140,8 @@ def read_run(
         seeds: Seeds to read.
         kinds: Methods to read, with the kind of each.
         finetuned_methods: Methods that have a finetuned.csv; others than in `kinds` are ignored.
-        objective: What the search minimised beside density: "error" or "divergence".
+        objective: The loss that the search minimised: "error" or "divergence".
+        costs: What it minimised beside the loss.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -144,6 +149,7 @@ def read_run(
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"{dataset}/{network}: expected objective 'error' or 'divergence', found {objective!r}")
+    further = {cost: "number" for cost in costs if cost not in _FRONT}
     dense: dict[int, dict[str, Any]] = {}
     anchors: dict[tuple[str, int], dict[str, Any]] = {}
     tables: dict[str, list[pd.DataFrame]] = {"front": [], "history": [], "layers": [], "finetuned": []}
@@ -151,10 +157,10 @@ def read_run(
         folder = results / dataset / network / f"seed{seed}"
         dense[seed] = _read_dense(folder / "dense" / "metrics.json")
         for method, kind in kinds.items():
-            front = _read_table(folder / method / "front.csv", _FRONT)
+            front = _read_table(folder / method / "front.csv", _FRONT | further)
             tables["front"].append(front.assign(method=method, seed=seed))
             tables["history"].append(
-                _read_history(folder / method / "history.csv", kind).assign(method=method, seed=seed)
+                _read_history(folder / method / "history.csv", kind, costs).assign(method=method, seed=seed)
             )
             if kind == "two_phase":
                 layers = _read_table(folder / method / "layers.csv", _LAYERS)
@@ -183,6 +189,7 @@ def read_run(
         joined["finetuned"],
         anchors,
         objective,
+        tuple(costs),
     )
 
 
@@ -190,11 +197,11 @@ def summarise(run: RunResults) -> pd.DataFrame:
     """One row per seed and method: cost, quality of the front, and what Phase 2 added.
 
     Returns:
-        Columns `SUMMARY_COLUMNS`. Hypervolumes are on (error-like objective, density) with reference point (1, 1);
+        Columns `SUMMARY_COLUMNS`. Hypervolumes are on the loss and the costs, see `objectives.reference_point`;
         `sparsity_within_1pt` is a share, NaN when no member loses at most one point of test accuracy; the last two
         columns are NaN for a method without phases.
     """
-    rows = []
+    rows, reference = [], reference_point(("error", *run.costs))
     for seed in run.seeds:
         limit = 1 - run.dense[seed]["accuracy"]["test"] + _TOLERANCE + _ROUNDING
         for method, kind in run.kinds.items():
@@ -213,8 +220,8 @@ def summarise(run: RunResults) -> pd.DataFrame:
                     "method": method,
                     "evaluations": int(last["evaluations"]),
                     "seconds": float(last["seconds"]),
-                    "hypervolume_search": hypervolume(front[["search_error", "density"]].to_numpy()),
-                    "hypervolume_test": hypervolume(front[["test_error", "density"]].to_numpy()),
+                    "hypervolume_search": hypervolume(front[["search_error", *run.costs]].to_numpy(), reference),
+                    "hypervolume_test": hypervolume(front[["test_error", *run.costs]].to_numpy(), reference),
                     "sparsity_within_1pt": float(within.max()) if len(within) else np.nan,
                     "objective": run.objective,
                     "n_members": len(front),
@@ -279,8 +286,10 @@ def _read_table(path: Path, schema: Mapping[str, str]) -> pd.DataFrame:
     return table[list(schema)]
 
 
-def _read_history(path: Path, kind: str) -> pd.DataFrame:
-    history = _read_table(path, _HISTORY)
+def _read_history(path: Path, kind: str, costs: Sequence[str]) -> pd.DataFrame:
+    # The reference point of other costs lies beyond 1.
+    usual = reference_point(("error", *costs)) == (1.0, 1.0)
+    history = _read_table(path, _HISTORY if usual else _HISTORY | {"hypervolume": "number"})
     remedy = "delete the file and run the search again"
     if not len(history):
         raise ValueError(f"{path}: expected at least one row, found none; {remedy}")

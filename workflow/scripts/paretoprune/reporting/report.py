@@ -139,7 +139,16 @@ def write_report(
             "leave it out for the first"
         )
     read = [
-        read_run(results, run["dataset"], run["network"], run.get("seeds", seeds), kinds, finetuned, run["objective"])
+        read_run(
+            results,
+            run["dataset"],
+            run["network"],
+            run.get("seeds", seeds),
+            kinds,
+            finetuned,
+            run["objective"],
+            run.get("costs", ["density"]),
+        )
         for run in runs
     ]
     summaries = [summarise(run) for run in read]

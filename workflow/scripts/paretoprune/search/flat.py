@@ -18,10 +18,7 @@ from paretoprune.search.problem import Effort, Problem
 from paretoprune.search.pymoo_adapter import PackedDuplicates, PruningProblem, individuals, run_algorithm
 from paretoprune.search.recorder import Recorder, SearchResult
 from paretoprune.search.sampling import sample_blind
-from paretoprune.settings import Flat
-
-# Those that judge groups of weights before they start, see `search.sparse_ea`.
-SPARSE_ALGORITHMS = ("sparse_ea", "mskea")
+from paretoprune.settings import SPARSE_ALGORITHMS, Flat
 
 
 def search_flat(problem: Problem, settings: Flat, effort: Effort) -> SearchResult:

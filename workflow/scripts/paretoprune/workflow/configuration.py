@@ -11,11 +11,9 @@ from typing import Any
 import jsonschema
 
 from paretoprune.importance.allocation import STARTS
-from paretoprune.settings import REFIT_GUIDE, Budget, Searching
+from paretoprune.settings import REFIT_GUIDE, SPARSE_ALGORITHMS, Budget, Searching
 
 Config = Mapping[str, Any]
-# Flat algorithms that judge groups of weights before they start.
-SPARSE_ALGORITHMS = ("sparse_ea", "mskea")
 # Settings that say which members of a front are published.
 PUBLISHING = ("front_size", "sparsities")
 
@@ -98,6 +96,8 @@ def _broken_method(config: Config, name: str) -> Iterator[str]:
         yield f"method_settings.{name}: a method of kind 'allocation' needs `allocation`, the rule"
     if "objective" in own:
         yield f"method_settings.{name}: hypervolumes on different objectives cannot be compared; set search.objective"
+    if "costs" in own:
+        yield f"method_settings.{name}: hypervolumes on different costs cannot be compared; set search.costs"
     merged = method_settings(config, name)
     if merged["ladder"]["lowest"] >= merged["ladder"]["highest"]:
         yield f"method_settings.{name}: ladder.lowest must be smaller than ladder.highest"

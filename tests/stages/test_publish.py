@@ -1,6 +1,5 @@
 """What steps that search share: their judge, scores from files, progress in about ten lines, and what they publish."""
 
-import logging
 import multiprocessing
 from pathlib import Path
 from typing import Any
@@ -15,26 +14,19 @@ from paretoprune.evaluation.metrics import predict, top1_error
 from paretoprune.fronts import Front, non_dominated
 from paretoprune.importance.layer_statistics import LayerStatistics, collect_statistics, save_statistics
 from paretoprune.masks.packed import PackedMasks
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.architectures import Architecture
 from paretoprune.networks.checkpoints import DenseNetwork, load_networks, with_weights
 from paretoprune.search.corridor import Corridor
-from paretoprune.search.search import (
-    SearchResult,
-    read_history,
-    search_corridor,
-    search_thresholds,
-    sweep_allocation,
-)
-from paretoprune.tensors import save_tensors
-from paretoprune.workflow.search_steps import (
-    allowed_masks,
-    log_progress,
-    make_search_evaluator,
-    phase2_budget,
-    publish,
-    read_scores,
-)
+from paretoprune.search.phase2 import search_corridor
+from paretoprune.search.problem import Effort
+from paretoprune.search.recorder import SearchResult, read_history
+from paretoprune.search.sweep import sweep_allocation
+from paretoprune.search.thresholds import search_thresholds
+from paretoprune.settings import Compute, Phase1, Phase2, Publishing, Searching
+from paretoprune.stages.candidates import candidate_evaluator, make_problem
+from paretoprune.stages.publish import publish
+from paretoprune.workflow.search_inputs import read_task, write_published
 from small_networks import digits
 from torch import Tensor
 
@@ -74,6 +66,11 @@ def inputs(tmp_path: Path) -> dict[str, str]:
     return {key: str(tmp_path / name) for key, name in names.items()}
 
 
+def make_search_evaluator(inputs: dict[str, str], **changed: Any) -> PopulationEvaluator:
+    """As a step that searches makes it."""
+    return candidate_evaluator(read_task(inputs), Searching.of(SETTINGS | changed), Compute())
+
+
 def by_hand(inputs: dict[str, str], precision: str, repair: str = "batchnorm", **changed: Any) -> PopulationEvaluator:
     """A judge on the search split, repaired on the calibration split."""
     images, splits, network = ImageSet.load(inputs["images"]), Splits.load(inputs["splits"]), dense().network
@@ -82,7 +79,7 @@ def by_hand(inputs: dict[str, str], precision: str, repair: str = "batchnorm", *
     )
     return PopulationEvaluator(
         network,
-        MaskLayout.of(network, ["conv1.weight"]),
+        WeightUnits.of(network, ["conv1.weight"]),
         search.images,
         search.labels,
         repair=repair,
@@ -97,13 +94,13 @@ def by_hand(inputs: dict[str, str], precision: str, repair: str = "batchnorm", *
 
 
 def some_masks(n: int = 6) -> PackedMasks:
-    n_weights = MaskLayout.of(dense().network, ["conv1.weight"]).n_weights
+    n_weights = WeightUnits.of(dense().network, ["conv1.weight"]).n_weights
     random = np.random.default_rng(0).random((n, n_weights))
     return PackedMasks.pack(random < np.linspace(0.1, 0.9, n)[:, None])
 
 
 def test_a_search_is_judged_on_the_search_split_by_the_settings(inputs: dict[str, str]) -> None:
-    evaluate = make_search_evaluator(inputs, SETTINGS, CPU)
+    evaluate = make_search_evaluator(inputs)
     assert np.array_equal(evaluate(some_masks()), by_hand(inputs, "bfloat16")(some_masks()))
 
 
@@ -111,8 +108,8 @@ def test_candidates_are_judged_on_the_first_search_images_and_finished_networks_
     inputs: dict[str, str], tmp_path: Path
 ) -> None:
     few = {"candidate_images": 11}
-    evaluate = make_search_evaluator(inputs, SETTINGS | few, CPU, precision="float32")
-    whole = make_search_evaluator(inputs, SETTINGS | few, CPU, precision="float32", all_images=True)
+    evaluate = make_search_evaluator(inputs, **few, precision="float32")
+    whole = make_search_evaluator(inputs, precision="float32")
     assert len(evaluate.images_and_labels[0]) == 11
     assert np.array_equal(whole(some_masks()), by_hand(inputs, "float32")(some_masks()))
     assert not np.array_equal(evaluate(some_masks()), whole(some_masks()))
@@ -121,7 +118,7 @@ def test_candidates_are_judged_on_the_first_search_images_and_finished_networks_
 
 
 def test_a_setting_can_be_changed_for_one_judge(inputs: dict[str, str]) -> None:
-    evaluate = make_search_evaluator(inputs, SETTINGS, CPU, precision="float32")
+    evaluate = make_search_evaluator(inputs, precision="float32")
     assert np.array_equal(evaluate(some_masks()), by_hand(inputs, "float32")(some_masks()))
 
 
@@ -133,22 +130,21 @@ def test_candidates_are_repaired_as_the_search_says_where_that_differs(inputs: d
         ({"repair": "none", "search_repair": "batchnorm"}, "batchnorm"),
         ({"repair": "none", "search_repair": None}, "none"),
     ):
-        evaluate = make_search_evaluator(inputs, SETTINGS | settings, CPU, precision="float32")
+        evaluate = make_search_evaluator(inputs, **settings, precision="float32")
         assert np.array_equal(evaluate(some_masks()), expected[repair])
 
 
 def with_statistics(inputs: dict[str, str], folder: Path) -> tuple[dict[str, str], dict[str, LayerStatistics]]:
     """A step's input with layer statistics that no evaluator would gather by itself, and these."""
     images = digits()[0][200:260]
-    statistics = collect_statistics(dense().network, MaskLayout.of(dense().network, ["conv1.weight"]), images, seed=5)
+    statistics = collect_statistics(dense().network, WeightUnits.of(dense().network, ["conv1.weight"]), images, seed=5)
     save_statistics(folder / "statistics.safetensors", statistics)
     return inputs | {"statistics": str(folder / "statistics.safetensors")}, statistics
 
 
 def test_weights_are_re_fitted_by_the_statistics_among_the_inputs(inputs: dict[str, str], tmp_path: Path) -> None:
-    settings = SETTINGS | {"repair": "reconstruct", "precision": "float32"}
     given, statistics = with_statistics(inputs, tmp_path)
-    found = make_search_evaluator(given, settings, CPU)(some_masks())
+    found = make_search_evaluator(given, repair="reconstruct", precision="float32")(some_masks())
     assert np.array_equal(found, by_hand(inputs, "float32", "reconstruct", statistics=statistics)(some_masks()))
     assert not np.array_equal(found, by_hand(inputs, "float32", "reconstruct")(some_masks()))
 
@@ -160,10 +156,11 @@ def published(
     inputs: dict[str, str], folder: Path, found: SearchResult, **changed: Any
 ) -> tuple[Front, list[dict[str, Tensor]]]:
     """The front and the networks that a step publishes."""
-    settings = SETTINGS | changed
+    settings, compute = SETTINGS | changed, Compute(workers=changed.get("workers", 1))
     outputs = {"masks": "masks.npz", "networks": "networks.safetensors", "history": "history.csv"}
     outputs = {key: str(folder / "out" / name) for key, name in outputs.items()}
-    publish(found, make_search_evaluator(inputs, settings, CPU), inputs, outputs, settings, CPU)
+    front = publish(found.front, read_task(inputs), Searching.of(settings), Publishing.of(settings), compute)
+    write_published(front, found.history, outputs)
     assert read_history(outputs["history"]) == found.history
     return Front.load(outputs["masks"]), load_networks(outputs["networks"])
 
@@ -250,50 +247,35 @@ def test_published_networks_keep_to_their_masks_and_have_the_published_error(
 
 
 def test_a_search_that_found_nothing_to_publish_says_why(inputs: dict[str, str], tmp_path: Path) -> None:
-    nothing = SearchResult(Front.empty(some_masks().n_weights), HISTORY)
+    nothing = SearchResult(Front.empty(some_masks().n_units), HISTORY)
     with pytest.raises(ValueError, match=r"found none: each .* keeps nothing; set `empty_layers: allow`"):
         published(inputs, tmp_path, nothing, empty_layers="forbid")
     assert not (tmp_path / "out").exists()
 
 
 def test_publishing_does_not_depend_on_the_number_of_processes(inputs: dict[str, str], tmp_path: Path) -> None:
-    found, settings = a_search(some_masks()), SETTINGS | {"repair": "reconstruct"}
-    fronts, networks = [], []
-    for workers in (1, 2):
-        folder = tmp_path / str(workers)
-        outputs = {key: str(folder / key) for key in ("masks", "networks", "history")}
-        evaluate = make_search_evaluator(inputs, settings, CPU, workers=workers)
-        publish(found, evaluate, inputs, outputs, settings, CPU)
-        fronts.append(Front.load(outputs["masks"]))
-        networks.append(load_networks(outputs["networks"]))
+    found = a_search(some_masks())
+    fronts, networks = zip(
+        *(published(inputs, tmp_path / str(n), found, repair="reconstruct", workers=n) for n in (1, 2)), strict=True
+    )
     assert np.array_equal(fronts[0].objectives, fronts[1].objectives)
     assert all(torch.equal(a[key], b[key]) for a, b in zip(*networks, strict=True) for key in a)
     assert multiprocessing.active_children() == []
 
 
-def test_publishing_ends_the_worker_processes_of_the_search(inputs: dict[str, str], tmp_path: Path) -> None:
-    masks = some_masks()
-    found = SearchResult(Front(masks, np.column_stack([masks.density[::-1], masks.density]), ["x"] * 6), [])
-    outputs = {key: str(tmp_path / key) for key in ("masks", "networks", "history")}
-    evaluate = make_search_evaluator(inputs, SETTINGS, CPU, workers=2)
-    evaluate(masks)
-    assert multiprocessing.active_children() != []
-    publish(found, evaluate, inputs, outputs, SETTINGS, CPU)
-    assert multiprocessing.active_children() == []
-
-
-def test_masks_with_an_empty_layer_may_be_published_unless_they_are_forbidden() -> None:
-    layout = MaskLayout.of(dense().network)
-    rows = np.ones((4, layout.n_weights), dtype=bool)
-    rows[1, layout.offsets[2] : layout.offsets[3]] = False
-    rows[2, layout.offsets[2] : layout.offsets[3] - 1] = False  # one weight is left
+def test_masks_with_an_empty_layer_may_be_published_unless_they_are_forbidden(inputs: dict[str, str]) -> None:
+    task, evaluate = read_task(inputs), make_search_evaluator(inputs)
+    units = task.units
+    rows = np.ones((4, units.n_units), dtype=bool)
+    rows[1, units.offsets[2] : units.offsets[3]] = False
+    rows[2, units.offsets[2] : units.offsets[3] - 1] = False  # one weight is left
     rows[3] = False
     masks = PackedMasks.pack(rows)
-    assert allowed_masks({"empty_layers": "allow"}, layout) is None
-    allowed = allowed_masks({"empty_layers": "forbid"}, layout)
-    assert allowed is not None
-    assert allowed(masks).tolist() == [True, False, True, False]
-    assert allowed(masks.select(np.array([], dtype=np.int64))).shape == (0,)
+    assert make_problem(task, evaluate, Searching(empty_layers="allow")).is_feasible is None
+    is_feasible = make_problem(task, evaluate, Searching(empty_layers="forbid")).is_feasible
+    assert is_feasible is not None
+    assert is_feasible(masks).tolist() == [True, False, True, False]
+    assert is_feasible(masks.select(np.array([], dtype=np.int64))).shape == (0,)
 
 
 @pytest.mark.parametrize("search", ["thresholds", "corridor", "sweep"])
@@ -303,62 +285,23 @@ def test_no_published_mask_has_an_empty_layer_where_that_is_forbidden(
     """The sparsest masks that are tried keep nothing of the smallest layers."""
 
     def found(empty_layers: str) -> Front:
-        settings = SETTINGS | {"empty_layers": empty_layers, "repair": "none"}
-        evaluate = make_search_evaluator(inputs, settings, CPU)
-        layout, allowed = evaluate.layout, allowed_masks(settings, evaluate.layout)
-        random = np.random.default_rng(0).random(layout.n_weights)
-        budget: dict[str, Any] = {"evaluations": 40, "population": 10, "seed": 0, "allowed": allowed}
-        counts = [np.floor(density * layout.sizes).astype(int) for density in (0.001, 0.01, 0.1, 0.5)]
+        task, settings = read_task(inputs), {"empty_layers": empty_layers, "repair": "none"}
+        units = task.units
+        random, effort = np.random.default_rng(0).random(units.n_units), Effort(40, 10, 0)
+        problem = make_problem(task, make_search_evaluator(inputs, **settings), Searching.of(SETTINGS | settings))
+        counts = [np.floor(density * units.sizes).astype(int) for density in (0.001, 0.01, 0.1, 0.5)]
         if search == "sweep":
-            judged = sweep_allocation(evaluate, layout, random, counts, allowed=allowed)
+            judged = sweep_allocation(problem, random, counts)
         else:
-            judged = search_thresholds(evaluate, layout, random, counts, **budget)
+            judged = search_thresholds(problem, random, counts, Phase1(), effort)
             if search == "corridor":
-                moves: dict[str, Any] = {"softness": 0.5, "first_rate": 0.3, "crossover_probability": 0.5}
-                everything = Corridor.everything(layout)
-                judged = search_corridor(evaluate, everything, [random], judged, algorithm="nsga2", **moves, **budget)
-        front, states = published(inputs, tmp_path / empty_layers, judged, **settings | {"front_size": None})
+                moves = Phase2(softness=0.5, first_rate=0.3, crossover_probability=0.5)
+                judged = search_corridor(problem, [Corridor.everything(units)], [random], judged, moves, effort)
+        front, states = published(inputs, tmp_path / empty_layers, judged, **settings, front_size=None)
         assert len(states) == len(front) >= 1
         return front
 
-    layout = MaskLayout.of(dense().network, ["conv1.weight"])
+    layout = WeightUnits.of(dense().network, ["conv1.weight"])
     forbidden, allowed = (layout.n_kept(found(choice).masks) for choice in ("forbid", "allow"))
     assert (forbidden > 0).all()
     assert (allowed == 0).any()
-
-
-def test_scores_are_read_by_the_names_of_their_files(tmp_path: Path) -> None:
-    network = dense().network
-    layout = MaskLayout.of(network)
-    tensors = {name: network.get_parameter(name).detach().abs() for name in layout.names}
-    files = [str(tmp_path / f"{name}.safetensors") for name in ("magnitude", "twice")]
-    save_tensors(files[0], tensors)
-    save_tensors(files[1], {name: 2 * tensor for name, tensor in tensors.items()})
-    scores = read_scores(files, layout)
-    assert list(scores) == ["magnitude", "twice"]
-    assert np.array_equal(scores["magnitude"], torch.cat([tensors[name].flatten() for name in layout.names]).numpy())
-    assert np.array_equal(scores["twice"], 2 * scores["magnitude"])
-
-
-def test_scores_of_another_network_are_refused(tmp_path: Path) -> None:
-    save_tensors(tmp_path / "magnitude.safetensors", {"conv1.weight": torch.ones(2, 2)})
-    with pytest.raises(ValueError, match=r"expected 'conv1\.weight' of shape .*was it made for another network"):
-        read_scores([str(tmp_path / "magnitude.safetensors")], MaskLayout.of(dense().network))
-
-
-@pytest.mark.parametrize("step_size", [1, 7, 40])
-def test_progress_is_about_ten_lines_and_tells_the_end(step_size: int, caplog: pytest.LogCaptureFixture) -> None:
-    log = logging.getLogger("tests.search_steps")
-    caplog.set_level(logging.INFO, log.name)
-    show = log_progress(log, 400)
-    for evaluations in [*range(step_size, 400, step_size), 400]:
-        show({"stage": "phase1", "evaluations": evaluations, "hypervolume": 0.5, "seconds": 1.0})
-    assert 8 <= len(caplog.messages) <= 12
-    assert caplog.messages[-1] == "phase1: 400 of 400 evaluations, hypervolume 0.5000, 1 s"
-
-
-@pytest.mark.parametrize(("own", "planned", "spent", "expected"), [(24, 24, 24, 24), (24, 24, 21, 27), (0, 48, 45, 0)])
-def test_what_phase_1_leaves_goes_to_phase_2_if_there_is_one(own: int, planned: int, spent: int, expected: int) -> None:
-    history = [{"generation": 1, "evaluations": spent, "seconds": 1.0, "hypervolume": 0.5, "stage": "phase1"}]
-    settings = {"algorithm": {"evaluations": own}, "phase1_evaluations": planned}
-    assert phase2_budget(settings, SearchResult(Front.empty(3), history)) == expected

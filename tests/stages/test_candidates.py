@@ -1,0 +1,112 @@
+"""Candidates of a search: judged, repaired and computed by the settings."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from paretoprune.data.datasets import ImageSet
+from paretoprune.data.splits import LabelledImages
+from paretoprune.devices import default_batch_size
+from paretoprune.evaluation.evaluator import PopulationEvaluator
+from paretoprune.evaluation.workers import can_fork
+from paretoprune.masks.packed import PackedMasks
+from paretoprune.masks.units import WeightUnits
+from paretoprune.networks.architectures import Architecture
+from paretoprune.settings import Compute, Searching
+from paretoprune.stages.candidates import candidate_evaluator, make_problem
+from paretoprune.stages.task import Task
+
+NETWORK = Architecture("resnet8", 3, 1, {"base_width": 2}).build(0).eval()
+UNITS = WeightUnits.of(NETWORK, ["conv1.weight"])
+SETTINGS: dict[str, Any] = {
+    "repair": "none",
+    "repair_images": 3,
+    "damping": 0.02,
+    "refine": False,
+    "objective": "divergence",
+    "precision": "float32",
+    "batch_size": 4,
+}
+
+
+def images() -> ImageSet:
+    pixels = torch.randint(0, 256, (30, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return ImageSet(pixels, torch.arange(30) % 3, torch.zeros(30, dtype=torch.bool), ("a", "b", "c"))
+
+
+def judged(n: int = 20) -> LabelledImages:
+    return LabelledImages.of(images(), np.arange(n), (0.5,), (0.25,))
+
+
+def task(n_calibration: int = 20) -> Task:
+    return Task(NETWORK, UNITS, judged(), judged(n_calibration).images)
+
+
+def make_evaluator(n_calibration: int = 20, workers: int = 1, **changed: Any) -> PopulationEvaluator:
+    return candidate_evaluator(task(n_calibration), Searching.of(SETTINGS | changed), Compute(workers=workers))
+
+
+def some_masks() -> PackedMasks:
+    return PackedMasks.pack(np.random.default_rng(0).random((3, UNITS.n_units)) < 0.5)
+
+
+def test_an_evaluator_follows_the_settings() -> None:
+    evaluate = make_evaluator()
+    assert evaluate.objective == "divergence"
+    assert evaluate.layout == UNITS
+    mask = PackedMasks.pack(np.zeros((1, UNITS.n_units), dtype=bool))
+    assert evaluate(mask)[0] == evaluate.score(mask).divergence[0] > 0
+
+
+def test_an_evaluator_repairs_by_the_settings() -> None:
+    """Each one decides what comes out, and what comes out is what the evaluator makes of it by itself."""
+    found = []
+    for changed in ({}, {"repair_images": 20}, {"damping": 1.0}, {"refine": True}):
+        chosen = SETTINGS | {"repair": "reconstruct"} | changed
+        evaluate = make_evaluator(**chosen)
+        by_hand = PopulationEvaluator(
+            NETWORK, UNITS, judged().images, judged().labels, calibration_images=judged().images, **chosen
+        )
+        _, states, scores = evaluate.finish(some_masks())
+        _, expected, judged_by_hand = by_hand.finish(some_masks())
+        assert all(torch.equal(a[key], b[key]) for a, b in zip(states, expected, strict=True) for key in b)
+        assert np.array_equal(scores.divergence, judged_by_hand.divergence)
+        assert np.array_equal(evaluate(some_masks()), by_hand(some_masks()))
+        found.append(scores.divergence.tolist())
+    assert len({tuple(row) for row in found}) == 4
+
+
+def test_an_evaluator_computes_in_what_it_is_told() -> None:
+    assert make_evaluator(precision="bfloat16").precision == "bfloat16"
+    assert make_evaluator().precision == "float32"
+
+
+def test_an_evaluator_chooses_the_size_of_batches_itself_if_it_may() -> None:
+    automatic = make_evaluator(batch_size="auto")
+    mask = PackedMasks.pack(np.ones((1, UNITS.n_units), dtype=bool))
+    assert automatic._judge.batch_size == default_batch_size(judged().images, torch.device("cpu"))
+    assert make_evaluator()._judge.batch_size == 4
+    assert automatic.score(mask).error[0] == automatic.dense.error[0]
+
+
+def test_an_evaluator_judges_in_as_many_processes_as_it_is_given() -> None:
+    if not can_fork():
+        pytest.skip("worker processes are forked, which only Linux does well")
+    with make_evaluator(workers=2) as evaluate:
+        assert evaluate.n_workers == 2
+
+
+def test_repair_is_done_on_the_calibration_images() -> None:
+    with pytest.raises(ValueError, match="needs calibration images, found none"):
+        make_evaluator(0, repair="batchnorm")
+    assert make_evaluator(0).n_classes == 3
+
+
+def test_a_problem_has_the_costs_of_the_settings() -> None:
+    problem = make_problem(task(), make_evaluator(), Searching.of(SETTINGS | {"costs": ["macs", "bytes"]}))
+    assert problem.objectives == ("error", "macs", "bytes")
+    costs = problem.costs_of(some_masks())
+    assert costs.shape == (3, 2)
+    assert np.all((costs > 0.1) & (costs < 0.95))
+    assert make_problem(task(), make_evaluator(), Searching.of(SETTINGS)).objectives == ("error", "density")
