@@ -10,9 +10,11 @@ import torch
 from paretoprune.data.splits import LabelledImages
 from paretoprune.evaluation.evaluator import PopulationEvaluator
 from paretoprune.evaluation.metrics import predict, top1_error
+from paretoprune.evaluation.task import Task
 from paretoprune.fronts import Front
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import MaskLayout
+from paretoprune.settings import Compute, Judging
 from paretoprune.training.finetuning import FINETUNED_COLUMNS, choose_members, finetune_members
 from paretoprune.training.loop import Recipe
 from safetensors.torch import load_file
@@ -29,15 +31,8 @@ def part(start: int, stop: int) -> LabelledImages:
 
 
 def judge(network: nn.Module, data: LabelledImages) -> PopulationEvaluator:
-    return PopulationEvaluator(
-        network,
-        MaskLayout.of(network),
-        data.images,
-        data.labels,
-        repair="batchnorm",
-        calibration_images=part(0, 200).images,
-        precision="float32",
-    )
+    task = Task(network, MaskLayout.of(network), data.images, data.labels, part(0, 200).images)
+    return PopulationEvaluator(task, Judging(), Compute(precision="float32"))
 
 
 def front_of(evaluate: PopulationEvaluator, network: nn.Module) -> Front:
