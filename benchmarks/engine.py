@@ -34,7 +34,7 @@ sys.path.insert(0, str(PACKAGE))
 import numpy as np  # noqa: E402
 from paretoprune.fronts import non_dominated  # noqa: E402
 from paretoprune.masks.packed import WORD_BITS, PackedMasks  # noqa: E402
-from paretoprune.masks.units import MaskLayout  # noqa: E402
+from paretoprune.masks.units import WeightUnits  # noqa: E402
 from paretoprune.search import search  # noqa: E402
 from paretoprune.search.corridor import Corridor  # noqa: E402
 from pymoo.algorithms.moo.nsga2 import NSGA2  # noqa: E402
@@ -91,14 +91,14 @@ def cases(sizes: Sequence[int]) -> list[Case]:
     return found
 
 
-def resnet56_layout(n_weights: int) -> MaskLayout:
+def resnet56_layout(n_weights: int) -> WeightUnits:
     """The proportions of a ResNet-56 on CIFAR-10, scaled to `n_weights`."""
     widths = [16] * 19 + [32] * 18 + [64] * 18
     inputs = [3, *widths[:-1]]
     sizes = np.array([a * b * 9 for a, b in zip(inputs, widths, strict=True)] + [64 * 10])
     ends = np.rint(np.cumsum(sizes) / sizes.sum() * n_weights).astype(int)
     scaled = np.diff(ends, prepend=0).tolist()
-    return MaskLayout(tuple(f"layer{i}" for i in range(len(scaled))), tuple((size,) for size in scaled))
+    return WeightUnits(tuple(f"layer{i}" for i in range(len(scaled))), tuple((size,) for size in scaled))
 
 
 class Objective:

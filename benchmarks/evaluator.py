@@ -12,7 +12,7 @@ from paretoprune.devices import computes_bfloat16
 from paretoprune.evaluation.evaluator import PopulationEvaluator
 from paretoprune.evaluation.task import Task
 from paretoprune.masks.packed import PackedMasks
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.architectures import to_channels_last
 from paretoprune.settings import Compute, Judging
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ class EagerLoop:
         tuned: bfloat16 and channels last in cache-sized batches; otherwise float32 in large ones.
     """
 
-    def __init__(self, network: nn.Module, layout: MaskLayout, images: Tensor, *, tuned: bool) -> None:
+    def __init__(self, network: nn.Module, layout: WeightUnits, images: Tensor, *, tuned: bool) -> None:
         self._dense = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
         self._layout, self._images = layout, images
         self._network, self._batch_size = copy.deepcopy(network), USUAL_BATCH
@@ -116,7 +116,7 @@ def measure(depths: tuple[int, ...], n_images: int, repeats: int, data: Path | N
 def _measure(depth: int, images: Tensor, labels: Tensor, repeats: int, data: Path | None) -> dict[str, Any]:
     dtype = torch.bfloat16 if computes_bfloat16(torch.device("cpu")) else torch.float32
     network, n_images = resnet(depth, data), len(images)
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     mask = np.random.default_rng(0).random(layout.n_weights) < DENSITY
     packed = PackedMasks.pack(mask)
     task = Task(network, layout, images, labels, images[:0])
@@ -161,7 +161,7 @@ def measure_workers(depth: int, n_images: int, n_candidates: int, repeats: int, 
     torch.set_num_threads(1)
     images, labels = images_and_labels(n_images, data)
     network = resnet(depth, data)
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     masks = PackedMasks.pack(np.random.default_rng(0).random((n_candidates, layout.n_weights)) < DENSITY)
     task = Task(network, layout, images, labels, images[:0])
     evaluators = {f"workers_{n}": PopulationEvaluator(task, Judging(repair="none"), Compute(workers=n)) for n in (1, 2)}

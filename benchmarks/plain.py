@@ -15,7 +15,7 @@ import torch
 from paretoprune.evaluation.metrics import divergence, top1_error
 from paretoprune.masks.genomes import Genome
 from paretoprune.masks.packed import PackedMasks, pack_rows, unpack_row
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.repair.repairs import make_repair
 from paretoprune.search import search
 from paretoprune.search.corridor import Corridor
@@ -46,7 +46,7 @@ class PlainEvaluator:
     def __init__(
         self,
         network: nn.Module,
-        layout: MaskLayout,
+        layout: WeightUnits,
         images: Tensor,
         labels: Tensor,
         *,

@@ -8,7 +8,7 @@ import torch
 from paretoprune.evaluation.evaluator import PopulationEvaluator
 from paretoprune.evaluation.task import Task
 from paretoprune.masks.packed import PackedMasks
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.settings import Compute, Judging
 
 from benchmarks.engine import Case, measure_all
@@ -27,7 +27,7 @@ def _candidate(depth: int, n_images: int, data: Path | None) -> float:
     torch.set_num_threads(1)
     images, labels = images_and_labels(n_images + 128, data)
     network = resnet(depth, data)
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     task = Task(network, layout, images[:n_images], labels[:n_images], images[n_images:])
     evaluate = PopulationEvaluator(task, Judging(repair_images=None), Compute())
     mask = PackedMasks.pack(np.random.default_rng(0).random(layout.n_weights) < DENSITY)

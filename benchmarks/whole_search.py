@@ -20,7 +20,7 @@ from paretoprune.evaluation.evaluator import PopulationEvaluator
 from paretoprune.evaluation.task import Task
 from paretoprune.importance.allocation import STARTS, starting_allocations
 from paretoprune.importance.scores import compute_importance, flat_scores
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.search import search
 from paretoprune.search.corridor import Corridor, choose_anchors
 from paretoprune.search.search import Evaluate, SearchResult
@@ -43,7 +43,7 @@ def start_densities(population: int) -> list[float]:
 def both_phases(
     evaluate: Evaluate,
     search_corridor: Callable[..., SearchResult],
-    layout: MaskLayout,
+    layout: WeightUnits,
     scores: dict[str, np.ndarray],
     *,
     population: int,
@@ -115,7 +115,7 @@ def measure(
     everything, all_labels = images_and_labels(n_images + n_calibration, data)
     images, labels, calibration = everything[:n_images], all_labels[:n_images], everything[n_images:]
     network = resnet(depth, data)
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     sample = images[:N_GRADIENT_IMAGES], labels[:N_GRADIENT_IMAGES]
     scores = {name: flat_scores(compute_importance(name, network, layout, *sample, seed), layout) for name in SCORES}
     budget = {"population": population, "evaluations": population * generations, "seed": seed}

@@ -2,7 +2,7 @@
 
 import pytest
 from hypothesis import settings
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 
 # The same examples in every run, so that a red test is about the change at hand; no deadline, as machines differ.
 settings.register_profile("tests", deadline=None, max_examples=40, derandomize=True)
@@ -10,6 +10,6 @@ settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")
-def layout() -> MaskLayout:
+def layout() -> WeightUnits:
     """Three layers of 108, 216 and 70 weights; 394 in all, 10 bits into the seventh word."""
-    return MaskLayout(("conv1.weight", "conv2.weight", "linear.weight"), ((4, 3, 3, 3), (6, 4, 3, 3), (10, 7)))
+    return WeightUnits(("conv1.weight", "conv2.weight", "linear.weight"), ((4, 3, 3, 3), (6, 4, 3, 3), (10, 7)))

@@ -11,7 +11,7 @@ from paretoprune.evaluation.task import Task
 from paretoprune.evaluation.workers import can_fork
 from paretoprune.importance.layer_statistics import LayerStatistics
 from paretoprune.masks.packed import PackedMasks
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.repair.refit import Refit
 from paretoprune.settings import Compute, Judging
 from small_networks import calibration, digits, some_masks
@@ -31,7 +31,7 @@ def task_of(
     network: nn.Module, statistics: Mapping[str, LayerStatistics] | None = None, exclude: Sequence[str] = ()
 ) -> Task:
     """A network with the images of the tests."""
-    return Task(network, MaskLayout.of(network, exclude), *judged(), calibration(), statistics)
+    return Task(network, WeightUnits.of(network, exclude), *judged(), calibration(), statistics)
 
 
 def settings_of(repair: str, options: Mapping[str, Any]) -> tuple[Judging, Compute]:
@@ -70,10 +70,10 @@ def unpacked(masks: PackedMasks) -> list[np.ndarray]:
 
 def many_masks(network: nn.Module) -> PackedMasks:
     """Parents, and children that differ from them in the last layers only, some of them twice."""
-    layout, rng = MaskLayout.of(network), np.random.default_rng(5)
+    layout, rng = WeightUnits.of(network), np.random.default_rng(5)
     rows = unpacked(some_masks(network))
     for parent in (2, 4, 5):
-        for first in (layout.n_layers - 1, layout.n_layers - 2, layout.n_layers // 2):
+        for first in (layout.n_groups - 1, layout.n_groups - 2, layout.n_groups // 2):
             child = rows[parent].copy()
             later = np.arange(layout.n_weights) >= layout.offsets[first]
             child[later] ^= rng.random(int(later.sum())) < 0.1

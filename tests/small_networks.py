@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from paretoprune.masks.packed import PackedMasks
-from paretoprune.masks.units import MaskLayout, keep_top, ranks_within_layers
+from paretoprune.masks.units import WeightUnits, keep_top, ranks_within_groups
 from paretoprune.networks.architectures import CifarResNet
 from torch import Tensor, nn
 from torch.nn import functional
@@ -99,16 +99,16 @@ def trained(kind: str) -> nn.Module:
     return copy.deepcopy(_trained(kind))
 
 
-def magnitude_mask(network: nn.Module, layout: MaskLayout, density: float) -> np.ndarray:
+def magnitude_mask(network: nn.Module, layout: WeightUnits, density: float) -> np.ndarray:
     """bool (n_weights,): the same density in every layer, the largest weights kept."""
     parameters = dict(network.named_parameters())
     sizes = np.abs(layout.flatten({name: parameters[name].detach().numpy() for name in layout.names}))
-    return keep_top(ranks_within_layers(sizes, layout), np.rint(density * layout.sizes).astype(int).tolist(), layout)
+    return keep_top(ranks_within_groups(sizes, layout), np.rint(density * layout.sizes).astype(int).tolist(), layout)
 
 
 def some_masks(network: nn.Module, exclude: Sequence[str] = ()) -> PackedMasks:
     """All, nothing, random, and by magnitude, and one with a whole tensor gone."""
-    layout, rng = MaskLayout.of(network, exclude), np.random.default_rng(7)
+    layout, rng = WeightUnits.of(network, exclude), np.random.default_rng(7)
     rows = [np.ones(layout.n_weights, dtype=bool), np.zeros(layout.n_weights, dtype=bool)]
     rows += [rng.random(layout.n_weights) < density for density in (0.9, 0.5)]
     rows += [magnitude_mask(network, layout, density) for density in (0.6, 0.3, 0.1)]
@@ -142,7 +142,7 @@ def naive_network(network: nn.Module, mask: np.ndarray, repair: str, exclude: Se
     """
     pruned = copy.deepcopy(network)
     parameters = dict(pruned.named_parameters())
-    for name, part in MaskLayout.of(network, exclude).split(mask).items():
+    for name, part in WeightUnits.of(network, exclude).split(mask).items():
         parameters[name].data *= torch.from_numpy(part)
     if repair == "none":
         return pruned

@@ -21,7 +21,7 @@ from paretoprune.evaluation.workers import can_fork
 from paretoprune.fronts import non_dominated
 from paretoprune.importance.scores import compute_importance
 from paretoprune.masks.packed import PackedMasks
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.settings import Compute, Judging
 from small_networks import digits, magnitude_mask, n_hooks, numpy_state, states_equal, trained
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ def test_the_front_is_consistent() -> None:
 
 def test_the_front_is_no_worse_than_the_classical_allocations() -> None:
     front, network, (images, labels) = pruned(), trained("foreign"), part(1000, 1200)
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     task = Task(network, layout, images, labels, part(0, 400)[0])
     judge = PopulationEvaluator(task, Judging(repair_images=None), Compute())
     parameters = dict(network.named_parameters())
@@ -86,7 +86,7 @@ def test_the_front_is_no_worse_than_the_classical_allocations() -> None:
         for mask in (everywhere, magnitude_mask(network, layout, density)):
             error, found = judge(PackedMasks.pack(mask))[0]
             # One weight a layer for rounding, one image of 200 for calibration images in another order.
-            able = front.density <= found + layout.n_layers / layout.n_weights
+            able = front.density <= found + layout.n_groups / layout.n_weights
             assert front.error[able].min() <= error + 1.01 / 200
 
 
@@ -104,7 +104,7 @@ def test_the_member_closest_to_a_sparsity_is_found() -> None:
 
 def test_every_network_has_the_promised_sparsity_and_error() -> None:
     front, (images, labels) = pruned(), part(1000, 1200)
-    layout = MaskLayout.of(trained("foreign"))
+    layout = WeightUnits.of(trained("foreign"))
     for i in range(len(front)):
         network = front.network(i)
         parameters = dict(network.named_parameters())
@@ -180,7 +180,7 @@ def test_images_that_are_held_out_are_used_for_nothing_else(monkeypatch: pytest.
             given["calibration"] = set(task.calibration[:, 0, 0, 0].tolist())
             super().__init__(task, judging, compute)
 
-    def recording(score: str, network: nn.Module, layout: MaskLayout, images: Tensor, *rest: Any) -> dict[str, Tensor]:
+    def recording(score: str, network: nn.Module, layout: WeightUnits, images: Tensor, *rest: Any) -> dict[str, Tensor]:
         given[score] = set(images[:, 0, 0, 0].tolist())
         return compute_importance(score, network, layout, images, *rest)
 
@@ -262,7 +262,7 @@ def by_hand(repair: str) -> tuple[PopulationEvaluator, Finisher]:
     """An evaluator in float32 as the search makes its own, and what finishes networks."""
     images, (search_images, search_labels) = part(0, 400)[0], part(1000, 1200)
     calibration = images[np.random.default_rng(0).permutation(len(images))]
-    task = Task(trained("foreign"), MaskLayout.of(trained("foreign")), search_images, search_labels, calibration)
+    task = Task(trained("foreign"), WeightUnits.of(trained("foreign")), search_images, search_labels, calibration)
     settings = Judging(repair=repair, repair_images=256), Compute(precision="float32")
     return PopulationEvaluator(task, *settings), Finisher(task, *settings)
 
@@ -311,7 +311,7 @@ def test_a_re_fitted_front_is_consistent() -> None:
 
 def test_the_error_of_a_re_fitted_member_is_that_of_its_network() -> None:
     front, (images, labels), original = refitted(), part(1000, 1200), trained("residual")
-    layout = MaskLayout.of(original)
+    layout = WeightUnits.of(original)
     for i in range(len(front)):
         network = front.network(i)
         assert not network.training

@@ -10,7 +10,7 @@ import torch
 from paretoprune.evaluation.evaluator import PopulationEvaluator
 from paretoprune.evaluation.task import Task
 from paretoprune.masks.packed import PackedMasks
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.architectures import CifarResNet
 from paretoprune.search.corridor import Corridor, choose_anchors
 from paretoprune.search.search import search_corridor, search_thresholds
@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results.json"
 class Importance:
     """An error that falls with the importance kept."""
 
-    def __init__(self, layout: MaskLayout) -> None:
+    def __init__(self, layout: WeightUnits) -> None:
         self.scores = np.random.default_rng(2).exponential(size=layout.n_weights)
 
     def __call__(self, masks: PackedMasks) -> np.ndarray:
@@ -38,7 +38,7 @@ class Importance:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_plain_search_finds_the_same_front_draw_for_draw(layout: MaskLayout, seed: int) -> None:
+def test_the_plain_search_finds_the_same_front_draw_for_draw(layout: WeightUnits, seed: int) -> None:
     evaluate = Importance(layout)
     counts = [np.ceil(share * layout.sizes).astype(int) for share in (0.8, 0.4, 0.1)]
     before = search_thresholds(evaluate, layout, evaluate.scores, counts, evaluations=80, population=10, seed=seed)
@@ -65,7 +65,7 @@ def test_the_plain_search_finds_the_same_front_draw_for_draw(layout: MaskLayout,
 @pytest.mark.parametrize("repair", ["none", "batchnorm"])
 def test_the_plain_evaluator_and_ours_agree(repair: str, objective: str) -> None:
     network, (images, labels) = trained("residual"), digits()
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     masks = PackedMasks.pack(np.array([magnitude_mask(network, layout, d) for d in (1.0, 0.5, 0.2)]))
     arguments: dict[str, Any] = {"repair": repair, "calibration_images": images[:100], "objective": objective}
     theirs = plain.PlainEvaluator(network, layout, images[1000:1200], labels[1000:1200], **arguments)
@@ -85,7 +85,7 @@ def test_operations_of_a_network_are_counted_two_to_a_product() -> None:
 
 def test_both_eager_loops_give_the_masked_network_s_answers() -> None:
     network, (images, _) = trained("residual"), digits()
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     mask = magnitude_mask(network, layout, 0.5)
     masked = trained("residual")
     with torch.no_grad():

@@ -197,7 +197,7 @@ def test_a_saved_front_loads_as_it_was_without_pickle(tmp_path: Path, points: li
     loaded = Front.load(tmp_path / "front.npz")
     np.testing.assert_array_equal(loaded.masks.words, front.masks.words)
     np.testing.assert_array_equal(loaded.objectives, front.objectives)
-    assert loaded.masks.n_weights == N_WEIGHTS
+    assert loaded.masks.n_units == N_WEIGHTS
     assert loaded.stages == front.stages
     assert all(type(stage) is str for stage in loaded.stages)
 

@@ -12,7 +12,7 @@ from paretoprune.evaluation.judging import Judge
 from paretoprune.evaluation.metrics import divergence_of
 from paretoprune.evaluation.prefixes import PrefixCache
 from paretoprune.masks.packed import PackedMasks
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from small_networks import calibration, digits, some_masks, trained
 from torch import Tensor
 
@@ -28,7 +28,7 @@ def fused(kind: str, repair: str, dtype: torch.dtype = torch.float32) -> tuple[F
         part.to(dtype).contiguous(memory_format=torch.channels_last)
         for part in (images[1000 : 1000 + N_IMAGES], calibration())
     )
-    quick = FusedNetwork(network, MaskLayout.of(network), placed[:2], repair=repair, calibration_images=calibrating)
+    quick = FusedNetwork(network, WeightUnits.of(network), placed[:2], repair=repair, calibration_images=calibrating)
     with torch.inference_mode():
         quick.prepare(torch.ones(quick.layout.n_weights, dtype=torch.bool))
         dense = quick.answer(placed).double().log_softmax(1)

@@ -19,7 +19,7 @@ from paretoprune.evaluation.metrics import predict, top1_error
 from paretoprune.evaluation.task import Scores
 from paretoprune.importance.layer_statistics import collect_statistics
 from paretoprune.masks.packed import PackedMasks
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.repair.refit import Refit
 from small_networks import (
     calibration,
@@ -88,7 +88,7 @@ def test_buffers_that_a_forward_pass_changes_do_not_carry_over_to_the_next_mask(
             return self.inner(x) + passes * torch.arange(10)
 
     evaluate = evaluator(Counting(), "none")
-    mask = PackedMasks.pack(np.ones((1, MaskLayout.of(Counting()).n_weights), dtype=bool))
+    mask = PackedMasks.pack(np.ones((1, WeightUnits.of(Counting()).n_weights), dtype=bool))
     first = evaluate.score(mask)
     second = evaluate.score(mask)
     assert (first.error[0], first.divergence[0]) == (second.error[0], second.divergence[0])
@@ -137,7 +137,7 @@ def test_the_size_of_batches_does_not_change_what_is_found() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_agrees_with_float32(kind: str, repair: str) -> None:
     network = trained(kind)
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     masks = PackedMasks.pack(np.array([magnitude_mask(network, layout, d) for d in (1.0, 0.8, 0.6, 0.4)]))
     exact = evaluator(network, repair).score(masks)
     rough = evaluator(network, repair, precision="bfloat16").score(masks)
@@ -299,7 +299,7 @@ def test_a_worker_that_is_killed_changes_nothing(caplog: pytest.LogCaptureFixtur
 
 def test_candidates_that_answer_nan_get_the_worst_objectives() -> None:
     network = made(architectures.Plain)
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
 
     class Fragile(nn.Module):
         """Divides by a weight, so that without it nothing is left but NaN."""
@@ -339,7 +339,7 @@ def test_the_number_of_torch_s_threads_stays_what_it_was() -> None:
 
 def re_fitted(network: nn.Module, mask: np.ndarray) -> LayerwiseNetwork:
     """What repair `reconstruct` means, layer by layer, from its parts."""
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     statistics = collect_statistics(network, layout, calibration(), seed=0)
     plain = LayerwiseNetwork(
         network,
@@ -406,7 +406,7 @@ def test_what_is_computed_ahead_is_not_solved_again() -> None:
 
 def test_given_statistics_and_damping_are_used() -> None:
     network = trained("residual")
-    layout, masks = MaskLayout.of(network), some_masks(network)
+    layout, masks = WeightUnits.of(network), some_masks(network)
     statistics = collect_statistics(network, layout, calibration(), seed=0)
     found = evaluator(network, "reconstruct", objective="divergence", statistics=statistics)
     collected = evaluator(network, "reconstruct", objective="divergence")

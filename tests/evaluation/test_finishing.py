@@ -16,7 +16,7 @@ from paretoprune.evaluation.layerwise import LayerwiseNetwork
 from paretoprune.evaluation.metrics import predict, top1_error
 from paretoprune.importance.layer_statistics import collect_statistics
 from paretoprune.masks.packed import PackedMasks
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.repair.refit import Refit
 from small_networks import (
     calibration,
@@ -54,7 +54,7 @@ def test_built_networks_answer_as_the_naive_ones(kind: str, repair: str) -> None
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_built_network_has_the_judged_error_and_zeros_exactly_outside_the_mask(kind: str) -> None:
     network, (images, labels) = trained(kind), judged()
-    build, layout = finisher(network).build, MaskLayout.of(network)
+    build, layout = finisher(network).build, WeightUnits.of(network)
     masks = some_masks(network)
     errors = evaluator(network).score(masks).error
     originals = dict(network.named_parameters())
@@ -73,7 +73,7 @@ def test_a_built_network_has_the_judged_error_and_zeros_exactly_outside_the_mask
 
 def test_weights_that_are_not_prunable_keep_their_trained_values() -> None:
     network = trained("foreign")
-    built = finisher(network).build(np.zeros(MaskLayout.of(network).n_weights, dtype=bool))
+    built = finisher(network).build(np.zeros(WeightUnits.of(network).n_weights, dtype=bool))
     assert torch.equal(built.get_parameter("stem.bias"), network.get_parameter("stem.bias"))
     assert torch.equal(built.get_parameter("grouped_norm.weight"), network.get_parameter("grouped_norm.weight"))
 
@@ -116,7 +116,7 @@ def test_networks_are_built_in_float32_whatever_they_are_judged_in() -> None:
 
 def re_fitted(network: nn.Module, mask: np.ndarray) -> LayerwiseNetwork:
     """What repair `reconstruct` means, layer by layer, from its parts."""
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     statistics = collect_statistics(network, layout, calibration(), seed=0)
     plain = LayerwiseNetwork(
         network,
@@ -156,7 +156,7 @@ def test_a_network_that_cannot_be_traced_is_re_fitted_and_built_layer_by_layer(
 def test_layers_that_are_excluded_keep_their_weights_when_networks_are_finished() -> None:
     network = trained("residual")
     exclude = ["conv1.weight", "linear.weight"]
-    layout = MaskLayout.of(network, exclude)
+    layout = WeightUnits.of(network, exclude)
     built = finisher(network, "reconstruct", exclude=exclude).build(magnitude_mask(network, layout, 0.5))
     for name in ("conv1.weight", "linear.weight"):
         assert torch.equal(built.get_parameter(name), network.get_parameter(name))
@@ -208,7 +208,7 @@ def test_two_processes_finish_and_choose_anew_as_one_does() -> None:
     assert np.array_equal(scores.error, other_scores.error)
     assert np.array_equal(scores.divergence, other_scores.divergence)
     assert np.array_equal(chosen.words, other_chosen.words)
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     assert np.array_equal(layout.n_kept(chosen), layout.n_kept(masks))
     assert not np.array_equal(chosen.words, masks.words)
 
@@ -217,7 +217,7 @@ def test_two_processes_finish_and_choose_anew_as_one_does() -> None:
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=SHARED)])
 def test_of_a_finished_network_and_one_with_weights_chosen_anew_the_better_stays(objective: str, workers: int) -> None:
     network = trained("residual")
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     good = [magnitude_mask(network, layout, density) for density in (1.0, 0.6, 0.2, 0.1)]
     bad = np.random.default_rng(0).random((3, layout.n_weights)) < 0.3
     masks = PackedMasks.pack(np.array([*good, *bad]))
@@ -248,7 +248,7 @@ def test_nothing_is_chosen_anew_where_networks_are_not_refined(changed: dict[str
 
 def test_finished_networks_answer_more_like_the_dense_one_than_judged_ones() -> None:
     network = trained("residual")
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     masks = PackedMasks.pack(np.array([magnitude_mask(network, layout, density) for density in (0.7, 0.5, 0.3)]))
     evaluate = evaluator(network, "reconstruct")
     finishing = finisher(network, "reconstruct", refit=evaluate.refit)
@@ -274,7 +274,7 @@ def test_a_re_fitted_network_can_be_trained_further_and_leaves_the_evaluator_as_
 @pytest.mark.parametrize("kind", RECONSTRUCTED)
 def test_in_bfloat16_re_fitted_networks_are_judged_about_the_same_and_built_alike(kind: str) -> None:
     network = trained(kind)
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     masks = PackedMasks.pack(np.array([magnitude_mask(network, layout, d) for d in (1.0, 0.8, 0.6, 0.4)]))
     exact, rough = (evaluator(network, "reconstruct", precision=precision) for precision in ("float32", "bfloat16"))
     assert rough.precision == "bfloat16"

@@ -15,7 +15,7 @@ from paretoprune.evaluation.layerwise import LayerwiseNetwork
 from paretoprune.evaluation.metrics import predict
 from paretoprune.importance.layer_statistics import collect_statistics
 from paretoprune.masks.packed import pack_rows, unpack_row
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.tracing import Convolution, Cut, NotTraceableError
 from paretoprune.repair.refit import Refit
 from small_networks import calibration, digits, magnitude_mask, naive_network, some_masks, states_equal, trained
@@ -41,16 +41,16 @@ def judged(dtype: torch.dtype = torch.float32) -> Tensor:
     return placed(digits()[0][1000 : 1000 + N_IMAGES], dtype)
 
 
-def reconstruction_of(network: nn.Module, layout: MaskLayout, repair: str) -> Refit | None:
+def reconstruction_of(network: nn.Module, layout: WeightUnits, repair: str) -> Refit | None:
     if repair != "reconstruct":
         return None
     return Refit(network, layout, collect_statistics(network, layout, calibration(), seed=0))
 
 
 def fused(
-    network: nn.Module, repair: str, dtype: torch.dtype = torch.float32, layout: MaskLayout | None = None
+    network: nn.Module, repair: str, dtype: torch.dtype = torch.float32, layout: WeightUnits | None = None
 ) -> FusedNetwork:
-    layout = layout or MaskLayout.of(network)
+    layout = layout or WeightUnits.of(network)
     return FusedNetwork(
         network,
         layout,
@@ -62,7 +62,7 @@ def fused(
 
 
 def layerwise(network: nn.Module, repair: str) -> LayerwiseNetwork:
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     return LayerwiseNetwork(
         network,
         layout,
@@ -166,8 +166,8 @@ def test_layers_that_are_excluded_stay_dense(name: str, repair: str) -> None:
     network = network_of(name)
     exclude = {"residual": ["conv1.weight", "layer2.0.*"], "foreign": ["grouped.weight", "first.weight", "line.*"]}
     excluded = exclude.get(name, ["stem.weight", "excite.weight", "head.weight"])
-    layout = MaskLayout.of(network, excluded)
-    assert layout.n_layers < MaskLayout.of(network).n_layers
+    layout = WeightUnits.of(network, excluded)
+    assert layout.n_groups < WeightUnits.of(network).n_layers
     quick = fused(network, repair, layout=layout)
     for mask in (np.zeros(layout.n_weights, dtype=bool), magnitude_mask(network, layout, 0.4)):
         expected = predict(naive_network(network, mask, repair, excluded), judged(), N_IMAGES)
@@ -219,7 +219,7 @@ def test_neither_the_network_nor_the_images_are_changed(name: str) -> None:
     network, before = network_of(name), network_of(name)
     images, calibrating = judged(), placed(calibration())
     quick = FusedNetwork(
-        network, MaskLayout.of(network), images[:2], repair="batchnorm", calibration_images=calibrating
+        network, WeightUnits.of(network), images[:2], repair="batchnorm", calibration_images=calibrating
     )
     logits_of(quick, some_masks(network).unpack(5), images)
     assert states_equal(network, before)
@@ -233,7 +233,7 @@ def test_a_channel_that_pruning_has_made_constant_gives_the_shift_of_its_norm(dt
     network = made(lambda: nn.Sequential(*layers))
     # Biases that bfloat16 does not hold exactly.
     network.get_parameter("0.bias").data.copy_(torch.tensor([0.1, 0.3, -0.7, 1.1]))
-    nothing = np.zeros(MaskLayout.of(network).n_weights, dtype=bool)
+    nothing = np.zeros(WeightUnits.of(network).n_weights, dtype=bool)
     found = logits_of(fused(network, "batchnorm", dtype), nothing, judged(dtype))
     # The shift itself may be rounded to eight bits. The deviation of a constant channel counts as sqrt(eps) = 0.003,
     # and float32 sums of thousands of its values are 1e-5 off.
@@ -242,7 +242,7 @@ def test_a_channel_that_pruning_has_made_constant_gives_the_shift_of_its_norm(dt
 
 def test_weights_that_are_not_finite_can_be_pruned_away() -> None:
     network = trained("residual")
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     network.get_parameter("layer1.0.conv1.weight").data[0, 0, 0, 0] = torch.inf
     mask = np.ones(layout.n_weights, dtype=bool)
     mask[layout.offsets[layout.names.index("layer1.0.conv1.weight")]] = False
@@ -333,11 +333,11 @@ def test_a_run_from_a_cut_equals_the_whole_run_bit_for_bit(name: str, repair: st
 @pytest.mark.parametrize("name", WITH_CUTS)
 def test_activations_at_a_cut_depend_on_the_weights_before_it_only(name: str) -> None:
     network = network_of(name)
-    layout, quick = MaskLayout.of(network), fused(network, "batchnorm")
+    layout, quick = WeightUnits.of(network), fused(network, "batchnorm")
     rng = np.random.default_rng(0)
     for cut in quick.cuts:
         assert cut.parameters <= set(layout.names)
-        before = np.isin(layout.names, list(cut.parameters))[layout.layer_of]
+        before = np.isin(layout.names, list(cut.parameters))[layout.group_of]
         mask = rng.random(layout.n_weights) < 0.6
 
         def kept(mask: np.ndarray, cut: Cut = cut) -> Tensor:
@@ -352,7 +352,7 @@ def test_activations_at_a_cut_depend_on_the_weights_before_it_only(name: str) ->
         assert torch.equal(kept(np.where(before, mask, rng.random(layout.n_weights) < 0.3)), expected)
         for name_before in cut.parameters:
             other = mask.copy()
-            other[layout.layer_of == layout.names.index(name_before)] ^= True
+            other[layout.group_of == layout.names.index(name_before)] ^= True
             assert not torch.equal(kept(other), expected), name_before
 
 
@@ -410,7 +410,7 @@ def test_torchvision_s_networks_answer_as_layer_by_layer(name: str) -> None:
             for _ in range(8):
                 network(images)
     network.eval()
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     for repair in REPAIRS:
         options = {"repair": repair, "calibration_images": placed(images)}
         quick = FusedNetwork(network, layout, placed(images[:2]), **options)  # type: ignore[arg-type]

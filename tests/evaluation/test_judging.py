@@ -16,7 +16,7 @@ from paretoprune.evaluation.judging import Judge, Verdict
 from paretoprune.evaluation.metrics import divergence_of, image_losses
 from paretoprune.evaluation.prefixes import PrefixCache
 from paretoprune.masks.packed import PackedMasks
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from small_networks import calibration, digits, some_masks, trained
 from torch import Tensor
 
@@ -36,7 +36,7 @@ def judge(objective: str = "error", batch_size: int = 16, kind: str = "residual"
     network, (images, labels) = trained(kind), digits()
     images = placed(images[1000 : 1000 + N_IMAGES])
     quick = FusedNetwork(
-        network, MaskLayout.of(network), images[:2], repair=repair, calibration_images=placed(calibration())
+        network, WeightUnits.of(network), images[:2], repair=repair, calibration_images=placed(calibration())
     )
     with torch.inference_mode():
         quick.prepare(torch.ones(quick.layout.n_weights, dtype=torch.bool))

@@ -8,7 +8,7 @@ import torch
 from paretoprune.evaluation.layerwise import LayerwiseNetwork
 from paretoprune.evaluation.metrics import predict
 from paretoprune.importance.layer_statistics import collect_statistics
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.architectures import channels_last, to_channels_last
 from paretoprune.repair.refit import Refit
 from paretoprune.repair.repairs import make_repair
@@ -27,7 +27,7 @@ def judged() -> Tensor:
 def layerwise(network: nn.Module, repair: str, dtype: torch.dtype = torch.float32) -> LayerwiseNetwork:
     calibrating = calibration().to(dtype)
     return LayerwiseNetwork(
-        network, MaskLayout.of(network), calibrating[:2], repair=repair, calibration_images=calibrating
+        network, WeightUnits.of(network), calibrating[:2], repair=repair, calibration_images=calibrating
     )
 
 
@@ -86,7 +86,7 @@ def test_in_bfloat16_statistics_are_those_of_training_and_weights_are_rounded_on
 def test_an_infinite_weight_can_be_pruned_away() -> None:
     network = trained("foreign")
     network.get_parameter("stem.weight").data[0, 0, 0, 0] = torch.inf
-    mask = np.ones(MaskLayout.of(network).n_weights, dtype=bool)
+    mask = np.ones(WeightUnits.of(network).n_weights, dtype=bool)
     mask[0] = False
     assert bool(logits_of(layerwise(network, "none"), mask, judged()).isfinite().all())
 
@@ -96,7 +96,7 @@ def test_there_is_no_place_to_begin_later() -> None:
 
 
 def re_fitting(network: nn.Module, cache_mb: int = 64) -> tuple[LayerwiseNetwork, Refit]:
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     statistics = collect_statistics(network, layout, calibration(), seed=0)
     reconstruction = Refit(network, layout, statistics, cache_mb=cache_mb)
     plain = LayerwiseNetwork(

@@ -8,10 +8,10 @@ from paretoprune.evaluation.measurement import FRONT_COLUMNS, LAYER_COLUMNS, fro
 from paretoprune.evaluation.metrics import predict, top1_error
 from paretoprune.fronts import Front
 from paretoprune.masks.packed import PackedMasks
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from small_networks import digits, magnitude_mask, trained
 
-LAYOUT = MaskLayout.of(trained("foreign"))
+LAYOUT = WeightUnits.of(trained("foreign"))
 
 
 def some_front() -> Front:

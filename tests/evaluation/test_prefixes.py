@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paretoprune.evaluation.prefixes import NO_PLAN, Plan, PrefixCache
 from paretoprune.masks.packed import pack_rows
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.tracing import Cut
 from torch import fx
 
 N_IMAGES, N_CALIBRATION = 5, 3
-LAYOUT = MaskLayout(("a", "b", "c", "d"), ((30,), (50,), (70,), (11,)))
+LAYOUT = WeightUnits(("a", "b", "c", "d"), ((30,), (50,), (70,), (11,)))
 
 
 def cuts() -> list[Cut]:

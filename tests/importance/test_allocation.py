@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from paretoprune.importance.allocation import ALLOCATIONS, STARTS, allocate, starting_allocations
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 
 SHAPES = st.lists(
     st.one_of(
@@ -17,8 +17,8 @@ SHAPES = st.lists(
 )
 
 
-def layout_of(shapes: list[tuple[int, ...]]) -> MaskLayout:
-    return MaskLayout(tuple(f"layer{i}" for i in range(len(shapes))), tuple(shapes))
+def layout_of(shapes: list[tuple[int, ...]]) -> WeightUnits:
+    return WeightUnits(tuple(f"layer{i}" for i in range(len(shapes))), tuple(shapes))
 
 
 @pytest.mark.parametrize("rule", ALLOCATIONS)
@@ -86,24 +86,24 @@ def test_erdos_renyi_kernel_is_proportional_to_the_sum_of_dimensions_where_nothi
 
 
 @pytest.mark.parametrize("rule", ALLOCATIONS)
-def test_the_ends_keep_nothing_and_everything(rule: str, layout: MaskLayout) -> None:
+def test_the_ends_keep_nothing_and_everything(rule: str, layout: WeightUnits) -> None:
     scores = np.arange(layout.n_weights, dtype=float)
     assert allocate(rule, scores, layout, 0.0).tolist() == [0, 0, 0]
     assert allocate(rule, scores, layout, 1.0).tolist() == layout.sizes.tolist()
 
 
-def test_an_unknown_rule_is_refused_with_the_known_ones(layout: MaskLayout) -> None:
+def test_an_unknown_rule_is_refused_with_the_known_ones(layout: WeightUnits) -> None:
     with pytest.raises(ValueError, match="among uniform, global, erdos_renyi_kernel, found 'lamp'"):
         allocate("lamp", np.zeros(layout.n_weights), layout, 0.5)
 
 
 @pytest.mark.parametrize("density", [-0.1, 1.1, 80.0, float("nan")])
-def test_a_density_that_is_no_share_is_refused(density: float, layout: MaskLayout) -> None:
+def test_a_density_that_is_no_share_is_refused(density: float, layout: WeightUnits) -> None:
     with pytest.raises(ValueError, match="expected a density between 0 and 1"):
         allocate("uniform", np.zeros(layout.n_weights), layout, density)
 
 
-def test_starts_follow_their_own_scores_at_every_density(layout: MaskLayout) -> None:
+def test_starts_follow_their_own_scores_at_every_density(layout: WeightUnits) -> None:
     rng = np.random.default_rng(0)
     scores = {"magnitude": rng.random(layout.n_weights), "lamp": rng.random(layout.n_weights)}
     found = starting_allocations(["lamp", "uniform", "global_magnitude"], [0.5, 0.1], scores, layout)
@@ -116,12 +116,12 @@ def test_starts_follow_their_own_scores_at_every_density(layout: MaskLayout) -> 
 
 
 @pytest.mark.parametrize("name", STARTS)
-def test_every_start_adds_up(name: str, layout: MaskLayout) -> None:
+def test_every_start_adds_up(name: str, layout: WeightUnits) -> None:
     scores = dict.fromkeys(("magnitude", "lamp", "elimination"), np.arange(layout.n_weights, dtype=float))
     (counts,) = starting_allocations([name], [0.25], scores, layout)
     assert counts.sum() == round(0.25 * layout.n_weights)
 
 
-def test_unknown_starts_are_all_named(layout: MaskLayout) -> None:
+def test_unknown_starts_are_all_named(layout: WeightUnits) -> None:
     with pytest.raises(ValueError, match="found global, snip"):
         starting_allocations(["uniform", "global", "snip"], [0.5], {}, layout)

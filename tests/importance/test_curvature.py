@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from paretoprune import curvature as module
 from paretoprune.importance.curvature import curvature_scores, damped, eliminate_row, elimination_losses, single_losses
 from paretoprune.importance.layer_statistics import LayerStatistics, collect_statistics
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from small_networks import calibration, trained
 from torch import Tensor
 
@@ -209,7 +209,7 @@ def test_a_tensor_without_statistics_is_scored_by_its_squares_and_named(caplog: 
 @pytest.mark.parametrize("kind", ["residual", "foreign"])
 def test_scores_of_trained_networks_are_finite_and_fit_their_tensors(kind: str, exact: bool) -> None:
     network = trained(kind)
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     # So few images that no layer is determined by them.
     for images in (calibration(), calibration()[:3]):
         statistics = collect_statistics(network, layout, images, seed=0)

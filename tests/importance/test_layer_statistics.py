@@ -26,7 +26,7 @@ from paretoprune.importance.layer_statistics import (
     some_positions,
     weight_rows,
 )
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from small_networks import calibration, digits, n_hooks, states_equal, trained
 from torch import Tensor, nn
 from torch.nn import functional
@@ -44,7 +44,7 @@ def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
 
 def collected(network: nn.Module, images: Tensor | None = None, **options: Any) -> dict[str, LayerStatistics]:
     settings: dict[str, Any] = {"seed": 0} | options
-    return collect_statistics(network, MaskLayout.of(network), calibration() if images is None else images, **settings)
+    return collect_statistics(network, WeightUnits.of(network), calibration() if images is None else images, **settings)
 
 
 # What a layer sees
@@ -179,7 +179,7 @@ def test_small_variations_about_a_large_mean_are_resolved(level: float) -> None:
 def naive_moments(network: nn.Module, name: str, images: Tensor, *, free: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, covariance and curvature of a tensor's columns over all images at once, all positions, in float64."""
     network = copy.deepcopy(network).eval().double()
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     seen: list[Tensor] = []
     handles = [
         module.register_forward_hook(lambda module, inputs, output: seen.append(columns(module, inputs[0])))
@@ -267,7 +267,7 @@ def test_transposed_convolutions_and_idle_layers_have_no_statistics() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.inner(x)
 
-    layout = MaskLayout.of(Idle())
+    layout = WeightUnits.of(Idle())
     assert {"inner.up.weight", "idle.weight"} <= set(layout.names)
     assert set(layout.names) - set(collected(Idle())) == {"inner.up.weight", "idle.weight"}
     assert "inner.up.weight" not in prunable_modules(Idle(), layout)
@@ -275,7 +275,7 @@ def test_transposed_convolutions_and_idle_layers_have_no_statistics() -> None:
 
 def test_layers_that_are_excluded_have_no_statistics() -> None:
     network = trained("residual")
-    layout = MaskLayout.of(network, ["conv1.weight", "layer2.*"])
+    layout = WeightUnits.of(network, ["conv1.weight", "layer2.*"])
     assert set(collect_statistics(network, layout, calibration(), seed=0)) == set(layout.names)
 
 
@@ -313,7 +313,7 @@ def test_sensitivity_of_a_linear_network_is_known_exactly() -> None:
 def test_sensitivity_is_the_expected_square_of_the_jacobian(name: str) -> None:
     network = trained(name) if name in ("residual", "foreign") else made(ARCHITECTURES[name])
     images = digits()[0][:40]
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     draws = [collected(network, images, seed=seed) for seed in range(12)]
     plain = copy.deepcopy(network)
     made_by: dict[str, list[Tensor]] = {}

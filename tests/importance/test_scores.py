@@ -9,7 +9,7 @@ import torch
 from paretoprune.importance.curvature import curvature_scores
 from paretoprune.importance.layer_statistics import collect_statistics
 from paretoprune.importance.scores import CURVATURE_SCORES, SCORES, compute_importance, flat_scores
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from small_networks import Foreign, digits, n_hooks, states_equal, trained
 from torch import Tensor, nn
 from torch.func import functional_call, grad
@@ -42,7 +42,7 @@ def scores_of(
     return compute_importance(
         name,
         network,
-        MaskLayout.of(network),
+        WeightUnits.of(network),
         found if images is None else images,
         answers if labels is None else labels,
         seed,
@@ -165,7 +165,7 @@ def test_random_scores_depend_on_the_seed_only() -> None:
 @pytest.mark.parametrize("name", list(SCORES))
 def test_every_score_covers_every_prunable_weight_and_changes_nothing(name: str) -> None:
     network = trained("foreign").train()
-    before, layout, state = copy.deepcopy(network), MaskLayout.of(network), torch.get_rng_state()
+    before, layout, state = copy.deepcopy(network), WeightUnits.of(network), torch.get_rng_state()
     scores = scores_of(name, network)
     assert tuple(scores) == layout.names
     for tensor, shape in zip(scores.values(), layout.shapes, strict=True):
@@ -236,7 +236,7 @@ def test_scores_that_need_no_gradients_need_no_images() -> None:
 
 def test_flat_scores_lie_in_mask_order() -> None:
     network = trained("foreign")
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     scores = scores_of("magnitude", network)
     flat = flat_scores(dict(reversed(scores.items())), layout)
     assert flat.dtype == np.float32
@@ -248,7 +248,7 @@ def test_flat_scores_lie_in_mask_order() -> None:
 @pytest.mark.parametrize("name", ["curvature", "elimination"])
 def test_scores_by_curvature_are_those_of_the_layer_statistics(name: str) -> None:
     network = trained("foreign")
-    layout, (images, labels) = MaskLayout.of(network), some_images(100)
+    layout, (images, labels) = WeightUnits.of(network), some_images(100)
     statistics = collect_statistics(network, layout, images, seed=3)
     given = compute_importance(name, network, layout, images[:0], labels[:0], 0, statistics)
     collected = compute_importance(name, network, layout, images, labels, 3)
@@ -267,10 +267,10 @@ def test_a_weight_that_others_can_stand_in_for_matters_less_by_curvature_than_by
     x[:, 1] = x[:, 0] + 0.01 * x[:, 1]
     network = nn.Linear(3, 2)
     network.weight.data = torch.tensor([[1.0, 1.0, 0.5], [1.0, -1.0, 0.5]])
-    statistics = collect_statistics(network, MaskLayout.of(network), x, seed=0)
+    statistics = collect_statistics(network, WeightUnits.of(network), x, seed=0)
     for name in CURVATURE_SCORES:
         scores = compute_importance(
-            name, network, MaskLayout.of(network), x, torch.zeros(500, dtype=torch.long), 0, statistics
+            name, network, WeightUnits.of(network), x, torch.zeros(500, dtype=torch.long), 0, statistics
         )["weight"]
         assert scores[0, :2].min() < 0.1 * scores[0, 2]
         if name == "elimination":
@@ -281,7 +281,7 @@ def test_a_weight_that_others_can_stand_in_for_matters_less_by_curvature_than_by
 @pytest.mark.parametrize("name", ["curvature", "elimination"])
 def test_scores_by_curvature_change_nothing(name: str) -> None:
     network = trained("foreign").train()
-    before, layout, state = copy.deepcopy(network), MaskLayout.of(network), torch.get_rng_state()
+    before, layout, state = copy.deepcopy(network), WeightUnits.of(network), torch.get_rng_state()
     scores = scores_of(name, network)
     assert tuple(scores) == layout.names
     for tensor, shape in zip(scores.values(), layout.shapes, strict=True):
@@ -301,7 +301,7 @@ def test_scores_by_curvature_need_images_and_name_what_is_not_finite(name: str) 
     with pytest.raises(ValueError, match="layer statistics need calibration images"):
         scores_of(name, small_network(), images, labels)
     network = small_network()
-    statistics = collect_statistics(network, MaskLayout.of(network), some_images()[0], seed=0)
+    statistics = collect_statistics(network, WeightUnits.of(network), some_images()[0], seed=0)
     network.get_parameter("4.weight").data[0, 0] = math.nan
     with pytest.raises(ValueError, match=rf"importance '{name}' is not finite in '4\.weight'"):
-        compute_importance(name, network, MaskLayout.of(network), images, labels, 0, statistics)
+        compute_importance(name, network, WeightUnits.of(network), images, labels, 0, statistics)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paretoprune.masks.genomes import Genome
 from paretoprune.masks.packed import PackedMasks, fingerprint, n_words_for, pack_rows, unpack_row
-from paretoprune.masks.units import MaskLayout, keep_top, ranks_within_layers
+from paretoprune.masks.units import WeightUnits, keep_top, ranks_within_groups
 
 
 def random_masks(n_masks: int, n_weights: int, seed: int = 0) -> np.ndarray:
@@ -17,8 +17,8 @@ def random_masks(n_masks: int, n_weights: int, seed: int = 0) -> np.ndarray:
     return rng.random((n_masks, n_weights)) < rng.random((n_masks, 1))
 
 
-def flat_layout(sizes: list[int]) -> MaskLayout:
-    return MaskLayout(tuple(f"layer{i}" for i in range(len(sizes))), tuple((size,) for size in sizes))
+def flat_layout(sizes: list[int]) -> WeightUnits:
+    return WeightUnits(tuple(f"layer{i}" for i in range(len(sizes))), tuple((size,) for size in sizes))
 
 
 @given(n_masks=st.integers(0, 4), n_weights=st.integers(1, 200), seed=st.integers(0, 2**32 - 1))
@@ -174,20 +174,20 @@ def test_saved_masks_load_as_they_were(tmp_path: Path) -> None:
     packed = PackedMasks.pack(random_masks(3, 70))
     packed.save(tmp_path / "masks.npz")
     loaded = PackedMasks.load(tmp_path / "masks.npz")
-    assert loaded.n_weights == 70
+    assert loaded.n_units == 70
     assert loaded.words.dtype == np.uint64
     np.testing.assert_array_equal(loaded.words, packed.words)
 
 
-def test_a_layout_knows_where_each_layer_lies(layout: MaskLayout) -> None:
+def test_a_layout_knows_where_each_layer_lies(layout: WeightUnits) -> None:
     assert layout.n_weights == 394
-    assert layout.n_layers == 3
+    assert layout.n_groups == 3
     assert layout.sizes.tolist() == [108, 216, 70]
     assert layout.offsets.tolist() == [0, 108, 324, 394]
-    np.testing.assert_array_equal(layout.layer_of, np.repeat([0, 1, 2], [108, 216, 70]))
+    np.testing.assert_array_equal(layout.group_of, np.repeat([0, 1, 2], [108, 216, 70]))
 
 
-def test_splitting_undoes_flattening(layout: MaskLayout) -> None:
+def test_splitting_undoes_flattening(layout: WeightUnits) -> None:
     flat = np.arange(layout.n_weights)
     parts = layout.split(flat)
     assert [part.shape for part in parts.values()] == list(layout.shapes)
@@ -196,7 +196,7 @@ def test_splitting_undoes_flattening(layout: MaskLayout) -> None:
     np.testing.assert_array_equal(layout.flatten(reordered | {"another": np.zeros(3)}), flat)
 
 
-def test_flattening_names_the_tensor_that_does_not_fit(layout: MaskLayout) -> None:
+def test_flattening_names_the_tensor_that_does_not_fit(layout: WeightUnits) -> None:
     parts = layout.split(np.arange(layout.n_weights))
     with pytest.raises(ValueError, match=r"expected 'linear.weight' of shape \(10, 7\), found \(7, 10\)"):
         layout.flatten(parts | {"linear.weight": np.zeros((7, 10))})
@@ -217,7 +217,7 @@ def test_kept_weights_are_counted_per_layer(sizes: list[int], n_masks: int) -> N
 
 
 def test_ranks_follow_the_scores_and_break_ties_by_position() -> None:
-    ranks = ranks_within_layers(np.array([2.0, 5.0, 2.0, 7.0, 0.0, 0.0]), flat_layout([4, 2]))
+    ranks = ranks_within_groups(np.array([2.0, 5.0, 2.0, 7.0, 0.0, 0.0]), flat_layout([4, 2]))
     assert ranks.tolist() == [2, 1, 3, 0, 0, 1]
 
 
@@ -226,7 +226,7 @@ def test_exactly_the_wanted_number_is_kept_under_ties(sizes: list[int], values: 
     several = flat_layout(sizes)
     scores = np.array(data.draw(st.lists(st.integers(0, values), min_size=sum(sizes), max_size=sum(sizes))), float)
     wanted = [data.draw(st.integers(0, size)) for size in sizes]
-    kept = keep_top(ranks_within_layers(scores, several), wanted, several)
+    kept = keep_top(ranks_within_groups(scores, several), wanted, several)
     assert kept.dtype == bool
     for mask, score, n in zip(several.split(kept).values(), several.split(scores).values(), wanted, strict=True):
         assert mask.sum() == n
@@ -236,7 +236,7 @@ def test_exactly_the_wanted_number_is_kept_under_ties(sizes: list[int], values: 
 
 def test_kept_sets_nest_as_the_number_grows() -> None:
     one = flat_layout([30])
-    ranks = ranks_within_layers(np.random.default_rng(0).integers(0, 4, 30).astype(float), one)
+    ranks = ranks_within_groups(np.random.default_rng(0).integers(0, 4, 30).astype(float), one)
     masks = [keep_top(ranks, [n], one) for n in range(31)]
     assert all(not np.any(fewer & ~more) for fewer, more in pairwise(masks))
 
@@ -248,49 +248,49 @@ class TestLayoutOfNetworks:
         from torch import nn
 
         network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(8, 2))
-        found = MaskLayout.of(network)
+        found = WeightUnits.of(network)
         assert found.names == ("0.weight", "3.weight")
         assert found.shapes == ((4, 3, 3, 3), (2, 8))
 
     def test_a_single_layer_is_a_network_too(self) -> None:
         from torch import nn
 
-        assert MaskLayout.of(nn.Linear(3, 2)).names == ("weight",)
+        assert WeightUnits.of(nn.Linear(3, 2)).names == ("weight",)
 
     def test_a_shared_weight_appears_once(self) -> None:
         from torch import nn
 
         network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
         network[2].weight = network[0].weight
-        assert MaskLayout.of(network).names == ("0.weight", "1.weight")
+        assert WeightUnits.of(network).names == ("0.weight", "1.weight")
 
     def test_excluded_patterns_stay_dense(self) -> None:
         from torch import nn
 
         network = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4), nn.Linear(4, 5))
-        assert MaskLayout.of(network, ["0.*", "2.weight"]).names == ("1.weight",)
+        assert WeightUnits.of(network, ["0.*", "2.weight"]).names == ("1.weight",)
 
     def test_a_pattern_that_matches_nothing_is_refused(self) -> None:
         from torch import nn
 
         with pytest.raises(ValueError, match=r"exclude pattern 'conv1\.\*' matches none .*\(weight\)"):
-            MaskLayout.of(nn.Linear(2, 3), ["conv1.*"])
+            WeightUnits.of(nn.Linear(2, 3), ["conv1.*"])
 
     def test_excluding_everything_is_refused(self) -> None:
         from torch import nn
 
         with pytest.raises(ValueError, match=r"outside exclude=\['\*'\]; exclude less"):
-            MaskLayout.of(nn.Linear(2, 3), ["*"])
+            WeightUnits.of(nn.Linear(2, 3), ["*"])
 
     def test_a_network_without_prunable_layers_is_refused(self) -> None:
         from torch import nn
 
         with pytest.raises(ValueError, match="at least one convolution or linear layer to prune, found none in this"):
-            MaskLayout.of(nn.BatchNorm2d(3))
+            WeightUnits.of(nn.BatchNorm2d(3))
 
     def test_a_weight_that_is_computed_from_others_is_refused(self) -> None:
         from torch import nn
         from torch.nn.utils.parametrizations import weight_norm
 
         with pytest.raises(ValueError, match=r"'0\.weight' is computed from other tensors"):
-            MaskLayout.of(nn.Sequential(weight_norm(nn.Linear(2, 3))))
+            WeightUnits.of(nn.Sequential(weight_norm(nn.Linear(2, 3))))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from paretoprune.evaluation.metrics import divergence, predict
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.repair.batchnorm import Recalibration
 from paretoprune.repair.repairs import make_repair
 from small_networks import digits, magnitude_mask, n_hooks, states_equal, trained
@@ -96,7 +96,7 @@ def test_the_dense_network_keeps_its_outputs(kind: str) -> None:
 
 def test_repair_brings_a_very_sparse_network_closer_to_the_dense_one() -> None:
     dense, images = trained("residual"), digits()[0][1000:]
-    layout = MaskLayout.of(dense)
+    layout = WeightUnits.of(dense)
     answers = predict(dense, images, 64).double().log_softmax(1)
     repair = Recalibration(dense, calibration())
     for density in (0.5, 0.3, 0.2):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from paretoprune.evaluation.layerwise import LayerwiseNetwork
 from paretoprune.importance.curvature import damped
 from paretoprune.importance.layer_statistics import LayerStatistics, collect_statistics, prunable_modules, rows
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.repair import refit as module
 from paretoprune.repair.refit import Refit, refit, refitted_costs
 from small_networks import calibration, digits, magnitude_mask, some_masks, states_equal, trained
@@ -202,12 +202,12 @@ def network_of(name: str) -> nn.Module:
 
 
 def prepared(network: nn.Module, **options: Any) -> tuple[Refit, dict[str, LayerStatistics]]:
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     statistics = collect_statistics(network, layout, calibration(), seed=0, positions=None)
     return Refit(network, layout, statistics, **options), statistics
 
 
-def parts_of(layout: MaskLayout, mask: np.ndarray) -> dict[str, Tensor]:
+def parts_of(layout: WeightUnits, mask: np.ndarray) -> dict[str, Tensor]:
     return {name: torch.from_numpy(part.copy()) for name, part in layout.split(mask).items()}
 
 
@@ -298,7 +298,7 @@ def test_corrected_biases_keep_the_mean_outputs_of_the_dense_layer(name: str) ->
 
 def test_biases_are_left_alone_where_a_layer_may_not_shift_and_where_its_weights_are_not_given() -> None:
     network = trained("foreign")
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     statistics = collect_statistics(network, layout, calibration(), seed=0)
     reconstruction = Refit(network, layout, statistics)
     weights = reconstruction(torch.zeros(layout.n_weights, dtype=torch.bool))
@@ -336,15 +336,15 @@ def test_layers_are_solved_once_and_forgotten_when_memory_runs_out() -> None:
     layout = reconstruction.layout
     masks = [torch.from_numpy(magnitude_mask(network, layout, density)) for density in (0.2, 0.4, 0.6, 0.8)]
     first = [reconstruction(mask) for mask in masks]
-    assert (reconstruction.n_solved, reconstruction.n_reused) == (4 * layout.n_layers, 0)
+    assert (reconstruction.n_solved, reconstruction.n_reused) == (4 * layout.n_groups, 0)
     again = [reconstruction(mask) for mask in masks]
-    assert (reconstruction.n_solved, reconstruction.n_reused) == (4 * layout.n_layers, 4 * layout.n_layers)
+    assert (reconstruction.n_solved, reconstruction.n_reused) == (4 * layout.n_groups, 4 * layout.n_groups)
     assert all(a[name] is b[name] for a, b in zip(first, again, strict=True) for name in layout.names)
     # A layer of its own changes, and is the only one that is solved.
     other = masks[0].clone()
     other[:5] ^= True
     reconstruction(other)
-    assert reconstruction.n_solved == 4 * layout.n_layers + 1
+    assert reconstruction.n_solved == 4 * layout.n_groups + 1
 
     none, _ = prepared(network, cache_mb=0)
     for mask, expected in zip(masks * 2, first * 2, strict=True):
@@ -388,7 +388,7 @@ def test_the_network_is_left_as_it_is() -> None:
 
 def test_statistics_of_another_network_are_refused() -> None:
     network = trained("residual")
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     wide = LayerStatistics(torch.eye(10)[None], torch.zeros(1, 10), torch.ones(6), 100, True)
     with pytest.raises(ValueError, match=r"the statistics of 'conv1.weight' are for 6 x 10 weights, found 54; compute"):
         Refit(network, layout, {"conv1.weight": wide})

@@ -11,7 +11,7 @@ import torch
 from architectures import ARCHITECTURES, Small, conv, made
 from paretoprune.evaluation.layerwise import LayerwiseNetwork
 from paretoprune.importance.layer_statistics import collect_statistics
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.tracing import NotTraceableError
 from paretoprune.repair.refit import Refit
 from paretoprune.repair.sequential import Refined, SequentialRefit
@@ -75,7 +75,7 @@ class Refiner:
     """A network with all that refining it needs."""
 
     def __init__(self, network: nn.Module, images: Tensor | None = None) -> None:
-        self.network, self.layout = network, MaskLayout.of(network)
+        self.network, self.layout = network, WeightUnits.of(network)
         self.images = calibration() if images is None else images
         self.statistics = collect_statistics(network, self.layout, self.images, seed=0)
         self.reconstruction = Refit(network, self.layout, self.statistics)
@@ -109,7 +109,7 @@ def refiner_of(name: str) -> Refiner:
     return Refiner(network_of(name))
 
 
-def weights_of(layout: MaskLayout, network: nn.Module) -> dict[str, Tensor]:
+def weights_of(layout: WeightUnits, network: nn.Module) -> dict[str, Tensor]:
     return {name: network.get_parameter(name).detach() for name in layout.names}
 
 
@@ -309,7 +309,7 @@ def test_a_batch_norm_that_runs_several_times_is_corrected_at_its_first_run() ->
 
 def test_layers_that_are_not_pruned_or_have_no_statistics_keep_their_weights() -> None:
     network = trained("residual")
-    layout = MaskLayout.of(network, ["conv1.weight", "layer2.*"])
+    layout = WeightUnits.of(network, ["conv1.weight", "layer2.*"])
     statistics = collect_statistics(network, layout, calibration(), seed=0)
     del statistics["linear.weight"]
     kept = torch.from_numpy(magnitude_mask(network, layout, 0.4))
@@ -349,7 +349,7 @@ def test_a_refined_network_can_be_trained_further() -> None:
 
 def test_a_network_that_cannot_be_traced_is_refused() -> None:
     network = made(architectures.Branching)
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     refit = Refit(network, layout, collect_statistics(network, layout, calibration(), seed=0))
     with pytest.raises(NotTraceableError, match="control flow"):
         SequentialRefit(network, refit, calibration())

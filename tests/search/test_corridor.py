@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paretoprune.fronts import Front
 from paretoprune.masks.packed import PackedMasks, pack_rows, unpack_row
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.search.corridor import Corridor, anchors_between, choose_anchors, corridors_of, describe_corridor
 
 # Sparsest first; with a dense error of 0.1 and guessing at 0.9, a tolerance t allows errors up to 0.1 + 0.8 t.
@@ -22,7 +22,7 @@ def random_corridor(sizes: list[int], seed: int) -> Corridor:
     n = sum(sizes)
     light, heavy = rng.random(n) < 0.7, rng.random(n) < 0.3
     light[0], heavy[0] = True, False
-    layout = MaskLayout(tuple(f"layer{i}" for i in range(len(sizes))), tuple((size,) for size in sizes))
+    layout = WeightUnits(tuple(f"layer{i}" for i in range(len(sizes))), tuple((size,) for size in sizes))
     return Corridor.between(light, heavy, layout)
 
 
@@ -48,7 +48,7 @@ def test_anchors_that_do_not_nest_both_lie_in_the_corridor(sizes: list[int], see
     rng = np.random.default_rng(seed)
     light, heavy = rng.random(sum(sizes)) < 0.6, rng.random(sum(sizes)) < 0.4
     light[0] = not heavy[0]
-    layout = MaskLayout(tuple(map(str, range(len(sizes)))), tuple((size,) for size in sizes))
+    layout = WeightUnits(tuple(map(str, range(len(sizes)))), tuple((size,) for size in sizes))
     corridor = Corridor.between(light, heavy, layout)
     lower, upper = ends(corridor)
     for anchor in (light, heavy):
@@ -88,19 +88,19 @@ def test_the_layers_and_their_rankings_cover_what_is_searched_once(sizes: list[i
     assert all(np.all(np.diff(scores[order]) > 0) for order in bits)
 
 
-def test_identical_anchors_are_refused(layout: MaskLayout) -> None:
+def test_identical_anchors_are_refused(layout: WeightUnits) -> None:
     mask = np.arange(layout.n_weights) % 2 == 0
     with pytest.raises(ValueError, match="the same mask, so there is nothing between them to search; choose `anchors`"):
         Corridor.between(mask, mask, layout)
 
 
-def test_a_lower_end_outside_the_upper_one_is_refused(layout: MaskLayout) -> None:
+def test_a_lower_end_outside_the_upper_one_is_refused(layout: WeightUnits) -> None:
     upper = np.arange(layout.n_weights) % 2 == 0
     with pytest.raises(ValueError, match="must lie inside its upper end"):
         Corridor(pack_rows(~upper[None])[0], pack_rows(upper[None])[0], layout)
 
 
-def test_ends_of_another_length_are_refused(layout: MaskLayout) -> None:
+def test_ends_of_another_length_are_refused(layout: WeightUnits) -> None:
     with pytest.raises(ValueError, match="expected uint64 words of shape"):
         Corridor(pack_rows(np.zeros((1, 70), dtype=bool))[0], pack_rows(np.ones((1, 70), dtype=bool))[0], layout)
 
@@ -164,7 +164,7 @@ def test_the_corridor_around_masks_is_the_smallest_that_holds_them(sizes: list[i
     rng = np.random.default_rng(seed)
     masks = rng.random((n + 1, sum(sizes))) < 0.5
     masks[0, 0], masks[1, 0] = True, False
-    layout = MaskLayout(tuple(map(str, range(len(sizes)))), tuple((size,) for size in sizes))
+    layout = WeightUnits(tuple(map(str, range(len(sizes)))), tuple((size,) for size in sizes))
     corridor = Corridor.around(PackedMasks.pack(masks), layout)
     lower, upper = ends(corridor)
     np.testing.assert_array_equal(lower, masks.all(axis=0))
@@ -175,14 +175,14 @@ def test_the_corridor_around_masks_is_the_smallest_that_holds_them(sizes: list[i
     np.testing.assert_array_equal(np.stack([two.lower, two.upper]), np.stack([between.lower, between.upper]))
 
 
-def test_the_corridor_around_one_mask_is_refused(layout: MaskLayout) -> None:
+def test_the_corridor_around_one_mask_is_refused(layout: WeightUnits) -> None:
     with pytest.raises(ValueError, match="nothing between them to search"):
         Corridor.around(PackedMasks.pack(np.ones((1, layout.n_weights), dtype=bool)), layout)
 
 
 @given(SIZES)
 def test_everything_is_searched_without_a_corridor(sizes: list[int]) -> None:
-    layout = MaskLayout(tuple(map(str, range(len(sizes)))), tuple((size,) for size in sizes))
+    layout = WeightUnits(tuple(map(str, range(len(sizes)))), tuple((size,) for size in sizes))
     corridor = Corridor.everything(layout)
     assert corridor.n_searched == sum(sizes)
     assert [layer.n_searched for layer in corridor.layers] == sizes
@@ -234,7 +234,7 @@ def test_length_counts_error_and_density_alike() -> None:
 
 def test_corridors_lie_between_neighbouring_anchors_or_are_one_of_everything() -> None:
     rng = np.random.default_rng(0)
-    layout = MaskLayout(("a", "b"), ((40,), (30,)))
+    layout = WeightUnits(("a", "b"), ((40,), (30,)))
     masks = PackedMasks.pack(rng.random((4, 70)) < np.array([[0.8], [0.6], [0.4], [0.2]]))
     found = corridors_of(masks, 3, layout)
     assert len(found) == 3
@@ -249,7 +249,7 @@ def test_corridors_lie_between_neighbouring_anchors_or_are_one_of_everything() -
 # Descriptions
 
 
-def test_the_description_accounts_for_every_weight_of_every_layer(layout: MaskLayout) -> None:
+def test_the_description_accounts_for_every_weight_of_every_layer(layout: WeightUnits) -> None:
     rng = np.random.default_rng(0)
     light, heavy = rng.random((2, layout.n_weights)) < [[0.6], [0.3]]
     front = Front(PackedMasks.pack(np.array([heavy, light])), np.array([[0.5, 0.3], [0.1, 0.6]]), ["phase1"] * 2)

@@ -10,7 +10,7 @@ from paretoprune.importance.curvature import damped
 from paretoprune.importance.layer_statistics import collect_statistics
 from paretoprune.masks.genomes import Genome
 from paretoprune.masks.packed import pack_rows, unpack_row
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.repair.refit import Refit, RefitCosts
 from paretoprune.search.corridor import Corridor
 from paretoprune.search.guidance import CandidateGuide
@@ -23,7 +23,7 @@ class Guided:
     """A network, its guide, and a random corridor that leaves some layers out."""
 
     def __init__(self, network: nn.Module, *, everything: bool = False) -> None:
-        self.network, self.layout = network, MaskLayout.of(network)
+        self.network, self.layout = network, WeightUnits.of(network)
         self.statistics = collect_statistics(network, self.layout, calibration(), seed=0)
         self.reconstruction = Refit(network, self.layout, self.statistics)
         rng = np.random.default_rng(0)
@@ -78,7 +78,7 @@ def test_the_order_is_that_of_solving_every_change_anew(kind: str) -> None:
             sorted(bits.tolist())
             == np.flatnonzero(
                 unpack_row(space.corridor.searched, space.layout.n_weights)
-                & (space.layout.layer_of == space.layout.names.index(name))
+                & (space.layout.group_of == space.layout.names.index(name))
             ).tolist()
         )
         some = bits[:: max(1, len(bits) // 12)]
@@ -175,4 +175,4 @@ def test_the_variation_asks_the_guide_for_the_genome_s_own_order_of_the_layers_i
         changed = unpack_row(genome.words ^ child.words, n)
         assert changed.any()
         assert not np.any(changed & ~searched)
-        assert set(space.layout.layer_of[changed]) <= {bounds[k] for k in chosen}
+        assert set(space.layout.group_of[changed]) <= {bounds[k] for k in chosen}

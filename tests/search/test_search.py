@@ -12,7 +12,7 @@ from paretoprune.fronts import Front, hypervolume
 from paretoprune.importance.allocation import allocate, starting_allocations
 from paretoprune.masks.genomes import Genome
 from paretoprune.masks.packed import PackedMasks, fingerprint, pack_rows, unpack_row
-from paretoprune.masks.units import MaskLayout, keep_top, ranks_within_layers
+from paretoprune.masks.units import WeightUnits, keep_top, ranks_within_groups
 from paretoprune.search import operators, search
 from paretoprune.search import sparse_ea as sparse
 from paretoprune.search.corridor import Corridor, anchors_between, choose_anchors, corridors_of
@@ -44,7 +44,7 @@ class Analytic:
     What it remembers of its calls is what the tests ask about.
     """
 
-    def __init__(self, layout: MaskLayout) -> None:
+    def __init__(self, layout: WeightUnits) -> None:
         self.layout = layout
         rng = np.random.default_rng(42)
         self.importance = rng.exponential(size=layout.n_weights) * np.repeat([1.0, 2.0, 0.5], layout.sizes)
@@ -66,7 +66,7 @@ class Analytic:
 
 
 @pytest.fixture
-def evaluate(layout: MaskLayout) -> Analytic:
+def evaluate(layout: WeightUnits) -> Analytic:
     return Analytic(layout)
 
 
@@ -80,7 +80,7 @@ def thresholds(evaluate: Analytic, evaluations: int = 90, seed: int = 0, **chang
     return search_thresholds(evaluate, evaluate.layout, evaluate.scores, starts, **settings)
 
 
-def corridor_of(front: Front, layout: MaskLayout) -> Corridor:
+def corridor_of(front: Front, layout: WeightUnits) -> Corridor:
     light, heavy = choose_anchors(front, 0.05, 1.0, light_tolerance=0.1, heavy_tolerance=0.8)
     return Corridor.between(front.masks.unpack(light), front.masks.unpack(heavy), layout)
 
@@ -104,14 +104,14 @@ def in_corridor(
     return search_corridor(evaluate, corridor, guides, before, **(settings | changed))
 
 
-def both_phases(layout: MaskLayout, algorithm: str, seed: int = 0) -> SearchResult:
+def both_phases(layout: WeightUnits, algorithm: str, seed: int = 0) -> SearchResult:
     evaluate = Analytic(layout)
     before = thresholds(evaluate, seed=seed)
     corridor = corridor_of(before.front, layout)
     return in_corridor(evaluate, corridor, before, [evaluate.scores], algorithm=algorithm, seed=seed)
 
 
-def flat(evaluate: Evaluate, layout: MaskLayout, **changed: Any) -> SearchResult:
+def flat(evaluate: Evaluate, layout: WeightUnits, **changed: Any) -> SearchResult:
     settings: dict[str, Any] = {
         "algorithm": "nsga2",
         "evaluations": 90,
@@ -128,7 +128,7 @@ def allocation_sweep(evaluate: Analytic) -> SearchResult:
 
 
 # Every search by name, as a function of the layout and a seed.
-SEARCHES: dict[str, Callable[[MaskLayout, int], SearchResult]] = {
+SEARCHES: dict[str, Callable[[WeightUnits, int], SearchResult]] = {
     "thresholds": lambda layout, seed: thresholds(Analytic(layout), seed=seed),
     "corridor nsga2": lambda layout, seed: both_phases(layout, "nsga2", seed),
     "corridor moead": lambda layout, seed: both_phases(layout, "moead", seed),
@@ -157,7 +157,7 @@ def n_distinct(masks: PackedMasks) -> int:
     return len(set(masks.fingerprints()))
 
 
-def assert_sound(result: SearchResult, layout: MaskLayout) -> None:
+def assert_sound(result: SearchResult, layout: WeightUnits) -> None:
     """What holds after every search: the front is what the evaluator says of its masks, the history only rises."""
     front, history = result.front, result.history
     columns = {name: np.array([row[name] for row in history]) for name in HISTORY_COLUMNS}
@@ -176,25 +176,25 @@ def assert_sound(result: SearchResult, layout: MaskLayout) -> None:
 
 
 @each_search
-def test_the_same_seed_gives_the_same_front_and_history(name: str, layout: MaskLayout) -> None:
+def test_the_same_seed_gives_the_same_front_and_history(name: str, layout: WeightUnits) -> None:
     first, again = SEARCHES[name](layout, 3), SEARCHES[name](layout, 3)
     assert same(first, again)
 
 
 @each_search
-def test_another_seed_gives_another_front(name: str, layout: MaskLayout) -> None:
+def test_another_seed_gives_another_front(name: str, layout: WeightUnits) -> None:
     first, other = SEARCHES[name](layout, 3), SEARCHES[name](layout, 4)
     assert not np.array_equal(first.front.masks.words, other.front.masks.words)
     assert without_seconds(first) != without_seconds(other)
 
 
 @each_search
-def test_fronts_and_histories_are_sound(name: str, layout: MaskLayout) -> None:
+def test_fronts_and_histories_are_sound(name: str, layout: WeightUnits) -> None:
     assert_sound(SEARCHES[name](layout, 0), layout)
 
 
 @each_search
-def test_no_search_draws_from_the_global_random_state(name: str, layout: MaskLayout) -> None:
+def test_no_search_draws_from_the_global_random_state(name: str, layout: WeightUnits) -> None:
     before = np.random.get_state(legacy=False)  # noqa: NPY002
     SEARCHES[name](layout, 0)
     np.testing.assert_equal(np.random.get_state(legacy=False), before)  # noqa: NPY002
@@ -211,7 +211,7 @@ def test_phase_1_spends_its_budget_exactly_and_judges_each_mask_once(evaluations
 
 
 def test_phase_1_never_exceeds_its_budget_where_many_thresholds_give_the_same_mask() -> None:
-    tiny = MaskLayout(("a", "b", "c"), ((3,), (2,), (2,)))
+    tiny = WeightUnits(("a", "b", "c"), ((3,), (2,), (2,)))
     evaluate = Analytic(tiny)
     # There are 4 * 3 * 3 masks that thresholds can spell.
     result = thresholds(evaluate, 60, starts=[])
@@ -220,7 +220,7 @@ def test_phase_1_never_exceeds_its_budget_where_many_thresholds_give_the_same_ma
 
 
 def test_no_starting_allocation_dominates_the_front_of_phase_1(evaluate: Analytic) -> None:
-    starts, ranks = starts_of(evaluate), ranks_within_layers(evaluate.scores, evaluate.layout)
+    starts, ranks = starts_of(evaluate), ranks_within_groups(evaluate.scores, evaluate.layout)
     result = thresholds(evaluate)
     masks = np.array([keep_top(ranks, counts, evaluate.layout) for counts in starts])
     judged = Analytic(evaluate.layout)(PackedMasks.pack(masks))
@@ -241,7 +241,7 @@ def test_phase_1_says_which_members_were_there_from_the_start(evaluate: Analytic
 
 def test_masks_of_phase_1_keep_the_best_ranked_of_each_layer(evaluate: Analytic) -> None:
     thresholds(evaluate)
-    ranks = ranks_within_layers(evaluate.scores, evaluate.layout)
+    ranks = ranks_within_groups(evaluate.scores, evaluate.layout)
     for mask, counts in zip(evaluate.booleans(), evaluate.layout.n_kept(evaluate.judged), strict=True):
         np.testing.assert_array_equal(mask, keep_top(ranks, counts, evaluate.layout))
 
@@ -262,7 +262,7 @@ def test_a_budget_that_does_not_pay_for_the_first_population_is_refused(evaluate
 
 
 @pytest.fixture(scope="module")
-def phase1(layout: MaskLayout) -> SearchResult:
+def phase1(layout: WeightUnits) -> SearchResult:
     return thresholds(Analytic(layout))
 
 
@@ -411,7 +411,7 @@ def test_mskea_learns_from_the_non_dominated_of_each_generation(
 
     def watched(self: Any, front: list[Genome], spent: float, rng: np.random.Generator) -> None:
         masks = PackedMasks.of_genomes(front, evaluate.layout.n_weights)
-        assert len(Front.empty(masks.n_weights).merge(Front(masks, judge(masks), ["x"] * len(masks)))) == len(masks) > 0
+        assert len(Front.empty(masks.n_units).merge(Front(masks, judge(masks), ["x"] * len(masks)))) == len(masks) > 0
         told.append(spent)
         learn(self, front, spent, rng)
 
@@ -425,7 +425,7 @@ def test_mskea_learns_from_the_non_dominated_of_each_generation(
 
 @pytest.mark.parametrize("algorithm", SPARSE)
 def test_what_scores_tell_is_worth_what_they_cost(algorithm: str) -> None:
-    layout = MaskLayout(("a", "b"), ((40, 50), (40, 50)))
+    layout = WeightUnits(("a", "b"), ((40, 50), (40, 50)))
     useful = np.repeat(np.arange(80) % 20 < 5, 50)
 
     def evaluate(masks: PackedMasks) -> np.ndarray:
@@ -452,7 +452,7 @@ def test_a_budget_without_a_population_beside_the_scores_is_refused(algorithm: s
 
 @pytest.mark.parametrize("algorithm", SPARSE)
 def test_a_sparse_search_runs_dry_where_there_are_few_masks(algorithm: str) -> None:
-    tiny = MaskLayout(("a", "b", "c"), ((3,), (2,), (2,)))
+    tiny = WeightUnits(("a", "b", "c"), ((3,), (2,), (2,)))
     evaluate = Analytic(tiny)
     flat(evaluate, tiny, algorithm=algorithm, evaluations=500, score_share=0.01)
     assert n_distinct(evaluate.judged) == len(evaluate.judged) <= 2**7 - 1
@@ -462,7 +462,7 @@ def test_a_sparse_search_runs_dry_where_there_are_few_masks(algorithm: str) -> N
 @pytest.mark.parametrize("algorithm", SPARSE)
 def test_a_sparse_search_holds_its_population_as_bits(algorithm: str) -> None:
     n, population = 200_000, 200
-    layout = MaskLayout(("a", "b"), ((100, n // 200), (100, n // 200)))
+    layout = WeightUnits(("a", "b"), ((100, n // 200), (100, n // 200)))
     masks = population * n / 8
 
     def judge(masks: PackedMasks) -> np.ndarray:
@@ -483,7 +483,7 @@ def test_a_sparse_search_holds_its_population_as_bits(algorithm: str) -> None:
 
 def test_the_allocation_sweep_judges_each_rung_once(evaluate: Analytic) -> None:
     result = allocation_sweep(evaluate)
-    ranks = ranks_within_layers(evaluate.scores, evaluate.layout)
+    ranks = ranks_within_groups(evaluate.scores, evaluate.layout)
     expected = [
         keep_top(ranks, allocate("global", evaluate.scores, evaluate.layout, density), evaluate.layout)
         for density in DENSITIES
@@ -551,7 +551,7 @@ def test_equal_genomes_are_eliminated() -> None:
     assert len(elimination.do(candidates, candidates)) == 0
 
 
-def test_nsga2_starts_with_genomes_that_differ_in_one_bit_only(layout: MaskLayout) -> None:
+def test_nsga2_starts_with_genomes_that_differ_in_one_bit_only(layout: WeightUnits) -> None:
     first = pack_rows(np.random.default_rng(0).random((4, layout.n_weights)) < 0.5)
     first[1], first[2] = first[0], first[0]
     first[2, 0] ^= np.uint64(1)
@@ -575,7 +575,7 @@ def test_crossover_crosses_as_often_as_it_should_and_passes_either_parent_on_oth
         assert sum(child is parent for (child,) in children) == pytest.approx(350, abs=45)
 
 
-def guided(layout: MaskLayout, corridor: Corridor, algorithm: str, population: int) -> tuple[Any, AdaptiveVariation]:
+def guided(layout: WeightUnits, corridor: Corridor, algorithm: str, population: int) -> tuple[Any, AdaptiveVariation]:
     guides = [np.random.default_rng(i).random(layout.n_weights) for i in range(2)]
     return search.guided_algorithm(
         algorithm,
@@ -592,7 +592,7 @@ def guided(layout: MaskLayout, corridor: Corridor, algorithm: str, population: i
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_children_share_their_layers_up_to_some_boundary_with_a_parent(algorithm: str) -> None:
-    layout = MaskLayout(tuple("abcdef"), ((100,),) * 6)
+    layout = WeightUnits(tuple("abcdef"), ((100,),) * 6)
     chosen, variation = guided(
         layout, Corridor.between(np.ones(600, dtype=bool), np.zeros(600, dtype=bool), layout), algorithm, 20
     )
@@ -618,7 +618,7 @@ def test_children_share_their_layers_up_to_some_boundary_with_a_parent(algorithm
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_large_population_takes_little_more_memory_than_its_bits(algorithm: str) -> None:
     n, population = 1_000_000, 100
-    layout = MaskLayout(tuple(map(str, range(40))), ((n // 40,),) * 40)
+    layout = WeightUnits(tuple(map(str, range(40))), ((n // 40,),) * 40)
     scores = np.random.default_rng(5).random(n)
     corridor = Corridor.between(scores > 0.25, scores > 0.75, layout)
     masks = population * n / 8
@@ -652,7 +652,7 @@ def test_a_large_population_takes_little_more_memory_than_its_bits(algorithm: st
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_phase_2_tells_its_variation_what_became_of_each_genome(
-    algorithm: str, layout: MaskLayout, phase1: SearchResult, monkeypatch: pytest.MonkeyPatch
+    algorithm: str, layout: WeightUnits, phase1: SearchResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[bool] = []
     monkeypatch.setattr(AdaptiveVariation, "reward", lambda self, genome, success: told.append(success))
@@ -724,7 +724,7 @@ def test_a_generation_without_a_new_mask_adds_no_row(evaluate: Analytic) -> None
     ],
 )
 def test_objectives_that_are_not_finite_or_not_two_are_refused(
-    answer: Callable[[int], np.ndarray], found: str, layout: MaskLayout
+    answer: Callable[[int], np.ndarray], found: str, layout: WeightUnits
 ) -> None:
     masks = PackedMasks.pack(np.arange(layout.n_weights) < np.array([[1], [2], [3]]))
     recorder = Recorder(lambda m: answer(len(m)), layout.n_weights, budget=9, stage="flat")
@@ -733,7 +733,7 @@ def test_objectives_that_are_not_finite_or_not_two_are_refused(
     assert len(recorder.front) == recorder.evaluations == 0
 
 
-def test_a_search_stops_at_objectives_that_are_not_finite(layout: MaskLayout) -> None:
+def test_a_search_stops_at_objectives_that_are_not_finite(layout: WeightUnits) -> None:
     def broken(masks: PackedMasks) -> np.ndarray:
         return np.column_stack([np.where(masks.density < 0.5, np.nan, 0.1), masks.density])
 
@@ -745,7 +745,7 @@ def test_a_search_stops_at_objectives_that_are_not_finite(layout: MaskLayout) ->
 
 
 def starting_masks(evaluate: Analytic) -> np.ndarray:
-    ranks = ranks_within_layers(evaluate.scores, evaluate.layout)
+    ranks = ranks_within_groups(evaluate.scores, evaluate.layout)
     return np.array([keep_top(ranks, counts, evaluate.layout) for counts in starts_of(evaluate)])
 
 
@@ -759,7 +759,7 @@ def test_on_a_ladder_starts_are_judged_as_they_are_and_candidates_use_rungs_only
     rungs = np.rint(ladder_of_densities(7) * layout.sizes[:, None]).astype(int)
     counts = layout.n_kept(evaluate.judged)[N_STARTS:]
     assert len(counts) > 0
-    for layer in range(layout.n_layers):
+    for layer in range(layout.n_groups):
         assert set(counts[:, layer]) <= set(rungs[layer])
         assert len(set(counts[:, layer])) > 2
     # Without a ladder that is not so.
@@ -781,7 +781,7 @@ def test_what_a_ladder_needs_is_told_before_anything_is_judged(evaluate: Analyti
     (masks,) = told
     expected = np.rint(ladder_of_densities(5)[:, None] * evaluate.layout.sizes)
     np.testing.assert_array_equal(evaluate.layout.n_kept(masks), expected)
-    ranks = ranks_within_layers(evaluate.scores, evaluate.layout)
+    ranks = ranks_within_groups(evaluate.scores, evaluate.layout)
     np.testing.assert_array_equal(masks.unpack(2), keep_top(ranks, expected[2].astype(int), evaluate.layout))
     thresholds(Analytic(evaluate.layout), precompute=lambda masks: told.append(masks))
     assert len(told) == 1
@@ -829,9 +829,9 @@ def test_members_chosen_anew_are_judged_within_the_budget(
     def better(masks: PackedMasks) -> PackedMasks:
         """As many of each layer, by what truly matters."""
         given.append(masks)
-        ranks = ranks_within_layers(evaluate.importance, evaluate.layout)
+        ranks = ranks_within_groups(evaluate.importance, evaluate.layout)
         rows = [keep_top(ranks, counts, evaluate.layout) for counts in evaluate.layout.n_kept(masks)]
-        return PackedMasks.pack_each(rows, masks.n_weights)
+        return PackedMasks.pack_each(rows, masks.n_units)
 
     result = thresholds(evaluate, 60, rungs=rungs, n_reselected=n_reselected, reselect=better)
     assert len(evaluate.judged) == n_distinct(evaluate.judged) == result.history[-1]["evaluations"] == 60
@@ -879,7 +879,7 @@ def test_the_budget_must_pay_for_members_chosen_anew_too(evaluate: Analytic) -> 
 # Several corridors
 
 
-def several(phase1: SearchResult, layout: MaskLayout, n_corridors: int) -> list[Corridor]:
+def several(phase1: SearchResult, layout: WeightUnits, n_corridors: int) -> list[Corridor]:
     light, heavy = choose_anchors(phase1.front, 0.05, 1.0, light_tolerance=0.1, heavy_tolerance=0.8)
     anchors = anchors_between(phase1.front, light, heavy, n_corridors)
     return corridors_of(phase1.front.masks.select(anchors), n_corridors, layout)
@@ -1032,7 +1032,7 @@ def even(masks: PackedMasks) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["thresholds", "ladder", "corridor", "corridors", "moead", "flat", "allocation"])
-def test_masks_that_are_not_allowed_are_neither_judged_nor_published(name: str, layout: MaskLayout) -> None:
+def test_masks_that_are_not_allowed_are_neither_judged_nor_published(name: str, layout: WeightUnits) -> None:
     evaluate = Analytic(layout)
     before = thresholds(evaluate, allowed=even)
     corridor = corridor_of(before.front, layout)
@@ -1087,7 +1087,7 @@ def test_a_history_reads_back_as_it_was_written(tmp_path: Path, phase1: SearchRe
 
 
 def test_a_search_from_files_continues_as_one_from_memory(
-    tmp_path: Path, layout: MaskLayout, phase1: SearchResult
+    tmp_path: Path, layout: WeightUnits, phase1: SearchResult
 ) -> None:
     phase1.front.save(tmp_path / "front.npz")
     write_csv(tmp_path / "history.csv", phase1.history, HISTORY_COLUMNS)
@@ -1110,7 +1110,7 @@ def test_the_published_front_is_judged_again_and_keeps_only_the_non_dominated() 
 
 
 def test_the_published_front_is_thinned_to_what_keeps_most_hypervolume(
-    layout: MaskLayout, phase1: SearchResult
+    layout: WeightUnits, phase1: SearchResult
 ) -> None:
     judged = judge_again(phase1.front, Analytic(layout))
     np.testing.assert_array_equal(judged.objectives, phase1.front.objectives)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paretoprune.masks.genomes import Genome
 from paretoprune.masks.packed import n_words_for, pack_rows, unpack_row
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.search import sparse_ea as sparse
 from paretoprune.search.sparse_ea import (
     StagedVariation,
@@ -68,12 +68,12 @@ each_variation = pytest.mark.parametrize("name", VARIATIONS)
 
 
 layouts = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 30)), min_size=1, max_size=6).map(
-    lambda shapes: MaskLayout(tuple(map(str, range(len(shapes)))), tuple(shapes))
+    lambda shapes: WeightUnits(tuple(map(str, range(len(shapes)))), tuple(shapes))
 )
 
 
 @given(layouts, st.integers(2, 40))
-def test_groups_are_runs_of_whole_filters_or_of_whole_layers(layout: MaskLayout, n_groups: int) -> None:
+def test_groups_are_runs_of_whole_filters_or_of_whole_layers(layout: WeightUnits, n_groups: int) -> None:
     filters = sum(shape[0] for shape in layout.shapes)
     if filters < 2:
         return
@@ -81,7 +81,7 @@ def test_groups_are_runs_of_whole_filters_or_of_whole_layers(layout: MaskLayout,
     assert len(bounds) - 1 == min(n_groups, filters)
     assert (bounds[0], bounds[-1]) == (0, layout.n_weights)
     assert all(start < stop for start, stop in pairwise(bounds))
-    if n_groups <= layout.n_layers:
+    if n_groups <= layout.n_groups:
         assert set(bounds) <= set(layout.offsets.tolist())
     else:
         starts = zip(layout.offsets.tolist(), layout.shapes, strict=False)
@@ -90,7 +90,7 @@ def test_groups_are_runs_of_whole_filters_or_of_whole_layers(layout: MaskLayout,
 
 
 def test_groups_are_of_similar_size() -> None:
-    layout = MaskLayout(("a", "b", "c"), ((8, 10), (16, 20), (3, 2)))
+    layout = WeightUnits(("a", "b", "c"), ((8, 10), (16, 20), (3, 2)))
     # The smallest layer is a group of its own; the others share eight groups by their sizes, in whole filters.
     assert np.diff(cut_into_groups(layout, 9)).tolist() == [40, 40, 40, 60, 60, 40, 60, 60, 6]
     assert np.diff(cut_into_groups(layout, 2)).tolist() == [80, 326]
@@ -98,7 +98,7 @@ def test_groups_are_of_similar_size() -> None:
 
 def test_a_single_group_is_refused() -> None:
     with pytest.raises(ValueError, match="at least two groups of whole output filters to compare, found 1"):
-        cut_into_groups(MaskLayout(("a",), ((1, 70),)), 5)
+        cut_into_groups(WeightUnits(("a",), ((1, 70),)), 5)
 
 
 def test_a_group_is_judged_by_the_mask_that_lacks_it() -> None:

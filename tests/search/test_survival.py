@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from paretoprune.masks.packed import PackedMasks
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.search.corridor import Corridor, choose_anchors
 from paretoprune.search.search import Recorder, SearchResult, search_corridor, search_flat, search_thresholds
 from paretoprune.search.survival import RankSurvival, least_error_within
@@ -16,7 +16,7 @@ STARTS = [0.9, 0.5, 0.2]
 class Plain:
     """Errors that fall with the importance kept, in steps as those of images; counts what it looks at."""
 
-    def __init__(self, layout: MaskLayout, n_images: int = 200) -> None:
+    def __init__(self, layout: WeightUnits, n_images: int = 200) -> None:
         rng = np.random.default_rng(5)
         self.importance = rng.exponential(size=layout.n_weights)
         self.scores = self.importance * np.exp(rng.standard_normal(layout.n_weights))
@@ -51,7 +51,7 @@ class Bounded(Plain):
         return objectives, ~stops
 
 
-def both_phases(evaluate: Plain, layout: MaskLayout, algorithm: str, seed: int) -> SearchResult:
+def both_phases(evaluate: Plain, layout: WeightUnits, algorithm: str, seed: int) -> SearchResult:
     counts = [np.ceil(share * layout.sizes).astype(int) for share in STARTS]
     before = search_thresholds(evaluate, layout, evaluate.scores, counts, evaluations=150, population=12, seed=seed)
     light, heavy = choose_anchors(before.front, 0.0, 1.0, light_tolerance=0.1, heavy_tolerance=0.8)
@@ -84,7 +84,7 @@ def same(a: SearchResult, b: SearchResult) -> bool:
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("algorithm", ["nsga2", "moead"])
-def test_both_phases_find_the_same_with_and_without_stopping(layout: MaskLayout, algorithm: str, seed: int) -> None:
+def test_both_phases_find_the_same_with_and_without_stopping(layout: WeightUnits, algorithm: str, seed: int) -> None:
     plain, bounded = Plain(layout), Bounded(layout)
     full = both_phases(plain, layout, algorithm, seed)
     assert same(both_phases(bounded, layout, algorithm, seed), full)
@@ -97,7 +97,7 @@ def test_both_phases_find_the_same_with_and_without_stopping(layout: MaskLayout,
 @pytest.mark.parametrize("algorithm", ["nsga2", "moead", "sparse_ea", "mskea"])
 @pytest.mark.parametrize("seed", [3, 4])
 def test_the_flat_search_finds_the_same_with_and_without_stopping(
-    layout: MaskLayout, algorithm: str, seed: int
+    layout: WeightUnits, algorithm: str, seed: int
 ) -> None:
     plain, bounded = Plain(layout), Bounded(layout)
     found = [
@@ -108,7 +108,7 @@ def test_the_flat_search_finds_the_same_with_and_without_stopping(
     assert bounded.n_stopped >= 20
 
 
-def test_a_known_lower_bound_is_completed_when_it_matters(layout: MaskLayout) -> None:
+def test_a_known_lower_bound_is_completed_when_it_matters(layout: WeightUnits) -> None:
     class Always(RankSurvival):
         def undecided(self, objectives: np.ndarray, complete: np.ndarray) -> np.ndarray:
             return ~complete

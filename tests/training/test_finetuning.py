@@ -13,7 +13,7 @@ from paretoprune.evaluation.metrics import predict, top1_error
 from paretoprune.evaluation.task import Task
 from paretoprune.fronts import Front
 from paretoprune.masks.packed import PackedMasks
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.settings import Compute, Judging
 from paretoprune.training.finetuning import FINETUNED_COLUMNS, choose_members, finetune_members
 from paretoprune.training.loop import Recipe
@@ -31,7 +31,7 @@ def part(start: int, stop: int) -> LabelledImages:
 
 
 def judge(network: nn.Module, data: LabelledImages) -> PopulationEvaluator:
-    task = Task(network, MaskLayout.of(network), data.images, data.labels, part(0, 200).images)
+    task = Task(network, WeightUnits.of(network), data.images, data.labels, part(0, 200).images)
     return PopulationEvaluator(task, Judging(), Compute(precision="float32"))
 
 
@@ -105,7 +105,7 @@ def test_chosen_members_are_trained_with_their_masks_and_measured(
     assert {row["id"]: row["target"] for row in rows} == chosen
     files = sorted(file.name for file in (tmp_path / "new" / "folder").iterdir())
     assert files == sorted(f"member{i}.safetensors" for i in chosen)
-    test, search, layout = part(1300, 1797), part(1000, 1300), MaskLayout.of(network)
+    test, search, layout = part(1300, 1797), part(1000, 1300), WeightUnits.of(network)
     evaluate = judge(network, test)
     for row in rows:
         i = row["id"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from paretoprune.data.splits import LabelledImages
 from paretoprune.evaluation.metrics import predict, top1_error
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.architectures import CifarResNet
 from paretoprune.training.loop import (
     TRAINING_COLUMNS,
@@ -50,7 +50,7 @@ def residual(seed: int = 0) -> nn.Module:
 
 
 def masks_of(network: nn.Module, density: float) -> dict[str, Tensor]:
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     flat = np.random.default_rng(0).random(layout.n_weights) < density
     return {name: torch.from_numpy(part.copy()) for name, part in layout.split(flat).items()}
 

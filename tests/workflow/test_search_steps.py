@@ -17,7 +17,7 @@ from paretoprune.evaluation.task import Task
 from paretoprune.fronts import Front, non_dominated
 from paretoprune.importance.layer_statistics import LayerStatistics, collect_statistics, save_statistics
 from paretoprune.masks.packed import PackedMasks
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.architectures import Architecture
 from paretoprune.networks.checkpoints import DenseNetwork, load_networks, with_weights
 from paretoprune.search.corridor import Corridor
@@ -92,14 +92,14 @@ def by_hand(
     search, calibration = (
         LabelledImages.of(images, indices, (0.5,), (0.25,)) for indices in (splits.search, splits.calibration)
     )
-    layout = MaskLayout.of(network, ["conv1.weight"])
+    layout = WeightUnits.of(network, ["conv1.weight"])
     task = Task(network, layout, search.images, search.labels, calibration.images, statistics)
     settings = Judging(repair, 12, 0.02, refine, "divergence"), Compute(precision, 16)
     return PopulationEvaluator(task, *settings), Finisher(task, *settings)
 
 
 def some_masks(n: int = 6) -> PackedMasks:
-    n_weights = MaskLayout.of(dense().network, ["conv1.weight"]).n_weights
+    n_weights = WeightUnits.of(dense().network, ["conv1.weight"]).n_weights
     random = np.random.default_rng(0).random((n, n_weights))
     return PackedMasks.pack(random < np.linspace(0.1, 0.9, n)[:, None])
 
@@ -144,7 +144,7 @@ def test_candidates_are_repaired_as_the_search_says_where_that_differs(inputs: d
 def with_statistics(inputs: dict[str, str], folder: Path) -> tuple[dict[str, str], dict[str, LayerStatistics]]:
     """A step's input with layer statistics that no evaluator would gather by itself, and these."""
     images = digits()[0][200:260]
-    statistics = collect_statistics(dense().network, MaskLayout.of(dense().network, ["conv1.weight"]), images, seed=5)
+    statistics = collect_statistics(dense().network, WeightUnits.of(dense().network, ["conv1.weight"]), images, seed=5)
     save_statistics(folder / "statistics.safetensors", statistics)
     return inputs | {"statistics": str(folder / "statistics.safetensors")}, statistics
 
@@ -287,7 +287,7 @@ def test_publishing_ends_the_worker_processes_of_the_search(inputs: dict[str, st
 
 
 def test_masks_with_an_empty_layer_may_be_published_unless_they_are_forbidden() -> None:
-    layout = MaskLayout.of(dense().network)
+    layout = WeightUnits.of(dense().network)
     rows = np.ones((4, layout.n_weights), dtype=bool)
     rows[1, layout.offsets[2] : layout.offsets[3]] = False
     rows[2, layout.offsets[2] : layout.offsets[3] - 1] = False  # one weight is left
@@ -325,7 +325,7 @@ def test_no_published_mask_has_an_empty_layer_where_that_is_forbidden(
         assert len(states) == len(front) >= 1
         return front
 
-    layout = MaskLayout.of(dense().network, ["conv1.weight"])
+    layout = WeightUnits.of(dense().network, ["conv1.weight"])
     forbidden, allowed = (layout.n_kept(found(choice).masks) for choice in ("forbid", "allow"))
     assert (forbidden > 0).all()
     assert (allowed == 0).any()
@@ -333,7 +333,7 @@ def test_no_published_mask_has_an_empty_layer_where_that_is_forbidden(
 
 def test_scores_are_read_by_the_names_of_their_files(tmp_path: Path) -> None:
     network = dense().network
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     tensors = {name: network.get_parameter(name).detach().abs() for name in layout.names}
     files = [str(tmp_path / f"{name}.safetensors") for name in ("magnitude", "twice")]
     save_tensors(files[0], tensors)
@@ -347,7 +347,7 @@ def test_scores_are_read_by_the_names_of_their_files(tmp_path: Path) -> None:
 def test_scores_of_another_network_are_refused(tmp_path: Path) -> None:
     save_tensors(tmp_path / "magnitude.safetensors", {"conv1.weight": torch.ones(2, 2)})
     with pytest.raises(ValueError, match=r"expected 'conv1\.weight' of shape .*was it made for another network"):
-        read_scores([str(tmp_path / "magnitude.safetensors")], MaskLayout.of(dense().network))
+        read_scores([str(tmp_path / "magnitude.safetensors")], WeightUnits.of(dense().network))
 
 
 @pytest.mark.parametrize("step_size", [1, 7, 40])

@@ -18,7 +18,7 @@ from paretoprune.evaluation.task import Task
 from paretoprune.evaluation.workers import can_fork
 from paretoprune.importance.layer_statistics import collect_statistics, read_statistics, save_statistics
 from paretoprune.masks.packed import PackedMasks
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.architectures import Architecture
 from paretoprune.networks.checkpoints import DenseNetwork
 from paretoprune.settings import Compute, Judging
@@ -136,20 +136,20 @@ def judged() -> LabelledImages:
 
 
 def task(calibration: LabelledImages | None = None) -> Task:
-    layout = MaskLayout.of(dense().network, dense().exclude)
+    layout = WeightUnits.of(dense().network, dense().exclude)
     return Task(dense().network, layout, judged().images, judged().labels, (calibration or judged()).images)
 
 
 def test_an_evaluator_follows_the_settings() -> None:
     evaluate = make_evaluator(task(), SETTINGS, torch.device("cpu"))
     assert evaluate.objective == "divergence"
-    assert evaluate.layout == MaskLayout.of(dense().network, ["conv1.weight"])
+    assert evaluate.layout == WeightUnits.of(dense().network, ["conv1.weight"])
     mask = PackedMasks.pack(np.zeros((1, evaluate.layout.n_weights), dtype=bool))
     assert evaluate(mask)[0, 0] == evaluate.score(mask).divergence[0] > 0
 
 
 def some_masks() -> PackedMasks:
-    n_weights = MaskLayout.of(dense().network, ["conv1.weight"]).n_weights
+    n_weights = WeightUnits.of(dense().network, ["conv1.weight"]).n_weights
     return PackedMasks.pack(np.random.default_rng(0).random((3, n_weights)) < 0.5)
 
 
@@ -175,7 +175,7 @@ def test_an_evaluator_repairs_by_the_settings() -> None:
 
 
 def test_statistics_are_read_whatever_snakemake_makes_of_their_input(tmp_path: Path) -> None:
-    layout = MaskLayout.of(dense().network, ["conv1.weight"])
+    layout = WeightUnits.of(dense().network, ["conv1.weight"])
     collected = collect_statistics(dense().network, layout, judged().images, seed=0, positions=4)
     file = str(tmp_path / "statistics.safetensors")
     save_statistics(file, collected)

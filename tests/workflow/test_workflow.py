@@ -16,7 +16,7 @@ import torch
 import yaml
 from paretoprune.evaluation.metrics import predict, top1_error
 from paretoprune.fronts import Front
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.checkpoints import DenseNetwork, load_networks
 from paretoprune.workflow.configuration import merge
 from paretoprune.workflow.inputs import read_splits
@@ -118,7 +118,7 @@ def test_networks_of_a_method_that_re_fits_are_those_that_were_measured(finished
     seed = finished / SEED
     front, states = Front.load(seed / "refitted/masks.npz"), load_networks(seed / "refitted/networks.safetensors")
     dense = DenseNetwork.load(seed / "dense/model.safetensors")
-    layout = MaskLayout.of(dense.network, dense.exclude)
+    layout = WeightUnits.of(dense.network, dense.exclude)
     data = finished / "results/digits/data"
     files = str(data / "images.safetensors"), str(data / "splits-seed3.npz")
     search, test = read_splits(*files, dense, "search", "test")
@@ -185,7 +185,7 @@ def test_phase_1_alone_publishes_its_front(varied: Path) -> None:
     default = yaml.safe_load((ROOT / "config.yaml").read_text())["search"]["sparsities"]
     thinned = found.thinned(8, default)
     # A member is as it was found, or has as many weights of each layer, chosen anew.
-    layout = MaskLayout.of(DenseNetwork.load(varied / SEED / "dense/model.safetensors").network, ())
+    layout = WeightUnits.of(DenseNetwork.load(varied / SEED / "dense/model.safetensors").network, ())
     counts = {tuple(row) for row in layout.n_kept(thinned.masks).tolist()}
     assert {tuple(row) for row in layout.n_kept(published.masks).tolist()} <= counts
     as_found = [member for member, stage in enumerate(published.stages) if stage != "reselected"]
@@ -212,7 +212,7 @@ def test_networks_that_were_searched_bare_are_repaired_when_they_are_published(v
     assert not any(torch.equal(state["bn1.running_mean"], trained) for state in states)
     counts = rows(seed / "no_phase2/layers.csv")
     assert {"id", "layer", "n_weights", "n_kept"} == set(counts[0])
-    layout = MaskLayout.of(dense.network, dense.exclude)
+    layout = WeightUnits.of(dense.network, dense.exclude)
     assert (layout.n_kept(Front.load(seed / "no_repair/masks.npz").masks) > 0).all()
     assert "no_repair" in (varied / "results/report/index.html").read_text()
 

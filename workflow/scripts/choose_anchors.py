@@ -2,7 +2,7 @@
 
 from paretoprune.files import read_json, write_json
 from paretoprune.fronts import Front
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.checkpoints import DenseNetwork
 from paretoprune.search.corridor import anchors_between, choose_anchors, corridor_around, describe_corridor
 from paretoprune.workflow.steps import step
@@ -12,7 +12,7 @@ with step(name, snakemake.log[0]) as (log, _):
     front = Front.load(snakemake.input.front)
     metrics = read_json(snakemake.input.metrics)
     dense = DenseNetwork.load(snakemake.input.network)
-    layout = MaskLayout.of(dense.network, dense.exclude)
+    layout = WeightUnits.of(dense.network, dense.exclude)
     dense_error = 0.0 if snakemake.params.objective == "divergence" else 1 - metrics["accuracy"]["search"]
     tolerances, n_corridors = snakemake.params.tolerances, snakemake.params.n_corridors
     light, heavy = choose_anchors(front, dense_error, 1 - 1 / metrics["n_classes"], **tolerances)

@@ -2,7 +2,7 @@
 
 from paretoprune.importance.layer_statistics import read_statistics
 from paretoprune.importance.scores import compute_importance
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.checkpoints import DenseNetwork
 from paretoprune.tensors import save_tensors
 from paretoprune.workflow.inputs import read_splits
@@ -14,7 +14,7 @@ with step(name, snakemake.log[0], snakemake.threads) as (log, _):
     (train,) = read_splits(snakemake.input.images, snakemake.input.splits, dense, "train")
     seed = int(snakemake.wildcards.seed)
     chosen = train.sample(snakemake.params.n_images, seed)
-    layout = MaskLayout.of(dense.network, dense.exclude)
+    layout = WeightUnits.of(dense.network, dense.exclude)
     scores = compute_importance(
         snakemake.wildcards.score,
         dense.network,

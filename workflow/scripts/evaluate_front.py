@@ -3,7 +3,7 @@
 from paretoprune.evaluation.measurement import FRONT_COLUMNS, LAYER_COLUMNS, front_rows, layer_rows, measure_errors
 from paretoprune.files import write_csv
 from paretoprune.fronts import Front
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.checkpoints import DenseNetwork, load_networks
 from paretoprune.workflow.inputs import read_splits
 from paretoprune.workflow.steps import step
@@ -16,5 +16,5 @@ with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as
     states = load_networks(snakemake.input.networks)
     errors = measure_errors(dense.network, states, test, device, n_workers=snakemake.threads)
     write_csv(snakemake.output.front, front_rows(front, errors), FRONT_COLUMNS)
-    write_csv(snakemake.output.layers, layer_rows(front, MaskLayout.of(dense.network, dense.exclude)), LAYER_COLUMNS)
+    write_csv(snakemake.output.layers, layer_rows(front, WeightUnits.of(dense.network, dense.exclude)), LAYER_COLUMNS)
     log.info("%d members measured", len(front))

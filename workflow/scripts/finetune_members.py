@@ -4,7 +4,7 @@ from pathlib import Path
 
 from paretoprune.files import write_csv
 from paretoprune.fronts import Front
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.checkpoints import DenseNetwork, load_networks
 from paretoprune.training.finetuning import FINETUNED_COLUMNS, finetune_members
 from paretoprune.training.loop import Recipe
@@ -18,7 +18,7 @@ with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as
     rows = finetune_members(
         front,
         load_networks(snakemake.input.networks),
-        MaskLayout.of(dense.network, dense.exclude),
+        WeightUnits.of(dense.network, dense.exclude),
         dense.network,
         *read_splits(snakemake.input.images, snakemake.input.splits, dense, "train", "search", "test"),
         Recipe(**snakemake.params.recipe),

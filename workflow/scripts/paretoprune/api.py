@@ -18,7 +18,7 @@ from paretoprune.fronts import Front
 from paretoprune.importance.allocation import STARTS, starting_allocations
 from paretoprune.importance.layer_statistics import collect_statistics
 from paretoprune.importance.scores import compute_importance, flat_scores
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.repair.registry import REPAIR_REFITS
 from paretoprune.search.corridor import anchors_between, choose_anchors, corridors_of
 from paretoprune.search.guidance import CandidateGuide
@@ -107,7 +107,7 @@ def pareto_prune(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     network = copy.deepcopy(network).to("cpu").float().eval()
-    layout = MaskLayout.of(network)
+    layout = WeightUnits.of(network)
     order = np.random.default_rng(seed).permutation(len(images))
     calibration = images[order[:N_CALIBRATION]]
 

@@ -221,7 +221,7 @@ class Front:
         """The front as plain arrays, for an npz file."""
         return {
             "words": self.masks.words,
-            "n_weights": np.array(self.masks.n_weights),
+            "n_weights": np.array(self.masks.n_units),
             "objectives": self.objectives,
             "stages": np.array(self.stages, dtype=np.str_),
         }

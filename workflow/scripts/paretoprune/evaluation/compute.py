@@ -22,7 +22,7 @@ from paretoprune.evaluation.metrics import top1_error
 from paretoprune.evaluation.task import Task
 from paretoprune.evaluation.workers import can_fork
 from paretoprune.importance.layer_statistics import collect_statistics
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.architectures import channels_last
 from paretoprune.networks.tracing import NotTraceableError
 from paretoprune.repair.refit import Refit
@@ -90,7 +90,7 @@ def place(images: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     return channels_last(images.to(device, dtype))
 
 
-def magnitude_mask(network: nn.Module, units: MaskLayout) -> np.ndarray:
+def magnitude_mask(network: nn.Module, units: WeightUnits) -> np.ndarray:
     """bool (n_weights,): the largest weights of each layer, as many as `CHECKED_DENSITY` says."""
     parameters = dict(network.named_parameters())
     parts = []

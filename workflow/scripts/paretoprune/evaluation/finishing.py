@@ -141,7 +141,7 @@ class Finisher:
         found = run_in_processes(finish_one, len(masks), self._n_processes)
         states = [{key: torch.from_numpy(value) for key, value in state.items()} for _, state, _, _ in found]
         scores = Scores(np.array([e for *_, e, _ in found]), np.array([d for *_, d in found]))
-        return PackedMasks.pack_each((mask for mask, *_ in found), masks.n_weights), states, scores
+        return PackedMasks.pack_each((mask for mask, *_ in found), masks.n_units), states, scores
 
     def _prepare(self) -> None:
         """Make what all masks need before processes are forked, so that it is made once."""
@@ -162,4 +162,4 @@ class Finisher:
         def reselect_one(i: int) -> np.ndarray:
             return self._refitted(sequential, masks.unpack(i), reselect=True).kept.cpu().numpy()
 
-        return PackedMasks.pack_each(run_in_processes(reselect_one, len(masks), self._n_processes), masks.n_weights)
+        return PackedMasks.pack_each(run_in_processes(reselect_one, len(masks), self._n_processes), masks.n_units)

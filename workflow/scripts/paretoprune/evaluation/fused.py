@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from paretoprune.masks.packed import WORD_BITS
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.architectures import channels_last, has_running_statistics
 from paretoprune.networks.tracing import Call, Convolution, Cut, NotTraceableError, reads, run_call, trace
 from paretoprune.repair.batchnorm import Moments, channel_moments
@@ -78,7 +78,7 @@ class FusedNetwork:
     def __init__(
         self,
         network: nn.Module,
-        layout: MaskLayout,
+        layout: WeightUnits,
         sample: Tensor,
         *,
         repair: str,

@@ -14,7 +14,7 @@ from paretoprune.devices import out_of_memory
 from paretoprune.evaluation.metrics import divergence_of, image_losses
 from paretoprune.evaluation.prefixes import Plan, PrefixCache
 from paretoprune.masks.packed import unpack_row
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.tracing import Cut
 
 OBJECTIVES = ("error", "divergence")
@@ -24,7 +24,7 @@ _LOGGER = logging.getLogger("paretoprune")
 class PrunableNetwork(Protocol):
     """What judges need of a network; `evaluation.fused` and `evaluation.layerwise` have one each."""
 
-    layout: MaskLayout
+    layout: WeightUnits
 
     @property
     def cuts(self) -> Sequence[Cut]:

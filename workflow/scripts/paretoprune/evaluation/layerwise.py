@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.architectures import to_channels_last
 from paretoprune.networks.tracing import Cut
 from paretoprune.repair.refit import Refit
@@ -34,7 +34,7 @@ class LayerwiseNetwork:
     def __init__(
         self,
         network: nn.Module,
-        layout: MaskLayout,
+        layout: WeightUnits,
         sample: Tensor,
         *,
         repair: str,

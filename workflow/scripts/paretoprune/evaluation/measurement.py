@@ -12,7 +12,7 @@ from paretoprune.devices import repeatable
 from paretoprune.evaluation.metrics import predict, top1_error
 from paretoprune.evaluation.workers import can_fork, run_in_processes
 from paretoprune.fronts import Front
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.architectures import channels_last, to_channels_last
 from paretoprune.networks.checkpoints import with_weights
 
@@ -71,7 +71,7 @@ def front_rows(front: Front, test_errors: np.ndarray) -> list[dict[str, Any]]:
     ]
 
 
-def layer_rows(front: Front, layout: MaskLayout) -> list[dict[str, Any]]:
+def layer_rows(front: Front, layout: WeightUnits) -> list[dict[str, Any]]:
     """Count the kept weights of each member, layer by layer."""
     return [
         {"id": i, "layer": name, "n_weights": int(size), "n_kept": int(kept)}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from paretoprune.masks.packed import fingerprint, pack_rows
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.tracing import Cut
 
 
@@ -52,7 +52,7 @@ class PrefixCache:
     def __init__(
         self,
         cuts: Sequence[Cut],
-        layout: MaskLayout,
+        layout: WeightUnits,
         n_images: int,
         n_calibration: int,
         dtype: torch.dtype,
@@ -69,7 +69,7 @@ class PrefixCache:
         self._n_rows, self._dtype, self._sizes = n_rows, dtype, sizes
         self._tensors: list[Tensor]
         self._before = [
-            pack_rows(np.isin(layout.names, list(cut.parameters))[layout.layer_of][None])[0] for cut in self.cuts
+            pack_rows(np.isin(layout.names, list(cut.parameters))[layout.group_of][None])[0] for cut in self.cuts
         ]
         self._found: list[OrderedDict[bytes, int]]
         self._free: list[list[int]]

@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from paretoprune.importance.layer_statistics import LayerStatistics
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Task:
     """
 
     network: nn.Module
-    units: MaskLayout
+    units: WeightUnits
     images: Tensor
     labels: Tensor
     calibration: Tensor

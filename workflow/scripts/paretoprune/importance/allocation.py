@@ -4,28 +4,28 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 
 
-def uniform(scores: np.ndarray, layout: MaskLayout, n_keep: int) -> np.ndarray:
+def uniform(scores: np.ndarray, layout: WeightUnits, n_keep: int) -> np.ndarray:
     """The same density in every layer."""
     return _round_to_total(layout.sizes * (n_keep / layout.n_weights), layout.sizes, n_keep)
 
 
-def global_ranking(scores: np.ndarray, layout: MaskLayout, n_keep: int) -> np.ndarray:
+def global_ranking(scores: np.ndarray, layout: WeightUnits, n_keep: int) -> np.ndarray:
     """As many as each layer has among the `n_keep` highest scores of the whole network."""
     best = np.argsort(-scores, kind="stable")[:n_keep]
-    return np.bincount(layout.layer_of[best], minlength=layout.n_layers).astype(np.int64)
+    return np.bincount(layout.group_of[best], minlength=layout.n_groups).astype(np.int64)
 
 
-def erdos_renyi_kernel(scores: np.ndarray, layout: MaskLayout, n_keep: int) -> np.ndarray:
+def erdos_renyi_kernel(scores: np.ndarray, layout: WeightUnits, n_keep: int) -> np.ndarray:
     """Density proportional to the sum of a tensor's dimensions over their product, at most 1.
 
     Source:
         Evci et al., "Rigging the lottery: making all tickets winners", ICML 2020, section 3.
     """
     ratio = np.array([sum(shape) / np.prod(shape) for shape in layout.shapes])
-    full = np.zeros(layout.n_layers, dtype=bool)
+    full = np.zeros(layout.n_groups, dtype=bool)
     while True:
         # Layers whose share would exceed 1 stay dense, and the others divide what is left.
         open_weights = (ratio * layout.sizes)[~full].sum()
@@ -46,7 +46,7 @@ def _round_to_total(wanted: np.ndarray, sizes: np.ndarray, total: int) -> np.nda
     return counts
 
 
-Allocation = Callable[[np.ndarray, MaskLayout, int], np.ndarray]
+Allocation = Callable[[np.ndarray, WeightUnits, int], np.ndarray]
 ALLOCATIONS: dict[str, Allocation] = {
     "uniform": uniform,
     "global": global_ranking,
@@ -54,7 +54,7 @@ ALLOCATIONS: dict[str, Allocation] = {
 }
 
 
-def allocate(rule: str, scores: np.ndarray, layout: MaskLayout, density: float) -> np.ndarray:
+def allocate(rule: str, scores: np.ndarray, layout: WeightUnits, density: float) -> np.ndarray:
     """Number of weights to keep per layer.
 
     Args:
@@ -87,7 +87,7 @@ STARTS: dict[str, tuple[str, str]] = {
 
 
 def starting_allocations(
-    names: Sequence[str], densities: Sequence[float], scores: Mapping[str, np.ndarray], layout: MaskLayout
+    names: Sequence[str], densities: Sequence[float], scores: Mapping[str, np.ndarray], layout: WeightUnits
 ) -> list[np.ndarray]:
     """The classical allocations at a ladder of densities.
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.tensors import load_tensors, save_tensors
 
 # Output positions of one image that a layer's moments are taken over: neighbouring ones say nearly the same, and more
@@ -191,7 +191,7 @@ class Moments:
         return moment if about_mean else moment + self.target_mean[:, :, None] * self.mean[:, None, :]
 
 
-def prunable_modules(network: nn.Module, layout: MaskLayout) -> dict[str, list[tuple[str, nn.Module]]]:
+def prunable_modules(network: nn.Module, layout: WeightUnits) -> dict[str, list[tuple[str, nn.Module]]]:
     """The modules that hold each prunable tensor, by the tensor's name, as (module name, module).
 
     Transposed convolutions are left out: their weights lie the other way round, and no row stands for one output.
@@ -209,7 +209,7 @@ def prunable_modules(network: nn.Module, layout: MaskLayout) -> dict[str, list[t
 
 def collect_statistics(
     network: nn.Module,
-    layout: MaskLayout,
+    layout: WeightUnits,
     images: Tensor,
     *,
     seed: int,

@@ -13,21 +13,21 @@ from torch.nn import functional
 
 from paretoprune.importance.curvature import curvature_scores
 from paretoprune.importance.layer_statistics import LayerStatistics, collect_statistics
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 
 
-def _weights(network: nn.Module, layout: MaskLayout) -> dict[str, Tensor]:
+def _weights(network: nn.Module, layout: WeightUnits) -> dict[str, Tensor]:
     parameters = dict(network.named_parameters())
     return {name: parameters[name].detach().float().cpu() for name in layout.names}
 
 
-def magnitude(network: nn.Module, layout: MaskLayout, images: Tensor, labels: Tensor, seed: int) -> dict[str, Tensor]:
+def magnitude(network: nn.Module, layout: WeightUnits, images: Tensor, labels: Tensor, seed: int) -> dict[str, Tensor]:
     """|w|."""
     return {name: weight.abs() for name, weight in _weights(network, layout).items()}
 
 
 def layer_adaptive_magnitude(
-    network: nn.Module, layout: MaskLayout, images: Tensor, labels: Tensor, seed: int
+    network: nn.Module, layout: WeightUnits, images: Tensor, labels: Tensor, seed: int
 ) -> dict[str, Tensor]:
     """LAMP: w² divided by the sum of the squares of all weights of its layer that are at least as large.
 
@@ -44,7 +44,7 @@ def layer_adaptive_magnitude(
     return scores
 
 
-def random(network: nn.Module, layout: MaskLayout, images: Tensor, labels: Tensor, seed: int) -> dict[str, Tensor]:
+def random(network: nn.Module, layout: WeightUnits, images: Tensor, labels: Tensor, seed: int) -> dict[str, Tensor]:
     """Uniform noise, the baseline that knows nothing."""
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -52,7 +52,7 @@ def random(network: nn.Module, layout: MaskLayout, images: Tensor, labels: Tenso
     }
 
 
-def _gradients(network: nn.Module, layout: MaskLayout, images: Tensor, labels: Tensor) -> Iterator[list[Tensor]]:
+def _gradients(network: nn.Module, layout: WeightUnits, images: Tensor, labels: Tensor) -> Iterator[list[Tensor]]:
     """Gradient of the cross-entropy with respect to each prunable tensor, image by image, in evaluation mode.
 
     One image at a time is slower than vectorising over images, but works for every network.
@@ -70,7 +70,7 @@ def _gradients(network: nn.Module, layout: MaskLayout, images: Tensor, labels: T
         yield [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
 
 
-def taylor(network: nn.Module, layout: MaskLayout, images: Tensor, labels: Tensor, seed: int) -> dict[str, Tensor]:
+def taylor(network: nn.Module, layout: WeightUnits, images: Tensor, labels: Tensor, seed: int) -> dict[str, Tensor]:
     """|w g| with g the gradient of the mean loss: the first-order change of the loss when the weight goes.
 
     Source:
@@ -84,7 +84,7 @@ def taylor(network: nn.Module, layout: MaskLayout, images: Tensor, labels: Tenso
     return {name: (weights[name] * sum_ / len(images)).abs() for name, sum_ in zip(layout.names, total, strict=True)}
 
 
-def fisher(network: nn.Module, layout: MaskLayout, images: Tensor, labels: Tensor, seed: int) -> dict[str, Tensor]:
+def fisher(network: nn.Module, layout: WeightUnits, images: Tensor, labels: Tensor, seed: int) -> dict[str, Tensor]:
     """w² E[g²] with g the gradient of one image's loss: twice the second-order change of the mean loss.
 
     The diagonal empirical Fisher stands in for the curvature.
@@ -101,7 +101,7 @@ def fisher(network: nn.Module, layout: MaskLayout, images: Tensor, labels: Tenso
 
 
 # What a score is given: the network, its prunable tensors, normalised training images, their labels, and a seed.
-Score = Callable[[nn.Module, MaskLayout, Tensor, Tensor, int], dict[str, Tensor]]
+Score = Callable[[nn.Module, WeightUnits, Tensor, Tensor, int], dict[str, Tensor]]
 SCORES: dict[str, Score] = {
     "magnitude": magnitude,
     "taylor": taylor,
@@ -118,7 +118,7 @@ CURVATURE_SCORES = {"curvature": False, "elimination": True}
 def compute_importance(
     score: str,
     network: nn.Module,
-    layout: MaskLayout,
+    layout: WeightUnits,
     images: Tensor,
     labels: Tensor,
     seed: int,
@@ -159,6 +159,6 @@ def compute_importance(
     return scores
 
 
-def flat_scores(scores: Mapping[str, Tensor], layout: MaskLayout) -> np.ndarray:
+def flat_scores(scores: Mapping[str, Tensor], layout: WeightUnits) -> np.ndarray:
     """Scores per tensor as one float32 array (n_weights,) in mask order."""
     return layout.flatten({name: tensor.numpy() for name, tensor in scores.items()})

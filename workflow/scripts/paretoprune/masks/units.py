@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class MaskLayout:
+class WeightUnits:
     """Where each prunable tensor lies in the flat mask.
 
     Attributes:
@@ -29,7 +29,7 @@ class MaskLayout:
     shapes: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, network: "nn.Module", exclude: Sequence[str] = ()) -> "MaskLayout":
+    def of(cls, network: "nn.Module", exclude: Sequence[str] = ()) -> "WeightUnits":
         """Lay out the weights of every convolution and linear layer of `network`.
 
         Biases and normalisation parameters are never pruned. A weight shared by several modules appears once.
@@ -131,7 +131,7 @@ class MaskLayout:
         return np.array(counts, dtype=np.int64).reshape(len(masks), self.n_layers)
 
 
-def ranks_within_layers(scores: np.ndarray, layout: MaskLayout) -> np.ndarray:
+def ranks_within_groups(scores: np.ndarray, layout: WeightUnits) -> np.ndarray:
     """Rank every weight inside its own layer; ties are broken by position.
 
     Args:
@@ -148,11 +148,11 @@ def ranks_within_layers(scores: np.ndarray, layout: MaskLayout) -> np.ndarray:
     return ranks
 
 
-def keep_top(ranks: np.ndarray, n_keep: Iterable[int], layout: MaskLayout) -> np.ndarray:
+def keep_top(ranks: np.ndarray, n_keep: Iterable[int], layout: WeightUnits) -> np.ndarray:
     """The mask that keeps exactly the `n_keep` best-ranked weights of each layer.
 
     Args:
-        ranks: int (n_weights,) from `ranks_within_layers`.
+        ranks: int (n_weights,) from `ranks_within_groups`.
         n_keep: Number to keep per layer, (n_layers,).
         layout: The layers.
 

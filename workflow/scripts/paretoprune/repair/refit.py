@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from paretoprune.devices import repeatable
 from paretoprune.importance.curvature import DAMPING, damped
 from paretoprune.importance.layer_statistics import LayerStatistics, prunable_modules
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 
 # Memory (MB) for re-fitted layers that other candidates share.
 CACHE_MB = 256
@@ -179,7 +179,7 @@ class Refit:
     def __init__(
         self,
         network: nn.Module,
-        layout: MaskLayout,
+        layout: WeightUnits,
         statistics: Mapping[str, LayerStatistics],
         *,
         damping: float = DAMPING,

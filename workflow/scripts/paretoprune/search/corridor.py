@@ -8,7 +8,7 @@ import numpy as np
 
 from paretoprune.fronts import Front
 from paretoprune.masks.packed import PackedMasks, pack_rows
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.search.operators import Ranking, SearchedLayer, searched_layers
 
 
@@ -24,7 +24,7 @@ class Corridor:
 
     lower: np.ndarray
     upper: np.ndarray
-    layout: MaskLayout
+    layout: WeightUnits
 
     def __post_init__(self) -> None:
         # Checks shape, type and padding of both.
@@ -38,7 +38,7 @@ class Corridor:
             )
 
     @classmethod
-    def between(cls, light: np.ndarray, heavy: np.ndarray, layout: MaskLayout) -> "Corridor":
+    def between(cls, light: np.ndarray, heavy: np.ndarray, layout: WeightUnits) -> "Corridor":
         """The corridor that two anchors cut out.
 
         The thresholds of Phase 1 do not nest: in a layer the heavy anchor may keep what the light one drops. The ends
@@ -52,12 +52,12 @@ class Corridor:
         return cls(pack_rows((light & heavy)[None])[0], pack_rows((light | heavy)[None])[0], layout)
 
     @classmethod
-    def around(cls, masks: PackedMasks, layout: MaskLayout) -> "Corridor":
+    def around(cls, masks: PackedMasks, layout: WeightUnits) -> "Corridor":
         """The smallest corridor that several masks lie in: their intersection and their union."""
         return cls(np.bitwise_and.reduce(masks.words), np.bitwise_or.reduce(masks.words), layout)
 
     @classmethod
-    def everything(cls, layout: MaskLayout) -> "Corridor":
+    def everything(cls, layout: WeightUnits) -> "Corridor":
         """All masks: no corridor at all."""
         ends = pack_rows(np.stack([np.zeros(layout.n_weights, dtype=bool), np.ones(layout.n_weights, dtype=bool)]))
         return cls(ends[0], ends[1], layout)
@@ -74,7 +74,7 @@ class Corridor:
 
     def restrict(self, masks: PackedMasks) -> PackedMasks:
         """Each mask moved to the nearest one in the corridor."""
-        return PackedMasks((masks.words & self.upper) | self.lower, masks.n_weights)
+        return PackedMasks((masks.words & self.upper) | self.lower, masks.n_units)
 
     @cached_property
     def layers(self) -> list[SearchedLayer]:
@@ -157,7 +157,7 @@ def anchors_between(front: Front, light: int, heavy: int, n_corridors: int) -> l
     return [light, *members[inner].tolist(), heavy]
 
 
-def corridors_of(anchors: PackedMasks, n_corridors: int, layout: MaskLayout) -> list[Corridor]:
+def corridors_of(anchors: PackedMasks, n_corridors: int, layout: WeightUnits) -> list[Corridor]:
     """What Phase 2 searches: the corridors between neighbouring anchors, or everything where none is wanted.
 
     Args:
@@ -170,7 +170,7 @@ def corridors_of(anchors: PackedMasks, n_corridors: int, layout: MaskLayout) -> 
     return [Corridor.around(anchors.select([i, i + 1]), layout) for i in range(len(anchors) - 1)]
 
 
-def corridor_around(anchors: PackedMasks, n_corridors: int, layout: MaskLayout) -> Corridor:
+def corridor_around(anchors: PackedMasks, n_corridors: int, layout: WeightUnits) -> Corridor:
     """The one corridor that holds all of `corridors_of`, for a description."""
     return Corridor.around(anchors, layout) if n_corridors else Corridor.everything(layout)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from paretoprune.masks.packed import WORD_BITS, unpack_row
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.search.operators import SearchedLayer
 
 # From the name of a layer and which of its weights are kept, bool (n_weights of the layer,), to the cost of dropping
@@ -29,7 +29,7 @@ class CandidateGuide:
     """
 
     def __init__(
-        self, costs: Costs, layout: MaskLayout, layers: Sequence[SearchedLayer], *, n_remembered: int = 64
+        self, costs: Costs, layout: WeightUnits, layers: Sequence[SearchedLayer], *, n_remembered: int = 64
     ) -> None:
         self._costs, self._layers, self._n_remembered = costs, layers, n_remembered
         starts = {int(start): i for i, start in enumerate(layout.offsets[:-1])}

@@ -31,7 +31,7 @@ from pymoo.util.ref_dirs import get_reference_directions
 from paretoprune.fronts import Front
 from paretoprune.masks.genomes import Genome
 from paretoprune.masks.packed import PackedMasks
-from paretoprune.masks.units import MaskLayout, keep_top, ranks_within_layers
+from paretoprune.masks.units import WeightUnits, keep_top, ranks_within_groups
 from paretoprune.search import operators
 from paretoprune.search import sparse_ea as sparse
 from paretoprune.search.corridor import Corridor
@@ -434,7 +434,7 @@ class _LevelSwitches(Mutation):
 
 def search_thresholds(
     evaluate: Evaluate,
-    layout: MaskLayout,
+    layout: WeightUnits,
     scores: np.ndarray,
     starts: Sequence[np.ndarray],
     *,
@@ -491,7 +491,7 @@ def search_thresholds(
             f"allocations and a population of {population}{anew}), found {evaluations}; raise `evaluations` or lower "
             "`population`"
         )
-    ranks = ranks_within_layers(scores, layout)
+    ranks = ranks_within_groups(scores, layout)
     ladder = None if rungs is None else ladder_of_densities(rungs)
 
     def masks_of(densities: np.ndarray) -> PackedMasks:
@@ -504,7 +504,7 @@ def search_thresholds(
         return masks_of(densities if ladder is None else ladder[operators.nearest_rungs(densities, ladder)])
 
     if ladder is not None and precompute is not None:
-        precompute(masks_of(np.repeat(ladder[:, None], layout.n_layers, axis=1)))
+        precompute(masks_of(np.repeat(ladder[:, None], layout.n_groups, axis=1)))
     rng = np.random.default_rng(seed)
     recorder = Recorder(
         evaluate,
@@ -521,12 +521,12 @@ def search_thresholds(
     recorder.stage = "phase1"
     for _ in range(max(population - len(starts), population // 4)):
         level = rng.uniform(0.1, 0.98)
-        first.append(np.clip(level + 0.15 * rng.standard_normal(layout.n_layers), 0.0, 0.99))
-    mutation: Mutation = PM(prob=1.0, prob_var=1.0 / layout.n_layers, eta=20)
+        first.append(np.clip(level + 0.15 * rng.standard_normal(layout.n_groups), 0.0, 0.99))
+    mutation: Mutation = PM(prob=1.0, prob_var=1.0 / layout.n_groups, eta=20)
     if ladder is not None and level_switches:
         mutation = _LevelSwitches(ladder, layout.sizes, level_switches, mutation)
     algorithm = NSGA2(pop_size=population, sampling=np.array(first), crossover=SBX(prob=0.9, eta=15), mutation=mutation)
-    problem = PruningProblem(layout.n_layers, decode, recorder, bounds=(0.0, 1.0))
+    problem = PruningProblem(layout.n_groups, decode, recorder, bounds=(0.0, 1.0))
     run_algorithm(algorithm, problem, recorder, seed)
     if n_reselected and reselect is not None:
         recorder.budget, recorder.survival = evaluations, None
@@ -662,7 +662,7 @@ def blind_algorithm(
 
 def sparse_algorithm(
     name: str,
-    layout: MaskLayout,
+    layout: WeightUnits,
     recorder: Recorder,
     *,
     population: int,
@@ -819,7 +819,7 @@ def _within(front: Front, corridor: Corridor) -> Front:
 
 def search_flat(
     evaluate: Evaluate,
-    layout: MaskLayout,
+    layout: WeightUnits,
     *,
     algorithm: str,
     evaluations: int,
@@ -879,7 +879,7 @@ def search_flat(
 
 def sweep_allocation(
     evaluate: Evaluate,
-    layout: MaskLayout,
+    layout: WeightUnits,
     scores: np.ndarray,
     counts: Sequence[np.ndarray],
     *,
@@ -896,7 +896,7 @@ def sweep_allocation(
         progress: Called with each history row.
         allowed: Which masks may be published, see `Recorder`.
     """
-    ranks = ranks_within_layers(scores, layout)
+    ranks = ranks_within_groups(scores, layout)
     recorder = Recorder(
         evaluate, layout.n_weights, budget=len(counts), stage="allocation", progress=progress, allowed=allowed
     )
@@ -914,4 +914,4 @@ def judge_again(front: Front, evaluate: Evaluate) -> Front:
         evaluate: Masks to objectives (n, 2), in full precision.
     """
     judged = Front(front.masks, evaluate(front.masks), front.stages)
-    return Front.empty(front.masks.n_weights).merge(judged)
+    return Front.empty(front.masks.n_units).merge(judged)

@@ -26,7 +26,7 @@ from numpy.random import Generator
 
 from paretoprune.masks.genomes import Genome
 from paretoprune.masks.packed import PackedMasks, pack_rows, unpack_row
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 
 # Tournaments held at a time, so that they never take more than a few megabytes.
 TOURNAMENTS_AT_ONCE = 2**18
@@ -42,7 +42,7 @@ def n_groups_within(evaluations: int, share: float) -> int:
     return max(2, int(share * evaluations))
 
 
-def cut_into_groups(layout: MaskLayout, n_groups: int) -> np.ndarray:
+def cut_into_groups(layout: WeightUnits, n_groups: int) -> np.ndarray:
     """Cut the flat mask into groups of similar size: runs of whole output filters of a layer.
 
     Where there are fewer groups than layers, a group is a run of whole layers.
@@ -66,7 +66,7 @@ def cut_into_groups(layout: MaskLayout, n_groups: int) -> np.ndarray:
         # The smallest two neighbours together become one.
         joint = [after - before for before, after in zip(bounds[:-2], bounds[2:], strict=True)]
         del bounds[joint.index(min(joint)) + 1]
-    n_cuts = np.ones(layout.n_layers, dtype=np.int64)
+    n_cuts = np.ones(layout.n_groups, dtype=np.int64)
     for _ in range(n_groups - (len(bounds) - 1)):
         n_cuts[np.argmax(np.where(n_cuts < filters, layout.sizes / n_cuts, 0))] += 1
     for start, size, rows, cuts in zip(layout.offsets[:-1], layout.sizes, filters, n_cuts, strict=True):

@@ -10,7 +10,7 @@ import torch
 from paretoprune.data.datasets import ImageSet
 from paretoprune.data.splits import SPLITS, LabelledImages, Splits, channel_statistics
 from paretoprune.evaluation.metrics import predict, top1_error
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.architectures import Architecture
 from paretoprune.networks.checkpoints import DenseNetwork, load_weights, read_state_dict
 from paretoprune.training.loop import Recipe, train
@@ -61,8 +61,8 @@ def prepare_dense(
         network["architecture"], len(image_set.classes), image_set.images.shape[1], dict(network["arguments"])
     )
     module = architecture.build(seed).eval()
-    layout = MaskLayout.of(module, network["exclude"])
-    log.info("%s: %d prunable weights in %d layers", architecture.name, layout.n_weights, layout.n_layers)
+    layout = WeightUnits.of(module, network["exclude"])
+    log.info("%s: %d prunable weights in %d layers", architecture.name, layout.n_weights, layout.n_groups)
     data = LabelledImages.of(image_set, indices.train, mean, std)
     try:
         answers = predict(module, data.images[:2], 2)
@@ -113,7 +113,7 @@ def measure_dense(dense: DenseNetwork, images: str, splits: str, device: torch.d
     return {
         "accuracy": accuracy,
         "n_images": n_images,
-        "n_prunable": MaskLayout.of(network, dense.exclude).n_weights,
+        "n_prunable": WeightUnits.of(network, dense.exclude).n_weights,
         "n_parameters": sum(parameter.numel() for parameter in network.parameters()),
         "n_classes": len(image_set.classes),
     }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from paretoprune.data.splits import LabelledImages
 from paretoprune.evaluation.metrics import predict, top1_error
 from paretoprune.fronts import Front
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.checkpoints import with_weights
 from paretoprune.tensors import save_tensors
 from paretoprune.training.loop import Recipe, check_mask, train
@@ -51,7 +51,7 @@ def choose_members(front: Front, sparsities: Sequence[float], with_knee: bool) -
 def finetune_members(
     front: Front,
     states: Sequence[Mapping[str, Tensor]],
-    layout: MaskLayout,
+    layout: WeightUnits,
     dense: nn.Module,
     train_on: LabelledImages,
     search: LabelledImages,

@@ -16,7 +16,7 @@ from paretoprune.fronts import Front, non_dominated
 from paretoprune.importance.layer_statistics import read_statistics
 from paretoprune.importance.scores import flat_scores
 from paretoprune.masks.packed import PackedMasks
-from paretoprune.masks.units import MaskLayout
+from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.checkpoints import DenseNetwork, save_networks
 from paretoprune.repair.refit import Refit
 from paretoprune.search.search import HISTORY_COLUMNS, SearchResult
@@ -33,7 +33,7 @@ def read_task(inputs: Mapping[str, Any], n_images: int | None = None) -> Task:
     dense = DenseNetwork.load(inputs["network"])
     search, calibration = read_splits(inputs["images"], inputs["splits"], dense, "search", "calibration")
     judged = search.first(n_images)
-    layout = MaskLayout.of(dense.network, dense.exclude)
+    layout = WeightUnits.of(dense.network, dense.exclude)
     return Task(dense.network, layout, judged.images, judged.labels, calibration.images, read_statistics(inputs))
 
 
@@ -69,7 +69,7 @@ def make_finisher(
     return Finisher(task, Judging.of(chosen), Compute.of(chosen), refit)
 
 
-def allowed_masks(settings: Mapping[str, Any], layout: MaskLayout) -> Callable[[PackedMasks], np.ndarray] | None:
+def allowed_masks(settings: Mapping[str, Any], layout: WeightUnits) -> Callable[[PackedMasks], np.ndarray] | None:
     """Which masks may be published by the setting `empty_layers`; None for all."""
     if settings["empty_layers"] == "allow":
         return None
@@ -80,7 +80,7 @@ def allowed_masks(settings: Mapping[str, Any], layout: MaskLayout) -> Callable[[
     return no_layer_is_empty
 
 
-def read_scores(files: Sequence[str], layout: MaskLayout) -> dict[str, np.ndarray]:
+def read_scores(files: Sequence[str], layout: WeightUnits) -> dict[str, np.ndarray]:
     """Importance scores by the names of their files, each float32 (n_weights,) in mask order."""
     return {Path(file).stem: flat_scores(load_tensors(file), layout) for file in files}
 
