@@ -16,7 +16,7 @@ from paretoprune.evaluation.metrics import divergence, top1_error
 from paretoprune.masks.genomes import Genome
 from paretoprune.masks.packed import PackedMasks, pack_rows, unpack_row
 from paretoprune.masks.units import WeightUnits
-from paretoprune.repair.batchnorm import make_repair
+from paretoprune.repair.repairs import make_repair
 from paretoprune.search.adaptive import AdaptiveVariation
 from paretoprune.search.corridor import Corridor
 from paretoprune.search.phase2 import guided_algorithm

@@ -9,13 +9,14 @@ from paretoprune.data.datasets import ImageSet
 from paretoprune.data.splits import LabelledImages
 from paretoprune.devices import default_batch_size
 from paretoprune.evaluation.evaluator import PopulationEvaluator
+from paretoprune.evaluation.finishing import Finisher
+from paretoprune.evaluation.task import Task
 from paretoprune.evaluation.workers import can_fork
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.architectures import Architecture
-from paretoprune.settings import Compute, Searching
+from paretoprune.settings import Compute, Judging, Searching
 from paretoprune.stages.candidates import candidate_evaluator, make_problem
-from paretoprune.stages.task import Task
 
 NETWORK = Architecture("resnet8", 3, 1, {"base_width": 2}).build(0).eval()
 UNITS = WeightUnits.of(NETWORK, ["conv1.weight"])
@@ -40,11 +41,12 @@ def judged(n: int = 20) -> LabelledImages:
 
 
 def task(n_calibration: int = 20) -> Task:
-    return Task(NETWORK, UNITS, judged(), judged(n_calibration).images)
+    return Task(NETWORK, UNITS, judged().images, judged().labels, judged(n_calibration).images)
 
 
 def make_evaluator(n_calibration: int = 20, workers: int = 1, **changed: Any) -> PopulationEvaluator:
-    return candidate_evaluator(task(n_calibration), Searching.of(SETTINGS | changed), Compute(workers=workers))
+    settings = SETTINGS | changed | {"workers": workers}
+    return candidate_evaluator(task(n_calibration), Searching.of(settings), Compute.of(settings))
 
 
 def some_masks() -> PackedMasks:
@@ -65,15 +67,9 @@ def test_an_evaluator_repairs_by_the_settings() -> None:
     for changed in ({}, {"repair_images": 20}, {"damping": 1.0}, {"refine": True}):
         chosen = SETTINGS | {"repair": "reconstruct"} | changed
         evaluate = make_evaluator(**chosen)
-        by_hand = PopulationEvaluator(
-            NETWORK, UNITS, judged().images, judged().labels, calibration_images=judged().images, **chosen
-        )
-        _, states, scores = evaluate.finish(some_masks())
-        _, expected, judged_by_hand = by_hand.finish(some_masks())
-        assert all(torch.equal(a[key], b[key]) for a, b in zip(states, expected, strict=True) for key in b)
-        assert np.array_equal(scores.divergence, judged_by_hand.divergence)
-        assert np.array_equal(evaluate(some_masks()), by_hand(some_masks()))
-        found.append(scores.divergence.tolist())
+        settings = Judging.of(chosen), Compute.of(chosen)
+        assert np.array_equal(evaluate(some_masks()), PopulationEvaluator(task(), *settings)(some_masks()))
+        found.append(Finisher(task(), *settings).finish(some_masks())[2].divergence.tolist())
     assert len({tuple(row) for row in found}) == 4
 
 
@@ -85,8 +81,8 @@ def test_an_evaluator_computes_in_what_it_is_told() -> None:
 def test_an_evaluator_chooses_the_size_of_batches_itself_if_it_may() -> None:
     automatic = make_evaluator(batch_size="auto")
     mask = PackedMasks.pack(np.ones((1, UNITS.n_units), dtype=bool))
-    assert automatic._judge.batch_size == default_batch_size(judged().images, torch.device("cpu"))
-    assert make_evaluator()._judge.batch_size == 4
+    assert automatic.batch_size == default_batch_size(judged().images, torch.device("cpu"))
+    assert make_evaluator().batch_size == 4
     assert automatic.score(mask).error[0] == automatic.dense.error[0]
 
 

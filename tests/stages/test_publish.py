@@ -10,7 +10,9 @@ import torch
 from paretoprune.data.datasets import ImageSet
 from paretoprune.data.splits import LabelledImages, Splits
 from paretoprune.evaluation.evaluator import PopulationEvaluator
+from paretoprune.evaluation.finishing import Finisher
 from paretoprune.evaluation.metrics import predict, top1_error
+from paretoprune.evaluation.task import Task
 from paretoprune.fronts import Front, non_dominated
 from paretoprune.importance.layer_statistics import LayerStatistics, collect_statistics, save_statistics
 from paretoprune.masks.packed import PackedMasks
@@ -23,7 +25,7 @@ from paretoprune.search.problem import Effort
 from paretoprune.search.recorder import SearchResult, read_history
 from paretoprune.search.sweep import sweep_allocation
 from paretoprune.search.thresholds import search_thresholds
-from paretoprune.settings import Compute, Phase1, Phase2, Publishing, Searching
+from paretoprune.settings import Compute, Judging, Phase1, Phase2, Publishing, Searching
 from paretoprune.stages.candidates import candidate_evaluator, make_problem
 from paretoprune.stages.publish import publish
 from paretoprune.workflow.search_inputs import read_task, write_published
@@ -68,29 +70,27 @@ def inputs(tmp_path: Path) -> dict[str, str]:
 
 def make_search_evaluator(inputs: dict[str, str], **changed: Any) -> PopulationEvaluator:
     """As a step that searches makes it."""
-    return candidate_evaluator(read_task(inputs), Searching.of(SETTINGS | changed), Compute())
+    settings = SETTINGS | changed
+    return candidate_evaluator(read_task(inputs), Searching.of(settings), Compute.of(settings))
 
 
-def by_hand(inputs: dict[str, str], precision: str, repair: str = "batchnorm", **changed: Any) -> PopulationEvaluator:
-    """A judge on the search split, repaired on the calibration split."""
+def by_hand(
+    inputs: dict[str, str],
+    precision: str,
+    repair: str = "batchnorm",
+    statistics: dict[str, LayerStatistics] | None = None,
+    **changed: Any,
+) -> tuple[PopulationEvaluator, Finisher]:
+    """An evaluator and a finisher on the search split, repaired on the calibration split."""
     images, splits, network = ImageSet.load(inputs["images"]), Splits.load(inputs["splits"]), dense().network
     search, calibration = (
         LabelledImages.of(images, indices, (0.5,), (0.25,)) for indices in (splits.search, splits.calibration)
     )
-    return PopulationEvaluator(
-        network,
-        WeightUnits.of(network, ["conv1.weight"]),
-        search.images,
-        search.labels,
-        repair=repair,
-        calibration_images=calibration.images,
-        repair_images=12,
-        damping=0.02,
-        objective="divergence",
-        precision=precision,
-        batch_size=16,
-        **changed,
-    )
+    units = WeightUnits.of(network, ["conv1.weight"])
+    task = Task(network, units, search.images, search.labels, calibration.images, statistics)
+    judging = Judging(repair=repair, repair_images=12, damping=0.02, objective="divergence", **changed)
+    settings = judging, Compute(precision=precision, batch_size=16)
+    return PopulationEvaluator(task, *settings), Finisher(task, *settings)
 
 
 def some_masks(n: int = 6) -> PackedMasks:
@@ -101,7 +101,7 @@ def some_masks(n: int = 6) -> PackedMasks:
 
 def test_a_search_is_judged_on_the_search_split_by_the_settings(inputs: dict[str, str]) -> None:
     evaluate = make_search_evaluator(inputs)
-    assert np.array_equal(evaluate(some_masks()), by_hand(inputs, "bfloat16")(some_masks()))
+    assert np.array_equal(evaluate(some_masks()), by_hand(inputs, "bfloat16")[0](some_masks()))
 
 
 def test_candidates_are_judged_on_the_first_search_images_and_finished_networks_on_all(
@@ -110,20 +110,21 @@ def test_candidates_are_judged_on_the_first_search_images_and_finished_networks_
     few = {"candidate_images": 11}
     evaluate = make_search_evaluator(inputs, **few, precision="float32")
     whole = make_search_evaluator(inputs, precision="float32")
-    assert len(evaluate.images_and_labels[0]) == 11
-    assert np.array_equal(whole(some_masks()), by_hand(inputs, "float32")(some_masks()))
+    assert len(evaluate.judged.images) == 11
+    assert np.array_equal(whole(some_masks()), by_hand(inputs, "float32")[0](some_masks()))
     assert not np.array_equal(evaluate(some_masks()), whole(some_masks()))
     front, _ = published(inputs, tmp_path, a_search(some_masks()), front_size=None, precision="float32", **few)
-    assert set(front.objectives[:, 0]) <= set(whole.finish(some_masks())[2].divergence)
+    _, finisher = by_hand(inputs, "float32")
+    assert set(front.objectives[:, 0]) <= set(finisher.finish(some_masks())[2].divergence)
 
 
 def test_a_setting_can_be_changed_for_one_judge(inputs: dict[str, str]) -> None:
     evaluate = make_search_evaluator(inputs, precision="float32")
-    assert np.array_equal(evaluate(some_masks()), by_hand(inputs, "float32")(some_masks()))
+    assert np.array_equal(evaluate(some_masks()), by_hand(inputs, "float32")[0](some_masks()))
 
 
 def test_candidates_are_repaired_as_the_search_says_where_that_differs(inputs: dict[str, str]) -> None:
-    expected = {repair: by_hand(inputs, "float32", repair)(some_masks()) for repair in ("none", "batchnorm")}
+    expected = {repair: by_hand(inputs, "float32", repair)[0](some_masks()) for repair in ("none", "batchnorm")}
     assert not np.array_equal(expected["none"], expected["batchnorm"])
     for settings, repair in (
         ({"repair": "batchnorm", "search_repair": "none"}, "none"),
@@ -145,8 +146,8 @@ def with_statistics(inputs: dict[str, str], folder: Path) -> tuple[dict[str, str
 def test_weights_are_re_fitted_by_the_statistics_among_the_inputs(inputs: dict[str, str], tmp_path: Path) -> None:
     given, statistics = with_statistics(inputs, tmp_path)
     found = make_search_evaluator(given, repair="reconstruct", precision="float32")(some_masks())
-    assert np.array_equal(found, by_hand(inputs, "float32", "reconstruct", statistics=statistics)(some_masks()))
-    assert not np.array_equal(found, by_hand(inputs, "float32", "reconstruct")(some_masks()))
+    assert np.array_equal(found, by_hand(inputs, "float32", "reconstruct", statistics)[0](some_masks()))
+    assert not np.array_equal(found, by_hand(inputs, "float32", "reconstruct")[0](some_masks()))
 
 
 HISTORY = [{"generation": 1, "evaluations": 6, "seconds": 0.5, "hypervolume": 0.25, "stage": "phase1"}]
@@ -156,7 +157,8 @@ def published(
     inputs: dict[str, str], folder: Path, found: SearchResult, **changed: Any
 ) -> tuple[Front, list[dict[str, Tensor]]]:
     """The front and the networks that a step publishes."""
-    settings, compute = SETTINGS | changed, Compute(workers=changed.get("workers", 1))
+    settings = SETTINGS | changed
+    compute = Compute.of(settings)
     outputs = {"masks": "masks.npz", "networks": "networks.safetensors", "history": "history.csv"}
     outputs = {key: str(folder / "out" / name) for key, name in outputs.items()}
     front = publish(found.front, read_task(inputs), Searching.of(settings), Publishing.of(settings), compute)
@@ -193,7 +195,7 @@ def test_a_front_is_thinned_and_then_its_networks_are_finished_and_measured(
     made: dict[str, Any] = {"repair": "batchnorm", "refine": True} | {
         k: v for k, v in changed.items() if k != "search_repair"
     }
-    exact = by_hand(inputs, "float32", **made)
+    _, exact = by_hand(inputs, "float32", **made)
     tried = [(mask, exact.build(mask)) for mask in map(thinned.masks.unpack, range(5))]
     anew = exact.reselect(thinned.masks) if made["repair"] == "reconstruct" and made["refine"] else thinned.masks
     tried = [
@@ -220,7 +222,7 @@ def test_members_that_others_dominate_once_they_are_measured_are_dropped(
 ) -> None:
     masks = some_masks(9)
     front, states = published(inputs, tmp_path, a_search(masks), front_size=None)
-    exact = by_hand(inputs, "float32")
+    _, exact = by_hand(inputs, "float32")
     objectives = np.array([exact.measure(exact.build(masks.unpack(i)))[1] for i in range(9)])
     best = [i for i in range(9) if not np.any(objectives[:i] <= objectives[i])]  # sparsest first
     assert 1 <= len(best) < 9
@@ -232,7 +234,7 @@ def test_published_networks_keep_to_their_masks_and_have_the_published_error(
     inputs: dict[str, str], tmp_path: Path
 ) -> None:
     front, states = published(inputs, tmp_path, a_search(some_masks()), repair="reconstruct", objective="error")
-    judge = by_hand(inputs, "float32")
+    judge, _ = by_hand(inputs, "float32")
     splits = Splits.load(inputs["splits"])
     search = LabelledImages.of(ImageSet.load(inputs["images"]), splits.search, (0.5,), (0.25,))
     for i, state in enumerate(states):

@@ -3,9 +3,9 @@
 from paretoprune.files import write_csv
 from paretoprune.search.problem import Effort
 from paretoprune.search.recorder import HISTORY_COLUMNS
-from paretoprune.settings import Compute, Phase1, Searching
+from paretoprune.settings import Phase1, Searching
 from paretoprune.stages.phase1 import find_thresholds
-from paretoprune.workflow.search_inputs import log_progress, read_scores, read_task
+from paretoprune.workflow.search_inputs import granted, log_progress, read_scores, read_task
 from paretoprune.workflow.steps import step
 
 name = "{dataset} {network} seed {seed}: {method}, phase 1".format(**snakemake.wildcards)
@@ -17,7 +17,7 @@ with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as
         Searching.of(settings),
         Phase1.of(settings),
         Effort(settings["evaluations"], settings["population"], int(snakemake.wildcards.seed)),
-        Compute(str(device), snakemake.threads),
+        granted(settings, device, snakemake.threads),
         sparsities=settings["sparsities"],
         progress=log_progress(log, settings["evaluations"]),
     )

@@ -11,19 +11,19 @@ from tqdm import tqdm
 
 from paretoprune.data.splits import LabelledImages, split_images
 from paretoprune.evaluation.metrics import predict, top1_error
+from paretoprune.evaluation.task import Task
 from paretoprune.fronts import Front
 from paretoprune.importance.allocation import STARTS
 from paretoprune.importance.layer_statistics import collect_statistics
 from paretoprune.importance.scores import compute_importance, flat_scores
 from paretoprune.masks.units import WeightUnits
-from paretoprune.repair.batchnorm import REFITTING, REPAIRS
+from paretoprune.repair.repairs import repair_named
 from paretoprune.search.problem import Effort
 from paretoprune.settings import LOSSES, REFIT_GUIDE, Anchors, Budget, Compute, Phase1, Phase2, Publishing, Searching
 from paretoprune.stages.anchors import find_anchors
 from paretoprune.stages.phase1 import find_thresholds
 from paretoprune.stages.phase2 import refine_bits
 from paretoprune.stages.publish import publish
-from paretoprune.stages.task import Task
 
 START_DENSITIES = (0.8, 0.5, 0.3, 0.2, 0.1)
 N_CALIBRATION = 512
@@ -92,7 +92,7 @@ def pareto_prune(
     Raises:
         ValueError: Images, labels, options or network cannot be used; the message says what was expected.
     """
-    refits = repair in REFITTING
+    refits = repair_named(repair).refits
     phase1, anchors, phase2 = REFITTED if refits else MASKED
     budget, population = Budget(evaluations, phase1.share), int(np.clip(evaluations // 20, 8, 40))
     needed = 2 * (len(phase1.starts) * len(phase1.start_densities) + population + phase1.n_reselected)
@@ -101,8 +101,6 @@ def pareto_prune(
             f"expected at least {needed} evaluations, half of them for Phase 1: the classical allocations, one "
             f"population{' and members chosen anew' if refits else ''}; found {evaluations}"
         )
-    if repair not in REPAIRS:
-        raise ValueError(f"expected a repair mode among {', '.join(REPAIRS)}, found '{repair}'")
     loss, *costs = objectives
     if loss not in LOSSES:
         raise ValueError(f"expected a loss among {', '.join(LOSSES)} as first objective, found '{loss}'")
@@ -117,9 +115,9 @@ def pareto_prune(
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     statistics = collect_statistics(network, units, calibration, seed=seed, device=device) if refits else None
-    task = Task(network, units, search, calibration, statistics)
+    task = Task(network, units, search.images, search.labels, calibration, statistics)
     searching = Searching(repair=repair, objective=loss, costs=tuple(costs))
-    compute = Compute(str(device), workers, PREFIX_CACHE_MB)
+    compute = Compute(device=str(device), workers=workers, prefix_cache_mb=PREFIX_CACHE_MB)
     sample = train.images[order[:N_GRADIENT_IMAGES]], train.labels[order[:N_GRADIENT_IMAGES]]
     followed = [STARTS[name][1] for name in phase1.starts]
     names = dict.fromkeys(name for name in (phase2.guides[0], *followed, *phase2.guides) if name != REFIT_GUIDE)

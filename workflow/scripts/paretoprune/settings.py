@@ -89,8 +89,18 @@ class Judging(Settings):
 
 @dataclass(frozen=True)
 class Compute(Settings):
-    """What a step was granted to compute with; results do not depend on processes and memory."""
+    """What candidates are computed with; results do not depend on processes and memory."""
 
+    precision: str = setting(
+        "auto",
+        "of weights and activations during the search; auto: bfloat16 where the device has arithmetic for it",
+        enum=["auto", "float32", "bfloat16"],
+    )
+    batch_size: int | str = setting(
+        "auto",
+        "images per forward pass; auto: by their size",
+        oneOf=[{"type": "integer", "minimum": 1}, {"const": "auto"}],
+    )
     device: str = setting("cpu", "where to compute", type="string")
     workers: int = setting(1, "processes of one thread that candidates are judged with", type="integer", minimum=1)
     prefix_cache_mb: int = setting(
@@ -116,16 +126,6 @@ class Searching(Judging):
     )
     empty_layers: str = setting(
         "allow", "whether networks with a layer that keeps nothing may be published", enum=["allow", "forbid"]
-    )
-    precision: str = setting(
-        "auto",
-        "of weights and activations during the search; auto: bfloat16 where the device has arithmetic for it",
-        enum=["auto", "float32", "bfloat16"],
-    )
-    batch_size: int | str = setting(
-        "auto",
-        "images per forward pass; auto: by their size",
-        oneOf=[{"type": "integer", "minimum": 1}, {"const": "auto"}],
     )
     costs: Sequence[str] = setting(
         ["density"], "what is minimised beside the loss", type="array", minItems=1, maxItems=2

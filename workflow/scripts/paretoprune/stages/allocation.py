@@ -2,13 +2,13 @@
 
 import numpy as np
 
+from paretoprune.evaluation.task import Task
 from paretoprune.importance.allocation import allocate
 from paretoprune.search.problem import Progress
 from paretoprune.search.recorder import SearchResult
 from paretoprune.search.sweep import sweep_allocation
 from paretoprune.settings import Compute, Densities, Searching
 from paretoprune.stages.candidates import candidate_evaluator, make_problem
-from paretoprune.stages.task import Task
 
 
 def try_allocation(

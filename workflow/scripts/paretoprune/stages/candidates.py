@@ -1,47 +1,39 @@
 """Candidates of a search: how they are judged, what they cost, and which of them may be published."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from paretoprune.evaluation.evaluator import PopulationEvaluator
+from paretoprune.evaluation.task import Task
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import Units
 from paretoprune.networks.costs import Priced, make_costs
-from paretoprune.search.problem import Feasible, Problem, Progress
-from paretoprune.settings import Compute, Searching
-from paretoprune.stages.task import Task
+from paretoprune.search.problem import Evaluate, Feasible, Problem, Progress
+from paretoprune.settings import Compute, Judging, Searching
+
+
+def candidate_task(task: Task, settings: Searching) -> Task:
+    """A task with the images that candidates are judged on: the first `candidate_images`, or all."""
+    n = settings.candidate_images
+    return replace(task, images=task.images[:n], labels=task.labels[:n])
+
+
+def candidate_judging(settings: Searching) -> Judging:
+    """How candidates are put right and judged: with the repair of the search, where it has one of its own."""
+    return Judging.of(settings.plain() | {"repair": settings.search_repair or settings.repair})
 
 
 def candidate_evaluator(task: Task, settings: Searching, compute: Compute) -> PopulationEvaluator:
-    """Judges candidates: on `candidate_images` of the search images, after the repair of the search."""
-    repair = settings.search_repair or settings.repair
-    judged = task.search.first(settings.candidate_images)
-    return PopulationEvaluator(
-        task.network,
-        task.units,
-        judged.images,
-        judged.labels,
-        repair=repair,
-        calibration_images=task.calibration,
-        repair_images=settings.repair_images,
-        statistics=task.statistics,
-        damping=settings.damping,
-        refine=settings.refine,
-        objective=settings.objective,
-        precision=settings.precision,
-        batch_size=None if isinstance(settings.batch_size, str) else settings.batch_size,
-        device=compute.device,
-        workers=compute.workers,
-        prefix_cache_mb=compute.prefix_cache_mb,
-    )
+    """Judges candidates."""
+    return PopulationEvaluator(candidate_task(task, settings), candidate_judging(settings), compute)
 
 
-def make_problem(
-    task: Task, evaluate: PopulationEvaluator, settings: Searching, progress: Progress | None = None
-) -> Problem:
+def make_problem(task: Task, evaluate: Evaluate, settings: Searching, progress: Progress | None = None) -> Problem:
     """The search problem of a task: an evaluator's loss, the costs, and which masks may be published."""
-    priced = Priced(task.network, task.units, task.search.images[:1])
     feasible = no_group_is_empty(task.units) if settings.empty_layers == "forbid" else None
-    return Problem(task.units, evaluate, make_costs(settings.costs, priced), feasible, progress)
+    costs = make_costs(settings.costs, Priced(task.network, task.units, task.images[:1]))
+    return Problem(task.units, evaluate, costs, feasible, progress)
 
 
 def no_group_is_empty(units: Units) -> Feasible:

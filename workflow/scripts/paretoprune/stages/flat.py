@@ -1,11 +1,11 @@
 """The flat baselines: whole masks in a single phase."""
 
+from paretoprune.evaluation.task import Task
 from paretoprune.search.flat import search_flat
 from paretoprune.search.problem import Effort, Progress
 from paretoprune.search.recorder import SearchResult
 from paretoprune.settings import Compute, Flat, Searching
 from paretoprune.stages.candidates import candidate_evaluator, make_problem
-from paretoprune.stages.task import Task
 
 
 def find_flat(

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from paretoprune.evaluation.finishing import Finisher
+from paretoprune.evaluation.task import Task
 from paretoprune.fronts import Front
 from paretoprune.importance.allocation import starting_allocations
 from paretoprune.masks.packed import PackedMasks
@@ -11,8 +13,7 @@ from paretoprune.search.problem import Effort, Progress
 from paretoprune.search.recorder import SearchResult
 from paretoprune.search.thresholds import search_thresholds
 from paretoprune.settings import Compute, Phase1, Searching
-from paretoprune.stages.candidates import candidate_evaluator, make_problem
-from paretoprune.stages.task import Task
+from paretoprune.stages.candidates import candidate_evaluator, candidate_judging, candidate_task, make_problem
 
 
 def find_thresholds(
@@ -41,9 +42,11 @@ def find_thresholds(
     """
     starts = starting_allocations(settings.starts, settings.start_densities, scores, task.units)
     with candidate_evaluator(task, searching, compute) as evaluate:
+        judging = candidate_judging(searching)
+        finisher = Finisher(candidate_task(task, searching), judging, compute, evaluate.refit)
 
         def choose_anew(front: Front) -> PackedMasks:
-            return evaluate.reselect(front.thinned(settings.n_reselected, sparsities).masks)
+            return finisher.reselect(front.thinned(settings.n_reselected, sparsities).masks)
 
         return search_thresholds(
             make_problem(task, evaluate, searching, progress),

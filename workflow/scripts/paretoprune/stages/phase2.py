@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from paretoprune.evaluation.task import Task
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.search.corridor import Corridor, corridors_of
 from paretoprune.search.guidance import CandidateGuide
@@ -12,7 +13,6 @@ from paretoprune.search.problem import Effort, Progress
 from paretoprune.search.recorder import SearchResult
 from paretoprune.settings import REFIT_GUIDE, Compute, Phase2, Searching
 from paretoprune.stages.candidates import candidate_evaluator, make_problem
-from paretoprune.stages.task import Task
 
 
 def refine_bits(

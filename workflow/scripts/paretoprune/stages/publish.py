@@ -1,13 +1,11 @@
 """Publishing: from what a search has found to finished networks that are measured as they are shipped."""
 
-from dataclasses import replace
-
 import numpy as np
 
+from paretoprune.evaluation.finishing import Finisher
+from paretoprune.evaluation.task import Task
 from paretoprune.fronts import Front, non_dominated
 from paretoprune.settings import Compute, Publishing, Searching
-from paretoprune.stages.candidates import candidate_evaluator
-from paretoprune.stages.task import Task
 
 
 def publish(front: Front, task: Task, searching: Searching, publishing: Publishing, compute: Compute) -> Front:
@@ -25,7 +23,7 @@ def publish(front: Front, task: Task, searching: Searching, publishing: Publishi
         task: What is pruned.
         searching: How networks are put right and measured.
         publishing: Which members stay.
-        compute: What to compute with; activations are not kept.
+        compute: Device and processes.
 
     Returns:
         The front with its finished networks; members whose weights were chosen anew are of stage `reselected`.
@@ -39,9 +37,7 @@ def publish(front: Front, task: Task, searching: Searching, publishing: Publishi
             "set `empty_layers: allow`, or raise `evaluations` or, for an allocation, `ladder.highest`"
         )
     front = front.thinned(publishing.front_size, publishing.sparsities)
-    exact = replace(searching, precision="float32", candidate_images=None, search_repair=None)
-    with candidate_evaluator(task, exact, replace(compute, prefix_cache_mb=0)) as evaluate:
-        masks, states, scores = evaluate.finish(front.masks, reselect=True)
+    masks, states, scores = Finisher(task, searching, compute).finish(front.masks, reselect=True)
     objectives = np.column_stack([scores.objective(searching.objective), front.costs])
     same = np.all(masks.words == front.masks.words, axis=1)
     stages = [stage if kept else "reselected" for stage, kept in zip(front.stages, same, strict=True)]

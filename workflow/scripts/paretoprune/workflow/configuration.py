@@ -11,7 +11,7 @@ from typing import Any
 import jsonschema
 
 from paretoprune.importance.allocation import STARTS
-from paretoprune.settings import REFIT_GUIDE, SPARSE_ALGORITHMS, Budget, Searching
+from paretoprune.settings import REFIT_GUIDE, SPARSE_ALGORITHMS, Budget, Compute, Searching
 
 Config = Mapping[str, Any]
 # Settings that say which members of a front are published.
@@ -245,7 +245,8 @@ def phase1_settings(settings: Config) -> dict[str, Any]:
 
 def searching_settings(settings: Config) -> dict[str, Any]:
     """The part of a method's settings that says how candidates and finished networks are made and judged."""
-    return {one.name: settings[one.name] for one in fields(Searching) if one.name in settings}
+    names = [one.name for kind in (Searching, Compute) for one in fields(kind)]
+    return {name: settings[name] for name in names if name in settings}
 
 
 def repairs_of(settings: Config) -> set[str]:
