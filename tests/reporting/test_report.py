@@ -499,7 +499,7 @@ def test_failed_page_leaves_the_old_one(results: Path, monkeypatch: pytest.Monke
 
 def test_figures_need_no_torch() -> None:
     code = (
-        "import sys; import paretoprune.plots, paretoprune.report; "
+        "import sys; import paretoprune.reporting.report; "
         "sys.exit('torch was imported' if 'torch' in sys.modules else 0)"
     )
     scripts = Path(__file__).parents[2] / "workflow" / "scripts"

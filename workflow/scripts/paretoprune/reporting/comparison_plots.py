@@ -92,7 +92,7 @@ def draw_attainment(
     """Test error attained against sparsity: median over seeds, and the band from the best to the worst.
 
     Args:
-        surfaces: Per run and method, from `comparison.attainment_surfaces` on "test_error".
+        surfaces: Per run and method, from `attainment.attainment_surfaces` on "test_error".
         dense_errors: Test error of the dense network per run, a share, mean over seeds.
         looks: From `comparison_looks`; the methods drawn.
     """
@@ -159,7 +159,7 @@ def draw_hypervolume_bands(
     """Hypervolume over evaluations: median over seeds, and the band from the least to the largest.
 
     Args:
-        bands: Per run and method, from `comparison.hypervolume_bands`, every method on the run's own grid.
+        bands: Per run and method, from `attainment.hypervolume_bands`, every method on the run's own grid.
         ends: Per run and method, evaluations after which it ended, the largest over seeds.
         looks: From `comparison_looks`; the methods with colour and band, the others are thin and grey.
     """

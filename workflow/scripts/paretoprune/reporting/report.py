@@ -17,14 +17,13 @@ from paretoprune import __version__
 from paretoprune.files import atomic_path
 from paretoprune.reporting import comparison_plots
 from paretoprune.reporting import run_plots as plots
+from paretoprune.reporting.attainment import attainment_surfaces, hypervolume_bands
 from paretoprune.reporting.comparison import (
     ALL_RUNS,
     MEASURES,
     SIGNIFICANCE,
-    attainment_surfaces,
     compare_methods,
     errors_at_sparsities,
-    hypervolume_bands,
     leading_methods,
     paired_differences,
     phase2_gains,

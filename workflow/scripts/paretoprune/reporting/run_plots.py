@@ -22,7 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from paretoprune.files import atomic_path
-from paretoprune.reporting.comparison import hypervolume_at
+from paretoprune.reporting.attainment import hypervolume_at
 
 # Our searches in strong solid colours, the others muted and dashed: told apart in grey print, too.
 _COLORS = {
