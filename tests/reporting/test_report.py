@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from paretoprune.files import write_csv, write_json
-from paretoprune.reporting import run_plots as plots
+from paretoprune.reporting import report as report_module
 from paretoprune.reporting.comparison import COMPARISON_COLUMNS
 from paretoprune.reporting.read_results import SUMMARY_COLUMNS, read_run
 from paretoprune.reporting.report import write_report
@@ -490,7 +490,7 @@ def test_failed_page_leaves_the_old_one(results: Path, monkeypatch: pytest.Monke
     def fail(*_: Any) -> Iterator[None]:
         raise OSError("disk full")
 
-    monkeypatch.setattr(plots, "save_figure", fail)
+    monkeypatch.setattr(report_module, "save_figure", fail)
     with pytest.raises(OSError, match="disk full"):
         report_on(results)
     assert (output / "index.html").read_bytes() == before
@@ -512,19 +512,6 @@ def test_drawing_leaves_matplotlib_as_it_was(results: Path) -> None:
     before = dict(mpl.rcParams)
     report_on(results)
     assert dict(mpl.rcParams) == before
-
-
-def test_error_at_sparsity_takes_the_densest_member_that_is_sparse_enough() -> None:
-    front = pd.DataFrame({"sparsity": [0.8, 0.5], "test_error": [0.3, 0.1]})
-    errors = plots.error_at_sparsity(front, np.array([0.0, 0.5, 0.51, 0.8, 0.81]))
-    np.testing.assert_array_equal(errors, [0.1, 0.1, 0.3, 0.3, np.nan])
-
-
-def test_every_method_looks_different() -> None:
-    kinds = {"a": "two_phase", "b": "two_phase", **dict.fromkeys("cd", "flat"), **dict.fromkeys("efghij", "allocation")}
-    styles = plots.method_styles(kinds)
-    assert len({(style.color, str(style.dashes)) for style in styles.values()}) == len(kinds)
-    assert plots.method_styles({"a": "two_phase"})["a"] == styles["a"]
 
 
 def test_a_member_fine_tuned_for_several_targets_counts_for_each_of_them(results: Path) -> None:

@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 
 from paretoprune import __version__
 from paretoprune.files import atomic_path
-from paretoprune.reporting import comparison_plots
-from paretoprune.reporting import run_plots as plots
+from paretoprune.reporting import comparison_plots, run_plots
 from paretoprune.reporting.attainment import attainment_surfaces, hypervolume_bands
 from paretoprune.reporting.comparison import (
     ALL_RUNS,
@@ -28,7 +27,9 @@ from paretoprune.reporting.comparison import (
     paired_differences,
     phase2_gains,
 )
+from paretoprune.reporting.figures import save_figure
 from paretoprune.reporting.read_results import SPLITS, RunResults, method_kinds, read_run, summarise
+from paretoprune.reporting.styles import MOST_SHOWN, MethodStyle, comparison_styles, figure_style, method_styles
 
 # Fine-tuned networks are compared only where all of them removed about the same share of the weights.
 _COMPARABLE_SPARSITY = 0.01
@@ -150,10 +151,10 @@ def write_report(
         "phase2_gain": phase2_gains(summary),
     }
 
-    styles = plots.method_styles(kinds)
+    styles = method_styles(kinds)
     sections = []
     for run, own in zip(read, summaries, strict=True):
-        with plots.figure_style():
+        with figure_style():
             figures = {
                 kind: _save(figure, output, f"{run.dataset}-{run.network}-{kind}")
                 for kind, figure in draw_figures(run, own, styles)
@@ -162,8 +163,8 @@ def write_report(
     comparison = None
     # One pair, or one method, leaves nothing to compare over.
     if len(methods) > 1 and sum(len(run.seeds) for run in read) > 1:
-        shown = leading_methods(summary, reference, comparison_plots.MOST_SHOWN)
-        with plots.figure_style():
+        shown = leading_methods(summary, reference, MOST_SHOWN)
+        with figure_style():
             figures = {
                 kind: _save(figure, output, f"comparison-{kind}")
                 for kind, figure in draw_comparison(read, summary, tables["comparison"], shown)
@@ -177,35 +178,35 @@ def write_report(
 
 
 def draw_figures(
-    run: RunResults, summary: pd.DataFrame, styles: Mapping[str, plots.MethodStyle]
+    run: RunResults, summary: pd.DataFrame, styles: Mapping[str, MethodStyle]
 ) -> Iterable[tuple[str, Figure]]:
     """Draw, one after the other, every figure of a run that has something to show.
 
     Args:
         run: Its results.
         summary: From `summarise`.
-        styles: From `plots.method_styles`.
+        styles: From `styles.method_styles`.
 
     Yields:
         Name and figure.
     """
     if len(run.fronts):
-        yield "fronts", plots.draw_fronts(run.fronts, run.dense_test_error, styles)
-    yield "hypervolume", plots.draw_hypervolume(run.histories, styles)
+        yield "fronts", run_plots.draw_fronts(run.fronts, run.dense_test_error, styles)
+    yield "hypervolume", run_plots.draw_hypervolume(run.histories, styles)
     if run.two_phase:
         first = run.seeds[0]
         gains = summary[summary["method"].isin(run.two_phase)]
-        yield "phase2", plots.draw_phase2_gain(gains, styles)
+        yield "phase2", run_plots.draw_phase2_gain(gains, styles)
         fronts = run.fronts[run.fronts["seed"] == first]
         drawn = [method for method in run.two_phase if (fronts["method"] == method).any()]
         if drawn:
-            yield "stages", plots.draw_stages(fronts, drawn, _ERROR_LABELS[run.objective])
+            yield "stages", run_plots.draw_stages(fronts, drawn, _ERROR_LABELS[run.objective])
             layers = run.layers[run.layers["seed"] == first]
             layers = layers.merge(fronts[["method", "id", "sparsity"]], on=["method", "id"])
-            yield "layers", plots.draw_layer_densities(layers, drawn)
-        yield "corridor", plots.draw_corridor({method: run.anchors[method, first] for method in run.two_phase})
+            yield "layers", run_plots.draw_layer_densities(layers, drawn)
+        yield "corridor", run_plots.draw_corridor({method: run.anchors[method, first] for method in run.two_phase})
     if len(run.finetuned):
-        yield "finetuned", plots.draw_finetuned(run.finetuned, run.dense_test_error, styles)
+        yield "finetuned", run_plots.draw_finetuned(run.finetuned, run.dense_test_error, styles)
 
 
 def draw_comparison(
@@ -223,7 +224,7 @@ def draw_comparison(
         Name and figure.
     """
     names = {f"{run.dataset} / {run.network}": run for run in runs}
-    looks = comparison_plots.comparison_looks(shown)
+    styles = comparison_styles(shown)
     differences = {measure: paired_differences(summary, shown[0], measure) for measure in MEASURES}
     yield "differences", comparison_plots.draw_paired_differences(differences, tests, _MEASURE_TITLES)
     surfaces = {
@@ -234,19 +235,19 @@ def draw_comparison(
         for name, run in names.items()
     }
     dense_errors = {name: run.dense_test_error for name, run in names.items()}
-    yield "attainment", comparison_plots.draw_attainment(surfaces, dense_errors, looks)
+    yield "attainment", comparison_plots.draw_attainment(surfaces, dense_errors, styles)
     ends, bands = {}, {}
     for name, run in names.items():
         grid = np.linspace(0, run.histories["evaluations"].max(), _BAND_STEPS)
         histories = {method: run.histories[run.histories["method"] == method] for method in run.kinds}
         bands[name] = {method: hypervolume_bands(history, grid) for method, history in histories.items()}
         ends[name] = {method: float(history["evaluations"].max()) for method, history in histories.items()}
-    yield "hypervolume", comparison_plots.draw_hypervolume_bands(bands, ends, looks)
+    yield "hypervolume", comparison_plots.draw_hypervolume_bands(bands, ends, styles)
 
 
 def _save(figure: Figure, output: Path, name: str) -> str:
     """Save a figure and return its path relative to the page, without the suffix."""
-    plots.save_figure(figure, output / "figures" / name)
+    save_figure(figure, output / "figures" / name)
     return f"figures/{name}"
 
 
