@@ -22,6 +22,7 @@ from paretoprune.reporting.comparison import (
 )
 from paretoprune.reporting.read_results import RunResults
 from paretoprune.reporting.statistical_tests import holm
+from paretoprune.reporting.subject import Run
 
 
 def summary_of(
@@ -194,17 +195,14 @@ def run_of(members: Sequence[tuple[int, float, float, float]], accuracies: Seque
     dense: dict[int, dict[str, Any]] = {seed: {"accuracy": {"test": a}} for seed, a in enumerate(accuracies)}
     none = pd.DataFrame()
     return RunResults(
-        "digits",
-        "a",
-        list(dense),
+        Run("digits", "a", tuple(dense), "error"),
         {"ours": "flat"},
         dense,
         fronts.assign(method="ours", density=1 - fronts["sparsity"]),
-        none,
-        none,
-        none,
-        {},
-        "error",
+        histories=none,
+        layers=none,
+        finetuned=none,
+        anchors={},
     )
 
 

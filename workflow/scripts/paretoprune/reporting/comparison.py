@@ -13,7 +13,8 @@ import pandas as pd
 from paretoprune.reporting.read_results import RunResults, rows_of
 from paretoprune.reporting.statistical_tests import DECIMALS, holm, rank_biserial, signed_rank_test, vargha_delaney
 
-MEASURES = ("hypervolume_test", "hypervolume_search")
+MEASURE_TITLES = {"hypervolume_test": "Hypervolume, test split", "hypervolume_search": "Hypervolume, search split"}
+MEASURES = tuple(MEASURE_TITLES)
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 SIGNIFICANCE = 0.05
 
@@ -227,7 +228,7 @@ def errors_at_sparsities(run: RunResults, sparsities: Sequence[float] = SPARSITI
     """
     rows = []
     for method in run.kinds:
-        fronts = {seed: rows_of(run.fronts, method, seed) for seed in run.seeds}
+        fronts = {seed: rows_of(run.fronts, method, seed) for seed in run.about.seeds}
         for sparsity in sparsities:
             chosen = {seed: member_at_sparsity(front, sparsity) for seed, front in fronts.items()}
             found = {seed: member for seed, member in chosen.items() if member is not None}
@@ -236,11 +237,11 @@ def errors_at_sparsities(run: RunResults, sparsities: Sequence[float] = SPARSITI
             points = 100 * (errors - dense)
             rows.append(
                 {
-                    "dataset": run.dataset,
-                    "network": run.network,
+                    "dataset": run.about.dataset,
+                    "network": run.about.network,
                     "method": method,
                     "at_least_sparsity": sparsity,
-                    "n_seeds": len(run.seeds),
+                    "n_seeds": len(run.about.seeds),
                     "n_found": len(found),
                     "sparsity_mean": float(np.mean([member["sparsity"] for member in found.values()] or [np.nan])),
                     "test_error_mean": errors.mean(),
