@@ -1,24 +1,27 @@
 """Result files read back: what is missing or spoilt is named before anything is written."""
 
 import json
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 from paretoprune.files import write_json
-from paretoprune.reporting.read_results import read_run
+from paretoprune.reporting.read_results import read_run, summarise
 from paretoprune.reporting.subject import Run
 from result_files import (
     ERRORS,
     FINETUNED,
     KINDS,
+    MACS,
     SEEDS,
     report_on,
     write_finetuned,
     write_hand_computed,
     write_history,
     write_layers,
+    write_macs,
 )
 
 
@@ -121,3 +124,53 @@ def test_a_member_fine_tuned_for_several_targets_counts_for_each_of_them(results
         ("sparsity 0.5", 0),
         ("sparsity 0.5", 1),
     ]
+
+
+# Costs other than the density
+
+
+def summary_of(results: Path, *costs: str) -> dict[str, dict[Hashable, Any]]:
+    """Summary of the first seed by method."""
+    run = read_run(results, Run("digits", "resnet8", (0,), "error", costs), KINDS, FINETUNED)
+    return {row["method"]: row for row in summarise(run).to_dict("records")}
+
+
+def test_hypervolumes_are_on_the_error_and_every_cost(results: Path) -> None:
+    summary = summary_of(write_macs(results), "density", "macs")
+    # One box, with sides to an error of 1, and a density and macs of 1.1.
+    assert summary["nsga2"]["hypervolume_search"] == pytest.approx(0.5 * 0.7 * 0.6)
+    # Two boxes less what they share, from the points (0.1, 0.5, 0.6) and (0.3, 0.2, 0.3).
+    boxes, shared = 0.9 * 0.6 * 0.5 + 0.7 * 0.9 * 0.8, 0.7 * 0.6 * 0.5
+    assert summary["pareto"]["hypervolume_search"] == pytest.approx(boxes - shared)
+    boxes, shared = 0.88 * 0.6 * 0.5 + 0.72 * 0.9 * 0.8, 0.72 * 0.6 * 0.5
+    assert summary["pareto"]["hypervolume_test"] == pytest.approx(boxes - shared)
+
+
+def test_one_cost_may_take_the_place_of_the_density(results: Path) -> None:
+    summary = summary_of(write_macs(results), "macs")
+    assert summary["nsga2"]["hypervolume_search"] == pytest.approx(0.5 * (1.1 - 0.5))
+    # A member that costs 1.1 times the dense network adds nothing.
+    assert summary["uniform"]["hypervolume_search"] == pytest.approx(0.8 * 0.1)
+    assert summary["uniform"]["sparsity_within_1pt"] == pytest.approx(0.1)
+
+
+def test_a_hypervolume_over_several_costs_may_exceed_1(results: Path) -> None:
+    folder = write_macs(results) / "digits" / "resnet8" / "seed0"
+    write_history(folder / "nsga2", [(30, 3.0, 1.2, "flat")])
+    assert len(summary_of(results, "density", "macs")) == 3
+    with pytest.raises(ValueError, match=r"expected a share between 0 and 1 .* of column 'hypervolume', found 1\.2"):
+        summary_of(results, "density")
+
+
+def test_a_missing_cost_is_refused_before_anything_is_written(results: Path) -> None:
+    with pytest.raises(ValueError, match=r"front\.csv: expected the columns .*, macs, found .* without macs; delete"):
+        report_on(results, runs=[MACS])
+    assert not (results.parent / "report").exists()
+
+
+@pytest.mark.parametrize("wrong", ["-0.5", "much", ""])
+def test_an_impossible_cost_is_refused(results: Path, wrong: str) -> None:
+    path = write_macs(results) / "digits" / "resnet8" / "seed0" / "nsga2" / "front.csv"
+    pd.read_csv(path).assign(macs=[wrong]).to_csv(path, index=False)
+    with pytest.raises(ValueError, match=r"expected a finite number, at least 0 in every row of column 'macs', found"):
+        summary_of(results, "density", "macs")

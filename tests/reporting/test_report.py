@@ -23,6 +23,7 @@ from result_files import (
     DIVERGENCE,
     ERRORS,
     KINDS,
+    MACS,
     SEEDS,
     report_on,
     settings,
@@ -32,6 +33,7 @@ from result_files import (
     write_hand_computed,
     write_history,
     write_layers,
+    write_macs,
 )
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -258,6 +260,18 @@ def test_page_is_complete_and_self_contained(report: Path) -> None:
         assert (report / source[1]).is_file()
     assert "<script" not in page
     assert "http" not in page
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_page_lists_what_members_cost_where_that_is_more_than_density(results: Path, single: Path) -> None:
+    page = (report_on(write_macs(results), runs=[MACS]) / "index.html").read_text(encoding="utf-8")
+    plain = (single / "index.html").read_text(encoding="utf-8")
+    assert ">macs (%)</th>" in page
+    assert '<td class="number">110.00</td>' in page
+    for words in ("What the members cost", "error, costs: density, macs", "<dt>cost</dt>", "between 0 and 1.21."):
+        assert words in page
+        assert words not in plain
+    assert "hypervolumes lie between 0 and 1." in plain
 
 
 def test_page_warns_that_a_divergence_is_no_error(report: Path) -> None:

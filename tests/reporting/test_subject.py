@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from paretoprune.reporting.subject import Run, reference_point
 from result_files import ERRORS, KINDS, report_on, settings, write_hand_computed
 
 
@@ -36,3 +37,20 @@ def test_an_unknown_objective_is_refused(results: Path) -> None:
     with pytest.raises(ValueError, match="digits/resnet8: expected objective 'error' or 'divergence', found 'loss'"):
         report_on(results, runs=[ERRORS | {"objective": "loss"}])
     assert not (results.parent / "report").exists()
+
+
+def test_the_reference_point_is_1_for_the_error_and_beyond_it_for_costs() -> None:
+    assert reference_point(["density"]) == (1.0, 1.0)
+    assert reference_point(["macs"]) == (1.0, 1.1)
+    assert reference_point(["density", "bytes"]) == (1.0, 1.1, 1.1)
+    assert Run("digits", "resnet8", (0,), "error").largest_hypervolume == 1
+    assert Run("digits", "resnet8", (0,), "error", ("density", "macs")).largest_hypervolume == pytest.approx(1.21)
+
+
+@pytest.mark.parametrize(
+    ("costs", "found"),
+    [((), "none"), (("macs", "macs"), "macs, macs"), (("density", "seed"), "density, seed")],
+)
+def test_costs_without_names_of_their_own_are_refused(costs: tuple[str, ...], found: str) -> None:
+    with pytest.raises(ValueError, match=f"digits/resnet8: expected costs with names .* found {found}; name"):
+        Run("digits", "resnet8", (0,), "error", costs)

@@ -23,19 +23,20 @@ REFERENCE_POINT = (1.0, 1.0)
 _ROUNDING = 1e-9
 
 
-def hypervolume(objectives: np.ndarray) -> float:
-    """Area dominated by points (error, density) up to the reference point (1, 1).
+def hypervolume(objectives: np.ndarray, reference: Sequence[float] = REFERENCE_POINT) -> float:
+    """Area or volume dominated by points up to a reference point.
 
     Args:
-        objectives: float (n, 2), minimised; points at or beyond the reference add nothing.
+        objectives: float (n, m), minimised; points at or beyond the reference add nothing.
+        reference: m values; by default (1, 1), for points (error, density).
 
     Returns:
-        Between 0 and 1, larger is better; 0 for no points.
+        At least 0, larger is better; 0 for no points.
     """
-    objectives = np.asarray(objectives, dtype=float).reshape(-1, 2)
+    objectives = np.asarray(objectives, dtype=float).reshape(-1, len(reference))
     if not len(objectives):
         return 0.0
-    return float(HV(ref_point=np.array(REFERENCE_POINT))(objectives))
+    return float(HV(ref_point=np.array(reference))(objectives))
 
 
 def non_dominated(objectives: np.ndarray) -> np.ndarray:

@@ -33,7 +33,7 @@ def draw_run(run: RunResults, summary: pd.DataFrame, styles: Mapping[str, Method
     """
     if len(run.fronts):
         yield "fronts", run_plots.draw_fronts(run.fronts, run.dense_test_error, styles)
-    yield "hypervolume", run_plots.draw_hypervolume(run.histories, styles)
+    yield "hypervolume", run_plots.draw_hypervolume(run.histories, styles, largest=run.about.largest_hypervolume)
     if run.two_phase:
         first = run.about.seeds[0]
         gains = summary[summary["method"].isin(run.two_phase)]

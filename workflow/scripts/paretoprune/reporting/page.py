@@ -13,6 +13,7 @@ from paretoprune.reporting.read_results import RunResults
 from paretoprune.reporting.tables import (
     PHASES,
     QUALITY_AND_COST,
+    costs_table,
     dense_table,
     finetuned_table,
     gains_table,
@@ -69,6 +70,9 @@ def run_section(run: RunResults, summary: pd.DataFrame, figures: Mapping[str, st
         "network": run.about.network,
         "anchor": run.about.anchor,
         "seeds": run.about.seeds,
+        # None where the page needs no word on costs: the density is the only one.
+        "costs": None if run.about.only_density else list(run.about.costs),
+        "largest_hypervolume": f"{run.about.largest_hypervolume:.4g}",
         "objective": run.about.objective,
         "memorised": [seed for seed in run.about.seeds if run.dense[seed]["search_memorised"]],
         "sources": sorted({str(metrics["source"]) for metrics in run.dense.values()}),
@@ -84,6 +88,7 @@ def run_section(run: RunResults, summary: pd.DataFrame, figures: Mapping[str, st
         "summary": summary_table(summary, list(run.kinds), QUALITY_AND_COST),
         "phases": summary_table(summary, run.two_phase, PHASES) if run.two_phase else None,
         "per_seed": per_seed_table(summary),
+        "members": None if run.about.only_density else costs_table(run),
         "finetuned": finetuned_table(run) if len(run.finetuned) else None,
         "figures": dict(figures),
     }

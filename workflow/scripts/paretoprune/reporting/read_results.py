@@ -84,7 +84,7 @@ class RunResults:
         about: The run.
         kinds: "two_phase", "flat" or "allocation" per method, in the order asked for.
         dense: Content of dense/metrics.json per seed.
-        fronts: front.csv of every method and seed, with columns `method` and `seed`.
+        fronts: front.csv of every method and seed, with columns `method` and `seed`, and one per cost.
         histories: history.csv likewise.
         layers: layers.csv likewise, two-phase methods only.
         finetuned: finetuned.csv likewise, fine-tuned methods only.
@@ -126,6 +126,9 @@ def read_run(results: Path, run: Run, kinds: Mapping[str, str], finetuned: Colle
     """
     dense: dict[int, dict[str, Any]] = {}
     anchors: dict[tuple[str, int], dict[str, Any]] = {}
+    # A cost may exceed that of the dense network, and a hypervolume of several costs 1: neither is a share.
+    front = _FRONT | {cost: "number" for cost in run.costs if cost != "density"}
+    history = _HISTORY if run.only_density else _HISTORY | {"hypervolume": "number"}
     tables: dict[str, list[pd.DataFrame]] = {"front": [], "history": [], "layers": [], "finetuned": []}
     for seed in run.seeds:
         folder = results / run.dataset / run.network / f"seed{seed}"
@@ -133,8 +136,8 @@ def read_run(results: Path, run: Run, kinds: Mapping[str, str], finetuned: Colle
         for method, kind in kinds.items():
             own = folder / method
             read = {
-                "front": _read_table(own / "front.csv", _FRONT),
-                "history": _read_history(own / "history.csv", kind),
+                "front": _read_table(own / "front.csv", front),
+                "history": _read_history(own / "history.csv", history, kind),
             }
             if kind == "two_phase":
                 read["layers"] = _read_table(own / "layers.csv", _LAYERS)
@@ -165,10 +168,11 @@ def summarise(run: RunResults) -> pd.DataFrame:
     """One row per seed and method: cost, quality of the front, and what Phase 2 added.
 
     Returns:
-        Columns `SUMMARY_COLUMNS`. Hypervolumes are on (error-like objective, density) with reference point (1, 1);
-        `sparsity_within_1pt` is a share, NaN when no member loses at most one point of test accuracy; the last two
+        Columns `SUMMARY_COLUMNS`. Hypervolumes are on (loss, costs) up to the run's reference point.
+        `sparsity_within_1pt` is a share, NaN when no member loses at most one point of test accuracy. The last two
         columns are NaN for a method without phases.
     """
+    costs, reference = run.about.costs, run.about.reference_point
     rows = []
     for seed in run.about.seeds:
         limit = 1 - run.dense[seed]["accuracy"]["test"] + _TOLERANCE + _ROUNDING
@@ -188,8 +192,8 @@ def summarise(run: RunResults) -> pd.DataFrame:
                     "method": method,
                     "evaluations": int(last["evaluations"]),
                     "seconds": float(last["seconds"]),
-                    "hypervolume_search": hypervolume(front[["search_error", "density"]].to_numpy()),
-                    "hypervolume_test": hypervolume(front[["test_error", "density"]].to_numpy()),
+                    "hypervolume_search": hypervolume(front[["search_error", *costs]].to_numpy(), reference),
+                    "hypervolume_test": hypervolume(front[["test_error", *costs]].to_numpy(), reference),
                     "sparsity_within_1pt": float(within.max()) if len(within) else np.nan,
                     "objective": run.about.objective,
                     "n_members": len(front),
@@ -239,8 +243,8 @@ def _read_table(path: Path, schema: Mapping[str, str]) -> pd.DataFrame:
     return table[list(schema)]
 
 
-def _read_history(path: Path, kind: str) -> pd.DataFrame:
-    history = _read_table(path, _HISTORY)
+def _read_history(path: Path, schema: Mapping[str, str], kind: str) -> pd.DataFrame:
+    history = _read_table(path, schema)
     remedy = "delete the file and run the search again"
     if not len(history):
         raise ValueError(f"{path}: expected at least one row, found none; {remedy}")

@@ -91,7 +91,7 @@ def draw_fronts(fronts: pd.DataFrame, dense_error: float, styles: Mapping[str, M
     return finished(figure)
 
 
-def draw_hypervolume(histories: pd.DataFrame, styles: Mapping[str, MethodStyle]) -> Figure:
+def draw_hypervolume(histories: pd.DataFrame, styles: Mapping[str, MethodStyle], *, largest: float = 1.0) -> Figure:
     """Hypervolume over evaluations, mean and one standard deviation over seeds.
 
     A search ends at a marker. An allocation, which evaluates only its ladder of densities, continues as a level line.
@@ -99,6 +99,7 @@ def draw_hypervolume(histories: pd.DataFrame, styles: Mapping[str, MethodStyle])
     Args:
         histories: Columns `method`, `seed`, `evaluations`, `hypervolume`, `stage`.
         styles: From `styles.method_styles`.
+        largest: Hypervolume of a network without loss and cost.
     """
     figure = Figure(figsize=(9.0, 5.0), layout="constrained")
     axes = figure.subplots()
@@ -127,7 +128,9 @@ def draw_hypervolume(histories: pd.DataFrame, styles: Mapping[str, MethodStyle])
             start = float(np.mean(starts))
             height = float(np.mean([hypervolume_at(history, np.array([start]))[0] for history in seeds]))
             axes.plot(start, height, marker="o", ms=7, mfc="white", mec=style.color, mew=1.8, zorder=5)
-    axes.set(xlabel="evaluations: pruned networks measured", ylabel="hypervolume on the search split (0 to 1)")
+    axes.set(
+        xlabel="evaluations: pruned networks measured", ylabel=f"hypervolume on the search split (0 to {largest:.4g})"
+    )
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlim(0, 1.03 * end)
     handles, labels = axes.get_legend_handles_labels()

@@ -1,11 +1,30 @@
 """What a report is about: its runs, its methods and their reference."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from paretoprune.fronts import REFERENCE_POINT
+
 METHOD_KINDS = ("two_phase", "flat", "allocation")
 OBJECTIVES = ("error", "divergence")
+DENSITY = ("density",)
+# Columns of front.csv that are there whatever the costs are, but for the density.
+_RESERVED = ("id", "stage", "sparsity", "search_error", "test_error", "method", "seed")
+
+
+def reference_point(costs: Sequence[str]) -> tuple[float, ...]:
+    """The point up to which the hypervolume of a front of these costs counts, the error first.
+
+    A cost is relative to the dense network. Files cost a little more than 1 where indices are stored beside the values
+    kept, so the point lies beyond 1 for costs. For the density alone it is (1, 1), with which fronts were always
+    measured.
+
+    Args:
+        costs: Names of the costs.
+    """
+    return REFERENCE_POINT if tuple(costs) == DENSITY else (1.0, *[1.1] * len(costs))
 
 
 @dataclass(frozen=True)
@@ -17,21 +36,43 @@ class Run:
         network: Name of the network.
         seeds: Seeds, in the order asked for.
         objective: The loss that the search minimised: "error" or "divergence".
+        costs: What it minimised beside the loss, each relative to the dense network: density, parameters, macs, bytes.
 
     Raises:
-        ValueError: The objective is unknown.
+        ValueError: The objective is unknown; there is no cost; or a cost is named twice or like another column.
     """
 
     dataset: str
     network: str
     seeds: tuple[int, ...]
     objective: str
+    costs: tuple[str, ...] = DENSITY
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise ValueError(
                 f"{self.dataset}/{self.network}: expected objective 'error' or 'divergence', found {self.objective!r}"
             )
+        if not self.costs or len(set(self.costs)) < len(self.costs) or set(self.costs) & set(_RESERVED):
+            raise ValueError(
+                f"{self.dataset}/{self.network}: expected costs with names of their own, each once, found "
+                f"{', '.join(self.costs) or 'none'}; name what the search minimised beside the loss, as in front.csv"
+            )
+
+    @property
+    def only_density(self) -> bool:
+        """Whether the density is its only cost."""
+        return self.costs == DENSITY
+
+    @property
+    def reference_point(self) -> tuple[float, ...]:
+        """The reference point of its hypervolumes, on (loss, costs)."""
+        return reference_point(self.costs)
+
+    @property
+    def largest_hypervolume(self) -> float:
+        """The hypervolume of a network without loss and cost."""
+        return math.prod(self.reference_point)
 
     @property
     def title(self) -> str:
@@ -71,7 +112,8 @@ class Subject:
         """Check what the workflow asks for.
 
         Args:
-            runs: `dataset`, `network` and `objective` of each run, and `seeds` of those that have their own.
+            runs: `dataset`, `network` and `objective` of each run, `seeds` of those that have their own, and `costs` of
+                those that have others than the density.
             seeds: Seeds of every other run.
             methods: Methods of every run.
             settings: `method_kinds` has the kind of each method. `finetuned_methods` names those that have a
@@ -91,7 +133,14 @@ class Subject:
                 "correct it, or leave it out for the first"
             )
         about = tuple(
-            Run(run["dataset"], run["network"], tuple(run.get("seeds", seeds)), run["objective"]) for run in runs
+            Run(
+                run["dataset"],
+                run["network"],
+                tuple(run.get("seeds", seeds)),
+                run["objective"],
+                tuple(run.get("costs", DENSITY)),
+            )
+            for run in runs
         )
         return cls(about, kinds, tuple(settings["finetuned_methods"]), reference)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from paretoprune.reporting.comparison import ALL_RUNS, SIGNIFICANCE
-from paretoprune.reporting.read_results import SPLITS, RunResults
+from paretoprune.reporting.read_results import SPLITS, RunResults, rows_of
 
 # Fine-tuned networks are compared only where all of them removed about the same share of the weights.
 _COMPARABLE_SPARSITY = 0.01
@@ -143,6 +143,24 @@ def gains_table(gains: pd.DataFrame) -> Table:
         ]
         for method, group in gains.groupby("method", sort=False)
         for row in group.to_dict("records")
+    ]
+    return Table(head, rows)
+
+
+def costs_table(run: RunResults) -> Table:
+    """What every member of the first seed's fronts costs, sparsest first within each method."""
+    costs = ("density", *(cost for cost in run.about.costs if cost != "density"))
+    head = ["method", "member", *(f"{cost} (%)" for cost in costs), "search error (%)", "test error (%)"]
+    rows = [
+        [
+            Cell(method, number=False),
+            Cell(str(member["id"]), number=False),
+            *(Cell(f"{100 * member[column]:.2f}") for column in (*costs, "search_error", "test_error")),
+        ]
+        for method in run.kinds
+        for member in rows_of(run.fronts, method, run.about.seeds[0])
+        .sort_values(list(costs), kind="stable")
+        .to_dict("records")
     ]
     return Table(head, rows)
 
