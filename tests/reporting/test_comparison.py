@@ -1,39 +1,28 @@
-"""The statistics of a comparison against hand-computed, brute-force and scipy's answers."""
+"""Methods against a reference, by hand and by brute force."""
 
 from collections.abc import Mapping, Sequence
-from itertools import product
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from paretoprune.reporting import comparison
 from paretoprune.reporting.comparison import (
     COMPARISON_COLUMNS,
     GAIN_COLUMNS,
     SPARSITY_COLUMNS,
-    attained_errors,
-    attainment_surfaces,
     compare_methods,
     errors_at_sparsities,
-    holm,
-    hypervolume_at,
-    hypervolume_bands,
     leading_methods,
     member_at_sparsity,
     paired_differences,
     phase2_gains,
-    rank_biserial,
-    signed_rank_test,
-    vargha_delaney,
 )
 from paretoprune.reporting.read_results import RunResults
-from scipy import stats
-
-# Fertilisation of maize, Darwin 1876: the differences on which scipy's documentation shows the test.
-DARWIN = np.array([6, 8, 14, 16, 23, 24, 28, 29, 41, -48, 49, 56, 60, -67, 75], dtype=float)
+from paretoprune.reporting.statistical_tests import holm
+from paretoprune.reporting.subject import Run
 
 
 def summary_of(
@@ -57,87 +46,6 @@ def summary_of(
                 }
             )
     return pd.DataFrame(rows)
-
-
-# The test
-
-
-def test_signed_rank_is_scipys_exact_test() -> None:
-    assert signed_rank_test(DARWIN) == (float(stats.wilcoxon(DARWIN, method="exact").pvalue), True)
-    # Rank sum 24 of the two negative differences, as in scipy's documentation.
-    assert signed_rank_test(DARWIN)[0] == pytest.approx(0.041259765625)
-
-
-def test_signed_rank_of_all_signs_equal_is_the_share_of_that_outcome() -> None:
-    assert signed_rank_test(np.arange(1.0, 7.0)) == pytest.approx((2 / 2**6, True))
-    assert signed_rank_test(-np.arange(1.0, 6.0)) == pytest.approx((2 / 2**5, True))
-
-
-def exact_by_enumeration(differences: np.ndarray) -> float:
-    """Two-sided p over all signs of the midranks, zeros left out."""
-    differences = differences[differences != 0]
-    ranks = stats.rankdata(np.abs(differences))
-    centre = ranks.sum() / 2
-    found = abs(ranks[differences > 0].sum() - centre)
-    sums = np.array([np.dot(signs, ranks) for signs in product((0, 1), repeat=len(ranks))])
-    return float(np.mean(np.abs(sums - centre) >= found - 1e-9))
-
-
-@given(st.lists(st.integers(-4, 4), min_size=1, max_size=8))
-def test_signed_rank_is_exact_with_ties_and_zeros(differences: list[int]) -> None:
-    assume(any(differences))
-    p_value, exact = signed_rank_test(np.array(differences, dtype=float))
-    assert exact
-    assert p_value == pytest.approx(exact_by_enumeration(np.array(differences)), abs=1e-12)
-
-
-def test_signed_rank_says_when_it_is_approximate() -> None:
-    rng = np.random.default_rng(0)
-    assert signed_rank_test(rng.normal(size=50))[1]
-    many = rng.normal(0.3, 1, size=51)
-    assert signed_rank_test(many) == (float(stats.wilcoxon(many, method="asymptotic").pvalue), False)
-    tied = np.repeat([1.0, -2.0], 7)
-    assert signed_rank_test(tied) == (float(stats.wilcoxon(tied, method="asymptotic").pvalue), False)
-
-
-def test_equal_methods_do_not_differ() -> None:
-    assert signed_rank_test(np.zeros(10)) == (1.0, True)
-    # A difference in the last bits is none, and has no rank.
-    assert signed_rank_test(np.array([1e-16, -1e-15, 0.0])) == (1.0, True)
-    assert rank_biserial(np.array([1e-16, 0.0])) == 0.0
-
-
-def test_holm_on_the_textbook_example() -> None:
-    # 0.01 x 4, 0.02 x 3, 0.03 x 2 and 0.04 x 1, and none below the one before it.
-    np.testing.assert_allclose(holm(np.array([0.01, 0.04, 0.03, 0.005])), [0.03, 0.06, 0.06, 0.02])
-    np.testing.assert_allclose(holm(np.array([0.6, 0.7])), [1.0, 1.0])
-    assert len(holm(np.array([]))) == 0
-
-
-@pytest.mark.parametrize("wrong", [np.nan, -0.1, 1.1])
-def test_holm_refuses_what_is_no_probability(wrong: float) -> None:
-    with pytest.raises(ValueError, match=r"expected p-values between 0 and 1, found .*; leave"):
-        holm(np.array([0.5, wrong]))
-
-
-def test_rank_biserial_by_hand() -> None:
-    # Ranks 1, 2, 3, 4 of which the second is negative: (1 + 3 + 4 - 2) / 10. The zero has no rank.
-    assert rank_biserial(np.array([0.1, -0.2, 0.3, 0.4, 0.0])) == pytest.approx(0.6)
-    # Midranks 1.5, 1.5 and 3.
-    assert rank_biserial(np.array([-1.0, 1.0, -2.0])) == pytest.approx(-3 / 6)
-    assert rank_biserial(np.array([1.0, 2.0])) == 1.0
-
-
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.lists(st.integers(0, 5), min_size=1, max_size=6))
-def test_a12_by_brute_force(first: list[int], second: list[int]) -> None:
-    wins = sum(1.0 if x > y else 0.5 if x == y else 0.0 for x in first for y in second)
-    expected = wins / (len(first) * len(second))
-    assert vargha_delaney(np.array(first), np.array(second)) == pytest.approx(expected)
-
-
-def test_a12_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected values in both samples, found 1 and 0; compare"):
-        vargha_delaney(np.array([1.0]), np.array([]))
 
 
 # Methods against the reference
@@ -188,7 +96,8 @@ def test_compare_methods_hand_computed() -> None:
     assert mixed["rank_biserial"] == pytest.approx((8 - 2) / 10)
     assert mirrored["rank_biserial"] == pytest.approx((2 - 8) / 10)
     assert (mirrored["wins"], mirrored["losses"]) == (1, 3)
-    assert mixed["p_value"] == pytest.approx(exact_by_enumeration(np.array([1, -2, 3, 4.0])))
+    # Of the 16 sets of ranks 1 to 4, those with a sum of at least 8 (1 3 4, 2 3 4 and all) or at most 2.
+    assert mixed["p_value"] == pytest.approx(6 / 16)
 
 
 def test_each_measure_is_corrected_for_its_own_methods() -> None:
@@ -277,69 +186,6 @@ def test_leading_methods_are_of_best_mean_rank() -> None:
     assert leading_methods(summary, "d", 1) == ["d"]
 
 
-# Attainment
-
-FRONTS = st.lists(st.tuples(st.integers(0, 10), st.integers(0, 10)), max_size=6)
-
-
-@given(st.lists(FRONTS, min_size=1, max_size=5))
-def test_attainment_by_brute_force(fronts: list[list[tuple[int, int]]]) -> None:
-    rows = [(seed, d / 10, e / 10, 0.0) for seed, front in enumerate(fronts) for d, e in front]
-    table = pd.DataFrame(rows, columns=["seed", "density", "test_error", "search_error"]).astype({"seed": int})
-    surfaces = attainment_surfaces(table, range(len(fronts)), "test_error")
-    assert list(surfaces["density"]) == sorted({d / 10 for front in fronts for d, _ in front})
-    for row in surfaces.to_dict("records"):
-        reached = sorted(
-            min([e / 10 for d, e in front if d / 10 <= row["density"]], default=np.inf) for front in fronts
-        )
-        assert row["best"] == reached[0]
-        assert row["worst"] == reached[-1]
-        # The least error that at least half of the seeds reach.
-        enough = [e for e in reached if sum(other <= e for other in reached) * 2 >= len(reached)]
-        assert row["median"] == enough[0]
-
-
-def test_attained_error_is_a_step_down_in_density() -> None:
-    front = pd.DataFrame({"density": [0.5, 0.2, 0.8], "search_error": [0.1, 0.3, 0.2], "test_error": [0.4, 0.3, 0.2]})
-    at = np.array([0.1, 0.2, 0.49, 0.5, 0.8, 1.0])
-    np.testing.assert_array_equal(attained_errors(front, at, "search_error"), [np.inf, 0.3, 0.3, 0.1, 0.1, 0.1])
-    np.testing.assert_array_equal(attained_errors(front, at, "test_error"), [np.inf, 0.3, 0.3, 0.3, 0.2, 0.2])
-
-
-def test_a_seed_with_an_empty_front_attains_nothing() -> None:
-    fronts = pd.DataFrame({"seed": [0], "density": [0.5], "test_error": [0.1]})
-    (row,) = attainment_surfaces(fronts, [0, 1], "test_error").to_dict("records")
-    assert (row["best"], row["median"], row["worst"]) == (0.1, 0.1, np.inf)
-
-
-def test_attainment_over_no_seed_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected at least one seed, found none; name"):
-        attainment_surfaces(pd.DataFrame(columns=["seed", "density", "test_error"]), [], "test_error")
-
-
-# Hypervolume over evaluations
-
-
-def test_hypervolume_at_is_a_step_that_holds() -> None:
-    history = pd.DataFrame({"evaluations": [10, 20], "hypervolume": [0.4, 0.6]})
-    values = hypervolume_at(history, np.array([9, 10, 19.9, 20, 100]))
-    np.testing.assert_array_equal(values, [np.nan, 0.4, 0.4, 0.6, 0.6])
-
-
-def test_bands_carry_the_last_value_on() -> None:
-    histories = pd.DataFrame(
-        {
-            "seed": [0, 0, 1, 1, 2],
-            "evaluations": [10, 20, 12, 30, 10],
-            "hypervolume": [0.2, 0.5, 0.3, 0.4, 0.1],
-        }
-    )
-    bands = hypervolume_bands(histories, np.array([11.0, 12.0, 20.0, 30.0, 99.0]))
-    np.testing.assert_allclose(bands["low"], [np.nan, 0.1, 0.1, 0.1, 0.1])
-    np.testing.assert_allclose(bands["median"], [np.nan, 0.2, 0.3, 0.4, 0.4])
-    np.testing.assert_allclose(bands["high"], [np.nan, 0.3, 0.5, 0.5, 0.5])
-
-
 # Fixed sparsities
 
 
@@ -349,17 +195,14 @@ def run_of(members: Sequence[tuple[int, float, float, float]], accuracies: Seque
     dense: dict[int, dict[str, Any]] = {seed: {"accuracy": {"test": a}} for seed, a in enumerate(accuracies)}
     none = pd.DataFrame()
     return RunResults(
-        "digits",
-        "a",
-        list(dense),
+        Run("digits", "a", tuple(dense), "error"),
         {"ours": "flat"},
         dense,
         fronts.assign(method="ours", density=1 - fronts["sparsity"]),
-        none,
-        none,
-        none,
-        {},
-        "error",
+        histories=none,
+        layers=none,
+        finetuned=none,
+        anchors={},
     )
 
 

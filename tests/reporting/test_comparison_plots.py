@@ -1,24 +1,13 @@
-"""Figures of the comparison: looks, limits, order and what is written beside the points."""
+"""Figures of the comparison: limits, order and what is written beside the points."""
 
 import numpy as np
 import pandas as pd
-import pytest
 from matplotlib.figure import Figure
 from paretoprune.reporting import comparison_plots
-from paretoprune.reporting import run_plots as plots
 from paretoprune.reporting.comparison import MEASURES, compare_methods, paired_differences
+from paretoprune.reporting.styles import comparison_styles, figure_style
 
 NAMES = [f"a_method_with_a_long_name_{i:02d}" for i in range(15)]
-
-
-def test_at_most_as_many_methods_as_can_be_told_apart() -> None:
-    looks = comparison_plots.comparison_looks(NAMES[: comparison_plots.MOST_SHOWN])
-    for attribute in ("color", "dashes", "marker"):
-        assert len({str(getattr(look, attribute)) for look in looks.values()}) == comparison_plots.MOST_SHOWN
-    widths = [look.width for look in looks.values()]
-    assert widths[0] > max(widths[1:])
-    with pytest.raises(ValueError, match="expected at most 5 methods to draw, found 15; choose"):
-        comparison_plots.comparison_looks(NAMES)
 
 
 def summary() -> pd.DataFrame:
@@ -36,7 +25,7 @@ def summary() -> pd.DataFrame:
 
 def drawn_differences(table: pd.DataFrame, reference: str) -> Figure:
     differences = {measure: paired_differences(table, reference, measure) for measure in MEASURES}
-    with plots.figure_style():
+    with figure_style():
         figure = comparison_plots.draw_paired_differences(
             differences, compare_methods(table, reference), dict.fromkeys(MEASURES, "title")
         )
@@ -74,28 +63,13 @@ def test_what_stands_beside_the_differences_is_inside_the_figure() -> None:
             assert 0 <= box.x0 < box.x1 <= figure.bbox.width
 
 
-@pytest.mark.parametrize("width", [6.0, 9.0, 13.0])
-def test_a_legend_of_many_methods_is_inside_the_figure(width: float) -> None:
-    with plots.figure_style():
-        figure = Figure(figsize=(width, 5), layout="constrained")
-        axes = figure.subplots()
-        for name in NAMES:
-            axes.plot([0, 1], [0, 1], label=name)
-        plots.legend_below(figure, *axes.get_legend_handles_labels())
-        figure.draw_without_rendering()
-        box = figure.legends[0].get_window_extent()
-    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
-    # As wide as it may be: short names stand side by side.
-    assert box.width > 0.4 * figure.bbox.width
-
-
 def test_attainment_is_drawn_in_percent_up_to_where_it_is_reached() -> None:
     surface = pd.DataFrame(
         {"density": [0.1, 0.5], "best": [0.2, 0.1], "median": [np.inf, 0.12], "worst": [np.inf, 0.14]}
     )
-    with plots.figure_style():
-        looks = comparison_plots.comparison_looks(["ours"])
-        figure = comparison_plots.draw_attainment({"digits": {"ours": surface}}, {"digits": 0.1}, looks)
+    with figure_style():
+        styles = comparison_styles(["ours"])
+        figure = comparison_plots.draw_attainment({"digits": {"ours": surface}}, {"digits": 0.1}, styles)
     (line, dense) = figure.axes[0].lines
     np.testing.assert_allclose(np.asarray(line.get_xdata(), dtype=float), [0, 50, 90])
     np.testing.assert_allclose(np.asarray(line.get_ydata(), dtype=float), [12, 12, np.nan])
@@ -105,19 +79,19 @@ def test_attainment_is_drawn_in_percent_up_to_where_it_is_reached() -> None:
 
 def test_attainment_of_no_members_is_an_empty_panel() -> None:
     empty = pd.DataFrame(columns=["density", "best", "median", "worst"], dtype=float)
-    with plots.figure_style():
-        looks = comparison_plots.comparison_looks(["ours"])
-        figure = comparison_plots.draw_attainment({"digits": {"ours": empty}}, {"digits": 0.1}, looks)
+    with figure_style():
+        styles = comparison_styles(["ours"])
+        figure = comparison_plots.draw_attainment({"digits": {"ours": empty}}, {"digits": 0.1}, styles)
     assert len(figure.axes[0].lines) == 1
 
 
 def test_other_methods_are_grey_lines_without_a_band() -> None:
     grid = np.array([0.0, 10.0, 20.0])
     band = pd.DataFrame({"evaluations": grid, "low": [np.nan, 0.2, 0.3], "median": [np.nan, 0.3, 0.4], "high": 0.5})
-    with plots.figure_style():
-        looks = comparison_plots.comparison_looks(["ours"])
+    with figure_style():
+        styles = comparison_styles(["ours"])
         figure = comparison_plots.draw_hypervolume_bands(
-            {"digits": {"ours": band, "other": band}}, {"digits": {"ours": 20.0, "other": 10.0}}, looks
+            {"digits": {"ours": band, "other": band}}, {"digits": {"ours": 20.0, "other": 10.0}}, styles
         )
     (axes,) = figure.axes
     assert len(axes.collections) == 1

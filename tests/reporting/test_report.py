@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,127 +15,28 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
-from paretoprune.files import write_csv, write_json
-from paretoprune.reporting import run_plots as plots
+from paretoprune.files import write_json
+from paretoprune.reporting import report as report_module
 from paretoprune.reporting.comparison import COMPARISON_COLUMNS
-from paretoprune.reporting.read_results import SUMMARY_COLUMNS, read_run
-from paretoprune.reporting.report import write_report
-
-SEEDS = [0, 1]
-KINDS = {"pareto": "two_phase", "nsga2": "flat", "uniform": "allocation"}
-FINETUNED = ["pareto", "uniform"]
-ERRORS = {"dataset": "digits", "network": "resnet8", "objective": "error"}
-DIVERGENCE = {"dataset": "cifar10", "network": "resnet20", "objective": "divergence"}
-PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-
-FRONT = ("id", "stage", "density", "sparsity", "search_error", "test_error")
-HISTORY = ("generation", "evaluations", "seconds", "hypervolume", "stage")
-LAYERS = ("id", "layer", "n_weights", "n_kept")
-FINETUNED_COLUMNS = (
-    "id",
-    "target",
-    "density",
-    "sparsity",
-    "search_top1_error",
-    "test_error_pruned",
-    "test_error",
-    "dense_test_error",
+from paretoprune.reporting.read_results import SUMMARY_COLUMNS
+from result_files import (
+    DIVERGENCE,
+    ERRORS,
+    KINDS,
+    MACS,
+    SEEDS,
+    report_on,
+    settings,
+    write_anchors,
+    write_dense,
+    write_front,
+    write_hand_computed,
+    write_history,
+    write_layers,
+    write_macs,
 )
 
-
-def write_dense(folder: Path, run: Mapping[str, str], seed: int, *, accuracy: float, objective: str) -> None:
-    splits = ("train", "calibration", "search", "test")
-    memorised = objective == "divergence"
-    metrics = {
-        **run,
-        "seed": seed,
-        "accuracy": {split: 1.0 if memorised and split != "test" else accuracy for split in splits},
-        "n_images": dict(zip(splits, (4000, 500, 1000, 1017), strict=True)),
-        "n_prunable": 26_800,
-        "n_parameters": 27_500,
-        "n_classes": 10,
-        "search_memorised": memorised,
-        "source": "published checkpoint" if memorised else "trained",
-    }
-    write_json(folder / "dense" / "metrics.json", metrics)
-
-
-def write_front(folder: Path, members: Sequence[tuple[str, float, float, float]]) -> None:
-    """Members as (stage, density, search error, test error)."""
-    rows = [
-        dict(zip(FRONT, (i, stage, density, 1 - density, search, test), strict=True))
-        for i, (stage, density, search, test) in enumerate(members)
-    ]
-    write_csv(folder / "front.csv", rows, FRONT)
-
-
-def write_history(folder: Path, rows: Sequence[tuple[int, float, float, str]]) -> None:
-    """Rows as (evaluations, seconds, hypervolume, stage)."""
-    write_csv(
-        folder / "history.csv", [dict(zip(HISTORY, (i, *row), strict=True)) for i, row in enumerate(rows)], HISTORY
-    )
-
-
-def write_layers(folder: Path, densities: Sequence[float], n_layers: int) -> None:
-    rows = []
-    for i, density in enumerate(densities):
-        for layer in range(n_layers):
-            n_weights = 144 * 4 ** (3 * layer // n_layers)
-            share = min(1.0, density * (1.6 - layer / n_layers))
-            name = "conv1.weight" if layer == 0 else f"layer{1 + 3 * layer // n_layers}.{layer}.conv1.weight"
-            rows.append({"id": i, "layer": name, "n_weights": n_weights, "n_kept": round(n_weights * share)})
-    write_csv(folder / "layers.csv", rows, LAYERS)
-
-
-def write_anchors(folder: Path, n_layers: int) -> None:
-    layers: list[dict[str, Any]] = []
-    with (folder / "layers.csv").open(newline="") as handle:
-        sizes = [(row["layer"], int(row["n_weights"])) for row in csv.DictReader(handle) if row["id"] == "0"]
-    for i, (name, n_weights) in enumerate(sizes):
-        kept, dropped = int(0.1 * n_weights), int((0.3 + 0.4 * i / n_layers) * n_weights)
-        counts = {"n_always_kept": kept, "n_corridor": n_weights - kept - dropped, "n_always_dropped": dropped}
-        layers.append({"layer": name, "n_weights": n_weights, **counts})
-    content = {
-        "light": {"id": 0, "density": 0.4, "error": 0.12},
-        "heavy": {"id": 1, "density": 0.1, "error": 0.4},
-        "n_weights": sum(layer["n_weights"] for layer in layers),
-        "n_corridor": sum(layer["n_corridor"] for layer in layers),
-        "layers": layers,
-    }
-    write_json(folder / "anchors.json", content)
-
-
-def write_finetuned(folder: Path, rows: Sequence[tuple[str, float, float, float, float]]) -> None:
-    """Rows as (target, density, test error pruned, test error, dense test error)."""
-    contents = [
-        dict(zip(FINETUNED_COLUMNS, (i, target, density, 1 - density, 0.1, before, after, dense), strict=True))
-        for i, (target, density, before, after, dense) in enumerate(rows)
-    ]
-    write_csv(folder / "finetuned.csv", contents, FINETUNED_COLUMNS)
-
-
-def write_hand_computed(root: Path, run: Mapping[str, str], objective: str) -> None:
-    """The small tree whose summary is computed by hand in `test_summary_hand_computed`."""
-    for seed in SEEDS:
-        folder = root / run["dataset"] / run["network"] / f"seed{seed}"
-        write_dense(folder, run, seed, accuracy=0.89 + 0.01 * seed, objective=objective)
-        write_front(folder / "pareto", [("phase1", 0.5, 0.1, 0.12), ("phase2", 0.2, 0.3, 0.28)])
-        write_history(
-            folder / "pareto",
-            [(10, 1.0, 0.5, "phase1"), (20, 2.0, 0.6, "phase1"), (40, 4.5, 0.63, "phase2"), (60, 6.5, 0.66, "phase2")],
-        )
-        write_layers(folder / "pareto", [0.5, 0.2], n_layers=4)
-        write_anchors(folder / "pareto", n_layers=4)
-        write_front(folder / "nsga2", [("flat", 0.4, 0.5, 0.5)])
-        write_history(folder / "nsga2", [(30, 3.0, 0.2, "flat"), (60, 6.0, 0.3, "flat")])
-        write_front(folder / "uniform", [("allocation", 1.0, 0.1, 0.1), ("allocation", 0.9, 0.2, 0.11)])
-        write_history(folder / "uniform", [(2, 0.25, 0.08, "allocation")])
-        write_finetuned(folder / "pareto", [("sparsity 0.5", 0.5, 0.12, 0.115, 0.11), ("knee", 0.2, 0.28, 0.15, 0.11)])
-        write_finetuned(folder / "uniform", [("sparsity 0.5", 0.505, 0.3, 0.2, 0.11)])
-
-
-def settings(kinds: Mapping[str, str] = KINDS, finetuned: Sequence[str] = tuple(FINETUNED)) -> dict[str, Any]:
-    return {"method_kinds": dict(kinds), "finetuned_methods": list(finetuned)}
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture
@@ -143,6 +44,46 @@ def results(tmp_path: Path) -> Path:
     """A results tree of one run, for tests that spoil it."""
     write_hand_computed(tmp_path / "results", ERRORS, "error")
     return tmp_path / "results"
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report on the run of `results`, for tests that only read it."""
+    root = tmp_path_factory.mktemp("single")
+    write_hand_computed(root / "results", ERRORS, "error")
+    return report_on(root / "results")
+
+
+@pytest.fixture(scope="module")
+def one_seed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report on the first seed of that run."""
+    root = tmp_path_factory.mktemp("one_seed")
+    write_hand_computed(root / "results", ERRORS, "error")
+    return report_on(root / "results", seeds=[0])
+
+
+@pytest.fixture(scope="module")
+def one_method(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report on one method of that run."""
+    root = tmp_path_factory.mktemp("one_method")
+    write_hand_computed(root / "results", ERRORS, "error")
+    return report_on(root / "results", ["pareto"])
+
+
+@pytest.fixture(scope="module")
+def no_members(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report on that run where `nsga2` found nothing in any seed."""
+    root = tmp_path_factory.mktemp("no_members")
+    write_hand_computed(root / "results", ERRORS, "error")
+    for seed in SEEDS:
+        write_front(root / "results" / "digits" / "resnet8" / f"seed{seed}" / "nsga2", [])
+    return report_on(root / "results")
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are drawn and not rendered: for tests of the page's text, whose figures others render."""
+    monkeypatch.setattr(report_module, "save_figure", lambda *_: None)
 
 
 COMPARISON_FIGURES = {"comparison-differences", "comparison-attainment", "comparison-hypervolume"}
@@ -174,10 +115,8 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 )
             write_layers(folder / "pareto", [0.5, 0.1], n_layers=4)
             write_anchors(folder / "pareto", n_layers=4)
-    output = root / "report"
     names = settings(finetuned=[]) | {"reference": "nsga2"}
-    write_report(root / "results", [ERRORS, DIVERGENCE], COMPARED_SEEDS, list(KINDS), output, names)
-    return output
+    return report_on(root / "results", runs=[ERRORS, DIVERGENCE], seeds=COMPARED_SEEDS, settings=names)
 
 
 @pytest.fixture(scope="module")
@@ -186,15 +125,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("report")
     write_hand_computed(root / "results", ERRORS, "error")
     write_hand_computed(root / "results", DIVERGENCE, "divergence")
-    write_report(root / "results", [ERRORS, DIVERGENCE], SEEDS, list(KINDS), root / "report", settings())
-    return root / "report"
-
-
-def report_on(results: Path, methods: Sequence[str] = tuple(KINDS), **changes: Any) -> Path:
-    output = results.parent / "report"
-    arguments = {"runs": [ERRORS], "seeds": SEEDS, "settings": settings(), **changes}
-    write_report(results, methods=list(methods), output=output, **arguments)
-    return output
+    return report_on(root / "results", runs=[ERRORS, DIVERGENCE])
 
 
 def summary_rows(output: Path) -> list[dict[str, str]]:
@@ -260,15 +191,12 @@ def test_summary_is_empty_where_nothing_qualifies(report: Path) -> None:
         assert summary_row(report, method)["phase2_gain"] == ""
 
 
-def test_front_without_members_counts_as_nothing(results: Path) -> None:
-    for seed in SEEDS:
-        write_front(results / "digits" / "resnet8" / f"seed{seed}" / "nsga2", [])
-    output = report_on(results)
-    row = summary_row(output, "nsga2")
+def test_front_without_members_counts_as_nothing(no_members: Path) -> None:
+    row = summary_row(no_members, "nsga2")
     assert float(row["hypervolume_search"]) == 0.0
     assert row["sparsity_within_1pt"] == ""
     assert row["n_members"] == "0"
-    assert (output / "figures" / "digits-resnet8-fronts.svg").is_file()
+    assert (no_members / "figures" / "digits-resnet8-fronts.svg").is_file()
 
 
 def test_figures_are_written_and_not_trivial(report: Path) -> None:
@@ -285,12 +213,14 @@ def test_figures_are_written_and_not_trivial(report: Path) -> None:
         assert len(png) > 10_000
 
 
-def test_equal_results_give_equal_files(results: Path) -> None:
-    output = report_on(results)
-    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
-    shutil.rmtree(output)
-    report_on(results)
-    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_equal_results_give_equal_files_and_leave_matplotlib_as_it_was(results: Path, single: Path) -> None:
+    before = dict(mpl.rcParams)
+    assert contents(report_on(results)) == contents(single)
+    assert dict(mpl.rcParams) == before, "drawing leaves matplotlib as it was"
 
 
 def test_page_shows_the_tables(report: Path) -> None:
@@ -332,6 +262,18 @@ def test_page_is_complete_and_self_contained(report: Path) -> None:
     assert "http" not in page
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_page_lists_what_members_cost_where_that_is_more_than_density(results: Path, single: Path) -> None:
+    page = (report_on(write_macs(results), runs=[MACS]) / "index.html").read_text(encoding="utf-8")
+    plain = (single / "index.html").read_text(encoding="utf-8")
+    assert ">macs (%)</th>" in page
+    assert '<td class="number">110.00</td>' in page
+    for words in ("What the members cost", "error, costs: density, macs", "<dt>cost</dt>", "between 0 and 1.21."):
+        assert words in page
+        assert words not in plain
+    assert "hypervolumes lie between 0 and 1." in plain
+
+
 def test_page_warns_that_a_divergence_is_no_error(report: Path) -> None:
     page = (report / "index.html").read_text(encoding="utf-8")
     first, second = page.split('<section id="cifar10-resnet20">')
@@ -341,6 +283,7 @@ def test_page_warns_that_a_divergence_is_no_error(report: Path) -> None:
     assert warning not in first
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_page_warns_of_a_memorised_split_with_errors(results: Path) -> None:
     path = results / "digits" / "resnet8" / "seed1" / "dense" / "metrics.json"
     write_json(path, {**json.loads(path.read_text()), "search_memorised": True})
@@ -362,19 +305,20 @@ def test_figures_with_nothing_to_show_are_left_out(results: Path) -> None:
         assert f"<h3>{heading}</h3>" not in page
 
 
-def test_one_seed_has_no_deviation(results: Path) -> None:
-    page = (report_on(results, seeds=[0]) / "index.html").read_text(encoding="utf-8")
+def test_one_seed_has_no_deviation(one_seed: Path) -> None:
+    page = (one_seed / "index.html").read_text(encoding="utf-8")
     assert '<td class="number best">0.6560</td>' in page
 
 
-def test_a_run_with_seeds_of_its_own_is_read_with_these(results: Path) -> None:
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_with_seeds_of_its_own_is_read_with_these(results: Path, report: Path) -> None:
     write_hand_computed(results, DIVERGENCE, "divergence")
     output = report_on(results, runs=[ERRORS | {"seeds": [1]}, DIVERGENCE])
     found = {(row["dataset"], row["seed"]) for row in summary_rows(output)}
     assert found == {("digits", "1"), ("cifar10", "0"), ("cifar10", "1")}
     page = (output / "index.html").read_text(encoding="utf-8")
     assert "<small>1 and 2 seeds</small>" in page
-    page = (report_on(results, runs=[ERRORS, DIVERGENCE]) / "index.html").read_text(encoding="utf-8")
+    page = (report / "index.html").read_text(encoding="utf-8")
     assert "<small>2 seeds each (0, 1)</small>" in page
 
 
@@ -389,108 +333,14 @@ def test_names_are_escaped(results: Path) -> None:
     assert "a<b" not in page
 
 
-def spoil_column(folder: Path) -> None:
-    path = folder / "pareto" / "front.csv"
-    pd.read_csv(path).drop(columns="test_error").to_csv(path, index=False)
-
-
-def spoil_share(folder: Path) -> None:
-    path = folder / "pareto" / "front.csv"
-    pd.read_csv(path).assign(sparsity=[50.0, 80.0]).to_csv(path, index=False)
-
-
-def spoil_number(folder: Path) -> None:
-    path = folder / "nsga2" / "history.csv"
-    pd.read_csv(path).assign(seconds=["soon", "later"]).to_csv(path, index=False)
-
-
-def spoil_stage(folder: Path) -> None:
-    write_history(folder / "pareto", [(10, 1.0, 0.5, "flat")])
-
-
-def spoil_order(folder: Path) -> None:
-    write_history(folder / "uniform", [(10, 1.0, 0.5, "allocation"), (5, 2.0, 0.5, "allocation")])
-
-
-def spoil_rows(folder: Path) -> None:
-    write_history(folder / "uniform", [])
-
-
-def spoil_members(folder: Path) -> None:
-    write_layers(folder / "pareto", [0.5], n_layers=4)
-
-
-def spoil_content(folder: Path) -> None:
-    (folder / "uniform" / "front.csv").write_text("")
-
-
-def spoil_anchors(folder: Path) -> None:
-    path = folder / "pareto" / "anchors.json"
-    content = json.loads(path.read_text())
-    del content["layers"][0]["n_corridor"]
-    write_json(path, content)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (spoil_column, r"front\.csv: expected the columns id, .*found .* without test_error; delete"),
-        (spoil_share, r"expected a share between 0 and 1 .* of column 'sparsity', found 50\.0 in row 1; delete"),
-        (spoil_number, r"expected a finite number.* of column 'seconds', found soon in row 1; delete"),
-        (spoil_stage, r"expected rows of stage 'phase1' for a two-phase method, found flat; delete"),
-        (spoil_order, r"expected cumulative evaluations, found some that decrease; delete"),
-        (spoil_rows, r"expected at least one row, found none; delete"),
-        (spoil_members, r"expected the members of front\.csv beside it, found 1 that only one .*; delete"),
-        (spoil_content, r"front\.csv: expected the columns .*; delete"),
-        (spoil_anchors, r"anchors\.json: expected .* in every entry of 'layers', found .* without n_corridor; delete"),
-    ],
-)
-def test_spoilt_results_are_refused_before_anything_is_written(results: Path, spoil: Any, message: str) -> None:
-    spoil(results / "digits" / "resnet8" / "seed1")
-    with pytest.raises(ValueError, match=message):
-        report_on(results)
-    assert not (results.parent / "report").exists()
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "dense/metrics.json",
-        "uniform/front.csv",
-        "nsga2/history.csv",
-        "pareto/layers.csv",
-        "pareto/anchors.json",
-        "uniform/finetuned.csv",
-    ],
-)
-def test_missing_file_is_named_before_anything_is_written(results: Path, name: str) -> None:
-    (results / "digits" / "resnet8" / "seed1" / name).unlink()
-    with pytest.raises(FileNotFoundError, match=rf"expected the result file .*seed1/{name}, found nothing there; run"):
-        report_on(results)
-    assert not (results.parent / "report").exists()
-
-
-def test_unknown_method_kind_is_refused(results: Path) -> None:
-    with pytest.raises(ValueError, match=r"kind of method 'nsga2' to be one of .*, found 'greedy'; correct"):
-        report_on(results, settings=settings({**KINDS, "nsga2": "greedy"}))
-    with pytest.raises(ValueError, match=r"kind of method 'lamp' to be one of .*, found None; correct"):
-        report_on(results, ["lamp"])
-
-
-@pytest.mark.parametrize("name", ["runs", "seeds", "methods"])
-def test_report_on_nothing_is_refused(results: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=f"expected at least one of {name}, found none; name"):
-        report_on(results, **{name: []})
-
-
-def test_failed_page_leaves_the_old_one(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    output = report_on(results)
+def test_failed_page_leaves_the_old_one(results: Path, single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = shutil.copytree(single, results.parent / "report")
     before = (output / "index.html").read_bytes()
 
     def fail(*_: Any) -> Iterator[None]:
         raise OSError("disk full")
 
-    monkeypatch.setattr(plots, "save_figure", fail)
+    monkeypatch.setattr(report_module, "save_figure", fail)
     with pytest.raises(OSError, match="disk full"):
         report_on(results)
     assert (output / "index.html").read_bytes() == before
@@ -499,45 +349,13 @@ def test_failed_page_leaves_the_old_one(results: Path, monkeypatch: pytest.Monke
 
 def test_figures_need_no_torch() -> None:
     code = (
-        "import sys; import paretoprune.plots, paretoprune.report; "
+        "import sys; import paretoprune.reporting.report; "
         "sys.exit('torch was imported' if 'torch' in sys.modules else 0)"
     )
     scripts = Path(__file__).parents[2] / "workflow" / "scripts"
     environment = {**os.environ, "PYTHONPATH": str(scripts)}
     finished = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-
-
-def test_drawing_leaves_matplotlib_as_it_was(results: Path) -> None:
-    before = dict(mpl.rcParams)
-    report_on(results)
-    assert dict(mpl.rcParams) == before
-
-
-def test_error_at_sparsity_takes_the_densest_member_that_is_sparse_enough() -> None:
-    front = pd.DataFrame({"sparsity": [0.8, 0.5], "test_error": [0.3, 0.1]})
-    errors = plots.error_at_sparsity(front, np.array([0.0, 0.5, 0.51, 0.8, 0.81]))
-    np.testing.assert_array_equal(errors, [0.1, 0.1, 0.3, 0.3, np.nan])
-
-
-def test_every_method_looks_different() -> None:
-    kinds = {"a": "two_phase", "b": "two_phase", **dict.fromkeys("cd", "flat"), **dict.fromkeys("efghij", "allocation")}
-    styles = plots.method_styles(kinds)
-    assert len({(style.color, str(style.dashes)) for style in styles.values()}) == len(kinds)
-    assert plots.method_styles({"a": "two_phase"})["a"] == styles["a"]
-
-
-def test_a_member_fine_tuned_for_several_targets_counts_for_each_of_them(results: Path) -> None:
-    folder = results / "digits" / "resnet8" / "seed1" / "pareto"
-    write_finetuned(folder, [("sparsity 0.5, knee", 0.5, 0.12, 0.115, 0.11)])
-    run = read_run(results, "digits", "resnet8", SEEDS, KINDS, FINETUNED, "error")
-    pareto = run.finetuned[run.finetuned["method"] == "pareto"]
-    assert sorted(zip(pareto["target"], pareto["seed"], strict=True)) == [
-        ("knee", 0),
-        ("knee", 1),
-        ("sparsity 0.5", 0),
-        ("sparsity 0.5", 1),
-    ]
 
 
 # The comparison over runs and seeds
@@ -601,32 +419,24 @@ def test_page_shows_the_comparison(compared: Path) -> None:
         assert (compared / "figures" / f"{name}.png").read_bytes().startswith(PNG_MAGIC)
 
 
-def test_the_first_method_is_the_reference_unless_another_is_named(results: Path, compared: Path) -> None:
-    assert set(pd.read_csv(report_on(results) / "comparison.csv")["reference"]) == {"pareto"}
+def test_the_first_method_is_the_reference_unless_another_is_named(single: Path, compared: Path) -> None:
+    assert set(pd.read_csv(single / "comparison.csv")["reference"]) == {"pareto"}
     assert set(pd.read_csv(compared / "comparison.csv")["method"]) == {"pareto", "uniform"}
 
 
-def test_an_unknown_reference_is_refused_before_anything_is_written(results: Path) -> None:
-    with pytest.raises(ValueError, match=r"settings\['reference'\] to be one of pareto, .*, found 'lamp'; correct"):
-        report_on(results, settings=settings() | {"reference": "lamp"})
-    assert not (results.parent / "report").exists()
-
-
-@pytest.mark.parametrize(("seeds", "methods"), [([0], list(KINDS)), (SEEDS, ["pareto"])])
-def test_one_pair_or_one_method_is_no_comparison(results: Path, seeds: list[int], methods: list[str]) -> None:
-    output = report_on(results, methods, seeds=seeds)
+@pytest.mark.parametrize(("name", "n_methods"), [("one_seed", len(KINDS)), ("one_method", 1)])
+def test_one_pair_or_one_method_is_no_comparison(name: str, n_methods: int, request: pytest.FixtureRequest) -> None:
+    output: Path = request.getfixturevalue(name)
     page = (output / "index.html").read_text(encoding="utf-8")
     assert "<h2>Comparison</h2>" not in page
     assert "#comparison" not in page
     assert not any(path.stem.startswith("comparison") for path in (output / "figures").iterdir())
     # The tables are outputs of the workflow and always there, if only with their heads.
     assert tuple(pd.read_csv(output / "comparison.csv").columns) == COMPARISON_COLUMNS
-    assert len(pd.read_csv(output / "sparsities.csv")) == 6 * len(methods)
+    assert len(pd.read_csv(output / "sparsities.csv")) == 6 * n_methods
     assert len(pd.read_csv(output / "phase2_gain.csv")) == 2
 
 
-def test_a_method_without_members_is_compared_all_the_same(results: Path) -> None:
-    for seed in SEEDS:
-        write_front(results / "digits" / "resnet8" / f"seed{seed}" / "nsga2", [])
-    tests = table_by(report_on(results) / "comparison.csv", "measure", "method")
+def test_a_method_without_members_is_compared_all_the_same(no_members: Path) -> None:
+    tests = table_by(no_members / "comparison.csv", "measure", "method")
     assert tests["hypervolume_test", "nsga2"]["median_difference"] == pytest.approx(0.656)

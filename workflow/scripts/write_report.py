@@ -3,10 +3,12 @@
 from pathlib import Path
 
 from paretoprune.reporting.report import write_report
+from paretoprune.reporting.subject import Subject
 from paretoprune.workflow.logs import logged
 
 with logged("report", snakemake.log[0]) as log:
     params, page = snakemake.params, Path(snakemake.output.page)
     results = page.parents[1]
-    write_report(results, params.runs, params.seeds, params.methods, page.parent, params.settings)
+    subject = Subject.of(params.runs, params.seeds, params.methods, params.settings)
+    write_report(results, subject, page.parent)
     log.info("the report is at %s", page)

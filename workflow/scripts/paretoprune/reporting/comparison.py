@@ -1,7 +1,7 @@
-"""The statistics of a comparison: methods against a reference over datasets, networks and seeds.
+"""Methods compared with a reference over datasets, networks and seeds.
 
-A pair is one dataset, network and seed on which two methods were both run. Everything here is a pure function of
-tables that `results` read; a difference is always reference − method, so above 0 the reference is better.
+A pair is one dataset, network and seed on which two methods were both run. Every function here is a pure function of
+tables that `read_results` made. A difference is always reference − method: above 0, the reference is better.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from paretoprune.reporting.read_results import RunResults, rows_of
+from paretoprune.reporting.statistical_tests import DECIMALS, holm, rank_biserial, signed_rank_test, vargha_delaney
 
-MEASURES = ("hypervolume_test", "hypervolume_search")
+MEASURE_TITLES = {"hypervolume_test": "Hypervolume, test split", "hypervolume_search": "Hypervolume, search split"}
+MEASURES = tuple(MEASURE_TITLES)
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 SIGNIFICANCE = 0.05
 
@@ -51,12 +52,8 @@ GAIN_COLUMNS = (*RUN, "method", "n_searches", "n_positive", "min", "median", "ma
 # In place of a dataset and a network: the row over all of them.
 ALL_RUNS = "all"
 
-# Equal fronts may differ in the last bits of their hypervolumes; that is no win, and no rank.
-_DECIMALS = 12
 # A sparsity is 1 - density in floating point: a share that is met exactly must not fail by a rounding error.
 _ROUNDING = 1e-9
-# Up to here scipy counts every sign of every rank; with equal ranks it must try every combination of signs.
-_MOST_EXACT, _MOST_EXACT_TIED = 50, 13
 
 
 def paired_differences(summary: pd.DataFrame, reference: str, measure: str) -> pd.DataFrame:
@@ -115,107 +112,6 @@ def _name(row: pd.Series) -> str:
     return f"{row['dataset']}/{row['network']}, seed {row['seed']}"
 
 
-def signed_rank_test(differences: np.ndarray) -> tuple[float, bool]:
-    """Two-sided Wilcoxon signed-rank test that differences lie evenly on both sides of 0.
-
-    Differences of 0 are left out, as Wilcoxon did; without any other, nothing speaks against equality and p is 1.
-
-    Args:
-        differences: float (n_pairs,).
-
-    Returns:
-        The p-value, and whether it is exact: counted over all signs rather than taken from the normal approximation.
-
-    Source:
-        Wilcoxon, "Individual comparisons by ranking methods", 1945; as `scipy.stats.wilcoxon` computes it.
-    """
-    differences = _nonzero(differences)
-    n = len(differences)
-    if not n:
-        return 1.0, True
-    tied = len(np.unique(np.abs(differences))) < n
-    exact = n <= (_MOST_EXACT_TIED if tied else _MOST_EXACT)
-    # With equal ranks, scipy's "exact" would look them up in the distribution of distinct ones.
-    how = ("exact" if not tied else stats.PermutationMethod(n_resamples=np.inf)) if exact else "asymptotic"
-    return float(stats.wilcoxon(differences, method=how).pvalue), exact
-
-
-def _nonzero(differences: np.ndarray) -> np.ndarray:
-    rounded = np.round(np.asarray(differences, dtype=float), _DECIMALS)
-    return rounded[rounded != 0]
-
-
-def holm(p_values: np.ndarray) -> np.ndarray:
-    """Adjust p-values so that comparing each with a level keeps the chance of any false alarm below that level.
-
-    Args:
-        p_values: float (n_tests,), 0 to 1.
-
-    Returns:
-        float (n_tests,), in the order given.
-
-    Raises:
-        ValueError: A value lies outside 0 to 1, or is NaN.
-
-    Source:
-        Holm, "A simple sequentially rejective multiple test procedure", 1979.
-    """
-    p_values = np.asarray(p_values, dtype=float)
-    wrong = ~((p_values >= 0) & (p_values <= 1))
-    if wrong.any():
-        raise ValueError(f"expected p-values between 0 and 1, found {p_values[wrong][0]}; leave that test out")
-    order = np.argsort(p_values, kind="stable")
-    stepped = p_values[order] * np.arange(len(p_values), 0, -1)
-    adjusted = np.empty_like(p_values)
-    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(stepped))
-    return adjusted
-
-
-def rank_biserial(differences: np.ndarray) -> float:
-    """Matched-pairs rank-biserial correlation, the paired effect size that belongs to the signed-rank test.
-
-    The share of the rank sum that lies above 0 minus the share below it; differences of 0 have no rank.
-
-    Args:
-        differences: float (n_pairs,).
-
-    Returns:
-        From -1 (all below 0) to 1 (all above); 0 where every difference is 0.
-
-    Source:
-        Kerby, "The simple difference formula: an approach to teaching nonparametric correlation", 2014.
-    """
-    differences = _nonzero(differences)
-    if not len(differences):
-        return 0.0
-    ranks = stats.rankdata(np.abs(differences))
-    return float(np.sum(np.sign(differences) * ranks) / np.sum(ranks))
-
-
-def vargha_delaney(first: np.ndarray, second: np.ndarray) -> float:
-    """A12, an unpaired effect size: how often a value of the first sample exceeds one of the second.
-
-    Args:
-        first: float (n_first,).
-        second: float (n_second,).
-
-    Returns:
-        Share of all n_first x n_second couples, equal ones counting half: 0.5 for no effect, 1 if the first is always
-        larger.
-
-    Raises:
-        ValueError: A sample is empty.
-
-    Source:
-        Vargha and Delaney, "A critique and improvement of the CL common language effect size statistics", 2000.
-    """
-    first, second = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
-    if not len(first) or not len(second):
-        raise ValueError(f"expected values in both samples, found {len(first)} and {len(second)}; compare what was run")
-    margins = np.round(first[:, None] - second[None, :], _DECIMALS)
-    return float(np.mean((margins > 0) + 0.5 * (margins == 0)))
-
-
 def compare_methods(summary: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Test every other method against the reference on each of `MEASURES`, corrected for their number.
 
@@ -223,7 +119,7 @@ def compare_methods(summary: pd.DataFrame, reference: str) -> pd.DataFrame:
     and network, and averaged with the number of pairs as weight. Everything else is paired.
 
     Args:
-        summary: From `results.summarise`, of all runs.
+        summary: From `read_results.summarise`, of all runs.
         reference: The method that the others are compared with.
 
     Returns:
@@ -248,7 +144,7 @@ def compare_methods(summary: pd.DataFrame, reference: str) -> pd.DataFrame:
 
 
 def _paired_test(pairs: pd.DataFrame) -> dict[str, Any]:
-    differences = np.round(pairs["difference"].to_numpy(dtype=float), _DECIMALS)
+    differences = np.round(pairs["difference"].to_numpy(dtype=float), DECIMALS)
     p_value, exact = signed_rank_test(differences)
     within = [
         (vargha_delaney(run["reference_value"].to_numpy(), run["value"].to_numpy()), len(run))
@@ -290,99 +186,13 @@ def leading_methods(summary: pd.DataFrame, reference: str, size: int) -> list[st
     """The reference and its strongest rivals: the others of best mean rank in test hypervolume over all pairs.
 
     Args:
-        summary: From `results.summarise`, of all runs.
+        summary: From `read_results.summarise`, of all runs.
         reference: Always the first.
         size: Largest number of methods.
     """
     ranks = summary.groupby(PAIR)["hypervolume_test"].rank(ascending=False)
     means = ranks.groupby(summary["method"], sort=False).mean().drop(reference)
     return [reference, *means.sort_values(kind="stable").index[: size - 1]]
-
-
-def attained_errors(front: pd.DataFrame, densities: np.ndarray, column: str) -> np.ndarray:
-    """Least error that a front reaches without keeping more than a given share of the weights.
-
-    Args:
-        front: Columns `density` and `column`.
-        densities: float (n,), shares that may be kept.
-        column: "test_error" or "search_error".
-
-    Returns:
-        float (n,); infinite where every member is denser.
-    """
-    members = front.sort_values("density", kind="stable")
-    least = np.minimum.accumulate(members[column].to_numpy(dtype=float))
-    position = np.searchsorted(members["density"].to_numpy(dtype=float), densities, side="right") - 1
-    # Position -1, below the sparsest member, picks the value at the end.
-    return np.append(least, np.inf)[position]
-
-
-def attainment_surfaces(fronts: pd.DataFrame, seeds: Sequence[int], column: str) -> pd.DataFrame:
-    """What the best, at least half, and all of the seeds reach at each density: empirical attainment surfaces.
-
-    On test errors, the test split picks among members here: fit to describe fronts, not to choose a network.
-
-    Args:
-        fronts: Members of one method on one dataset and network: columns `seed`, `density` and `column`.
-        seeds: All seeds that were run; one whose front is empty reaches nothing.
-        column: "test_error" or "search_error".
-
-    Returns:
-        Columns `density` (every density of a member, ascending), `best`, `median` and `worst`: the first, the
-        ceil(n/2)-th and the last of the errors that the n seeds reach. Each value holds from its density up to the
-        next; infinite where not enough seeds have a member that sparse.
-
-    Raises:
-        ValueError: There is no seed.
-
-    Source:
-        Grunert da Fonseca, Fonseca and Hall, "Inferential performance assessment of stochastic optimisers and the
-        attainment function", 2001.
-    """
-    if not len(seeds):
-        raise ValueError("expected at least one seed, found none; name those that were run")
-    densities = np.unique(fronts["density"].to_numpy(dtype=float))
-    reached = np.stack([attained_errors(fronts[fronts["seed"] == seed], densities, column) for seed in seeds])
-    reached.sort(axis=0)
-    half = (len(seeds) + 1) // 2
-    return pd.DataFrame({"density": densities, "best": reached[0], "median": reached[half - 1], "worst": reached[-1]})
-
-
-def hypervolume_at(history: pd.DataFrame, evaluations: np.ndarray) -> np.ndarray:
-    """Hypervolume reached after a number of evaluations.
-
-    Args:
-        history: Columns `evaluations` (cumulative, ascending) and `hypervolume`.
-        evaluations: float (n,), budgets asked for.
-
-    Returns:
-        float (n,); NaN before the first row, the last value beyond the last.
-    """
-    position = np.searchsorted(history["evaluations"].to_numpy(dtype=float), evaluations, side="right") - 1
-    # Position -1, before the first row, picks the NaN at the end.
-    return np.append(history["hypervolume"].to_numpy(dtype=float), np.nan)[position]
-
-
-def hypervolume_bands(histories: pd.DataFrame, evaluations: np.ndarray) -> pd.DataFrame:
-    """Least, median and largest hypervolume over seeds after each number of evaluations.
-
-    Args:
-        histories: Rows of one method on one dataset and network: columns `seed`, `evaluations`, `hypervolume`.
-        evaluations: float (n,), the grid common to all seeds.
-
-    Returns:
-        Columns `evaluations`, `low`, `median`, `high`; NaN until every seed has its first row, and a seed that has
-        ended keeps its last value.
-    """
-    values = np.stack([hypervolume_at(history, evaluations) for _, history in histories.groupby("seed")])
-    return pd.DataFrame(
-        {
-            "evaluations": evaluations,
-            "low": values.min(axis=0),
-            "median": np.median(values, axis=0),
-            "high": values.max(axis=0),
-        }
-    )
 
 
 def member_at_sparsity(front: pd.DataFrame, sparsity: float) -> pd.Series | None:
@@ -418,7 +228,7 @@ def errors_at_sparsities(run: RunResults, sparsities: Sequence[float] = SPARSITI
     """
     rows = []
     for method in run.kinds:
-        fronts = {seed: rows_of(run.fronts, method, seed) for seed in run.seeds}
+        fronts = {seed: rows_of(run.fronts, method, seed) for seed in run.about.seeds}
         for sparsity in sparsities:
             chosen = {seed: member_at_sparsity(front, sparsity) for seed, front in fronts.items()}
             found = {seed: member for seed, member in chosen.items() if member is not None}
@@ -427,11 +237,11 @@ def errors_at_sparsities(run: RunResults, sparsities: Sequence[float] = SPARSITI
             points = 100 * (errors - dense)
             rows.append(
                 {
-                    "dataset": run.dataset,
-                    "network": run.network,
+                    "dataset": run.about.dataset,
+                    "network": run.about.network,
                     "method": method,
                     "at_least_sparsity": sparsity,
-                    "n_seeds": len(run.seeds),
+                    "n_seeds": len(run.about.seeds),
                     "n_found": len(found),
                     "sparsity_mean": float(np.mean([member["sparsity"] for member in found.values()] or [np.nan])),
                     "test_error_mean": errors.mean(),
@@ -447,7 +257,7 @@ def phase2_gains(summary: pd.DataFrame) -> pd.DataFrame:
     """How much hypervolume Phase 2 added, over the searches of each method.
 
     Args:
-        summary: From `results.summarise`, of all runs; a method without phases has no `phase2_gain`.
+        summary: From `read_results.summarise`, of all runs; a method without phases has no `phase2_gain`.
 
     Returns:
         Columns `GAIN_COLUMNS`, on the search split: one row per two-phase method over all runs, with `ALL_RUNS` for
@@ -465,7 +275,7 @@ def phase2_gains(summary: pd.DataFrame) -> pd.DataFrame:
 def _gain(gains: pd.Series) -> dict[str, float | int]:
     return {
         "n_searches": len(gains),
-        "n_positive": int((gains.round(_DECIMALS) > 0).sum()),
+        "n_positive": int((gains.round(DECIMALS) > 0).sum()),
         "min": float(gains.min()),
         "median": float(gains.median()),
         "max": float(gains.max()),

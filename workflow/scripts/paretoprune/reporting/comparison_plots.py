@@ -1,10 +1,10 @@
 """Figures of `comparison`: fronts and searches over seeds with their spread, and differences to the reference.
 
-Made like those of `plots`: every `draw_*` function returns a `Figure`, and is called inside `plots.figure_style()`.
+They are made like those of `run_plots`: every `draw_*` function returns a `Figure`. Call them inside
+`styles.figure_style()`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,19 +16,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
-from paretoprune.reporting.run_plots import finished, legend_below, panel_grid
+from paretoprune.reporting.figures import finished, legend_below, panel_grid
+from paretoprune.reporting.styles import DENSE_COLOR, DENSE_LINE, MethodStyle
 
-# Okabe and Ito's colours, told apart by colour-blind readers; a dash and a marker each for print in grey.
-_LOOKS: tuple[tuple[str, Any, str], ...] = (
-    ("#D55E00", "-", "o"),
-    ("#0072B2", (0, (6, 1.6)), "s"),
-    ("#009E73", (0, (1.4, 1.2)), "^"),
-    ("#CC79A7", (0, (6, 1.6, 1.4, 1.6)), "D"),
-    ("#56B4E9", (0, (3, 1.4)), "v"),
-)
-MOST_SHOWN = len(_LOOKS)
 _OTHER_COLOR = "#B9C1C9"
-_DENSE_COLOR = "#222222"
 _RUN_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _RUN_MARKERS = ("o", "s", "^", "D", "v", "P")
 
@@ -40,82 +31,38 @@ _ZOOM_POINTS = 15.0
 _SETTLED = 0.15
 
 
-@dataclass(frozen=True)
-class Look:
-    """How one of the methods shown looks in the figures of the comparison.
-
-    Attributes:
-        color: Hexadecimal colour.
-        dashes: Line style as matplotlib takes it.
-        marker: Marker as matplotlib takes it.
-        width: Line width in points.
-        zorder: Lines of a higher one lie above.
-    """
-
-    color: str
-    dashes: Any
-    marker: str
-    width: float
-    zorder: float
-
-    @property
-    def line(self) -> dict[str, Any]:
-        """Line properties as `Axes.plot` takes them."""
-        return {"color": self.color, "ls": self.dashes, "lw": self.width, "zorder": self.zorder}
-
-    @property
-    def band(self) -> dict[str, Any]:
-        """Properties of the band around the line as `Axes.fill_between` takes them."""
-        return {"color": self.color, "alpha": 0.09 * self.width, "lw": 0}
-
-
-def comparison_looks(methods: Sequence[str]) -> dict[str, Look]:
-    """Give each method its look, the first the boldest.
-
-    Args:
-        methods: The reference and at most `MOST_SHOWN` - 1 others.
-
-    Raises:
-        ValueError: There are more methods than looks that can be told apart.
-    """
-    if len(methods) > MOST_SHOWN:
-        raise ValueError(f"expected at most {MOST_SHOWN} methods to draw, found {len(methods)}; choose among them")
-    return {
-        method: Look(*look, width=2.4 if i == 0 else 1.7, zorder=4.0 - 0.1 * i)
-        for i, (method, look) in enumerate(zip(methods, _LOOKS, strict=False))
-    }
-
-
 def draw_attainment(
-    surfaces: Mapping[str, Mapping[str, pd.DataFrame]], dense_errors: Mapping[str, float], looks: Mapping[str, Look]
+    surfaces: Mapping[str, Mapping[str, pd.DataFrame]],
+    dense_errors: Mapping[str, float],
+    styles: Mapping[str, MethodStyle],
 ) -> Figure:
     """Test error attained against sparsity: median over seeds, and the band from the best to the worst.
 
     Args:
-        surfaces: Per run and method, from `comparison.attainment_surfaces` on "test_error".
+        surfaces: Per run and method, from `attainment.attainment_surfaces` on "test_error".
         dense_errors: Test error of the dense network per run, a share, mean over seeds.
-        looks: From `comparison_looks`; the methods drawn.
+        styles: From `styles.comparison_styles`; the methods drawn.
     """
     figure, panels = panel_grid(len(surfaces), width=4.3, height=3.9, max_columns=_COLUMNS)
     for axes, (run, methods) in zip(panels, surfaces.items(), strict=True):
         dense = 100 * dense_errors[run]
-        for method, look in looks.items():
+        for method, style in styles.items():
             stairs = _stairs(methods[method])
             if stairs is None:
                 continue
             sparsity, best, median, worst = stairs
-            axes.fill_between(sparsity, best, worst, step="pre", **look.band)
-            axes.plot(sparsity, median, drawstyle="steps-pre", **look.line)
-        axes.axhline(dense, color=_DENSE_COLOR, lw=1.1, ls=(0, (5, 4)), zorder=2)
+            axes.fill_between(sparsity, best, worst, step="pre", **style.band)
+            axes.plot(sparsity, median, drawstyle="steps-pre", **style.line)
+        axes.axhline(dense, zorder=2, **DENSE_LINE)
         axes.set(title=run, xlabel="sparsity: at least this removed (%)")
         axes.set_ylim(max(0.0, dense - 2), dense + _ZOOM_POINTS)
-        window = _window([methods[method] for method in looks], dense_errors[run])
+        window = _window([methods[method] for method in styles], dense_errors[run])
         if window is not None:
             axes.set_xlim(window)
     for axes in panels[::_COLUMNS]:
         axes.set_ylabel("test error attained (%)")
-    handles: list[Artist] = [Line2D([], [], label=method, **look.line) for method, look in looks.items()]
-    handles.append(Line2D([], [], color=_DENSE_COLOR, lw=1.1, ls=(0, (5, 4)), label="dense network"))
+    handles: list[Artist] = [Line2D([], [], label=method, **style.line) for method, style in styles.items()]
+    handles.append(Line2D([], [], label="dense network", **DENSE_LINE))
     handles.append(Patch(color=_OTHER_COLOR, alpha=0.6, lw=0, label="best to worst seed"))
     legend_below(figure, handles, [str(handle.get_label()) for handle in handles])
     return finished(figure)
@@ -154,31 +101,31 @@ def _window(surfaces: Sequence[pd.DataFrame], dense_error: float) -> tuple[float
 def draw_hypervolume_bands(
     bands: Mapping[str, Mapping[str, pd.DataFrame]],
     ends: Mapping[str, Mapping[str, float]],
-    looks: Mapping[str, Look],
+    styles: Mapping[str, MethodStyle],
 ) -> Figure:
     """Hypervolume over evaluations: median over seeds, and the band from the least to the largest.
 
     Args:
-        bands: Per run and method, from `comparison.hypervolume_bands`, every method on the run's own grid.
+        bands: Per run and method, from `attainment.hypervolume_bands`, every method on the run's own grid.
         ends: Per run and method, evaluations after which it ended, the largest over seeds.
-        looks: From `comparison_looks`; the methods with colour and band, the others are thin and grey.
+        styles: From `styles.comparison_styles`; the methods with colour and band, the others are thin and grey.
     """
     figure, panels = panel_grid(len(bands), width=4.3, height=3.9, max_columns=_COLUMNS)
     for axes, (run, methods) in zip(panels, bands.items(), strict=True):
         for method in methods:
-            if method not in looks:
+            if method not in styles:
                 band = methods[method]
                 axes.plot(band["evaluations"], band["median"], drawstyle="steps-post", color=_OTHER_COLOR, lw=0.9)
-        for method, look in looks.items():
+        for method, style in styles.items():
             band, end = methods[method], ends[run][method]
-            axes.fill_between(band["evaluations"], band["low"], band["high"], step="post", **look.band)
-            axes.plot(band["evaluations"], band["median"], drawstyle="steps-post", **look.line)
+            axes.fill_between(band["evaluations"], band["low"], band["high"], step="post", **style.band)
+            axes.plot(band["evaluations"], band["median"], drawstyle="steps-post", **style.line)
             last = float(band["median"].iloc[-1])
-            axes.plot(end, last, marker=look.marker, ms=6, color=look.color, mec="white", zorder=5, clip_on=False)
+            axes.plot(end, last, marker=style.marker, ms=6, color=style.color, mec="white", zorder=5, clip_on=False)
         axes.set(title=run, xlabel="evaluations")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.set_xlim(0, 1.03 * max(ends[run].values()))
-        shown = [methods[method] for method in looks]
+        shown = [methods[method] for method in styles]
         settled = [band[band["evaluations"] >= _SETTLED * band["evaluations"].max()] for band in shown]
         low = min(float(band["low"].min()) for band in settled)
         high = max(float(band["high"].max()) for band in settled)
@@ -187,10 +134,10 @@ def draw_hypervolume_bands(
     for axes in panels[::_COLUMNS]:
         axes.set_ylabel("hypervolume, search split")
     handles: list[Artist] = [
-        Line2D([], [], label=method, marker=look.marker, ms=5.5, mec="white", **look.line)
-        for method, look in looks.items()
+        Line2D([], [], label=method, marker=style.marker, ms=5.5, mec="white", **style.line)
+        for method, style in styles.items()
     ]
-    if any(method not in looks for methods in bands.values() for method in methods):
+    if any(method not in styles for methods in bands.values() for method in methods):
         handles.append(Line2D([], [], color=_OTHER_COLOR, lw=0.9, label="other methods"))
     handles.append(Patch(color=_OTHER_COLOR, alpha=0.6, lw=0, label="least to largest over seeds"))
     legend_below(figure, handles, [str(handle.get_label()) for handle in handles])
@@ -225,9 +172,9 @@ def draw_paired_differences(
     panels[0].set_ylim(len(order) - 0.4, -1.2)
     handles: list[Artist] = [
         Line2D([], [], ls="none", marker=marker, ms=5, color=color, alpha=0.75, label=f"{dataset} / {network}")
-        for (dataset, network), color, marker in _run_looks(runs)
+        for (dataset, network), color, marker in _run_marks(runs)
     ]
-    handles.append(Line2D([], [], ls="none", marker="|", ms=13, mew=2.4, color=_DENSE_COLOR, label="median"))
+    handles.append(Line2D([], [], ls="none", marker="|", ms=13, mew=2.4, color=DENSE_COLOR, label="median"))
     handles.append(Line2D([], [], lw=3, color="#8A949E", label="middle half"))
     legend_below(figure, handles, [str(handle.get_label()) for handle in handles])
     return finished(figure)
@@ -244,7 +191,7 @@ def _annotate_row(axes: Axes, y: float, texts: Sequence[str]) -> None:
         axes.annotate(text, (1.0, y), (offset, 0), ha="right", va="center", fontsize=8.5, **place)
 
 
-def _run_looks(runs: Sequence[tuple[str, str]]) -> list[tuple[tuple[str, str], str, str]]:
+def _run_marks(runs: Sequence[tuple[str, str]]) -> list[tuple[tuple[str, str], str, str]]:
     return [
         (run, _RUN_COLORS[i % len(_RUN_COLORS)], _RUN_MARKERS[i // len(_RUN_COLORS) % len(_RUN_MARKERS)])
         for i, run in enumerate(runs)
@@ -260,16 +207,16 @@ def _draw_differences(axes: Axes, table: pd.DataFrame, order: Sequence[str], run
         axes.set_xticks([0.0, *_round_numbers(table["difference"].to_numpy(dtype=float), threshold / 2)])
         axes.minorticks_off()
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
-    axes.axvline(0, color=_DENSE_COLOR, lw=1.1, zorder=2)
+    axes.axvline(0, color=DENSE_COLOR, lw=1.1, zorder=2)
     lanes = np.linspace(-0.24, 0.24, len(runs)) if len(runs) > 1 else np.zeros(1)
     for y, method in enumerate(order):
         rows = table[table["method"] == method]
         low, middle, high = np.quantile(rows["difference"], (0.25, 0.5, 0.75))
         axes.plot([low, high], [y, y], color="#8A949E", lw=3, zorder=3, solid_capstyle="butt")
-        for lane, ((dataset, network), color, marker) in zip(lanes, _run_looks(runs), strict=True):
+        for lane, ((dataset, network), color, marker) in zip(lanes, _run_marks(runs), strict=True):
             own = rows.loc[(rows["dataset"] == dataset) & (rows["network"] == network), "difference"]
             axes.plot(own, np.full(len(own), y + lane), ls="none", marker=marker, ms=4.5, color=color, alpha=0.75)
-        axes.plot(middle, y, marker="|", ms=15, mew=2.4, color=_DENSE_COLOR, zorder=5)
+        axes.plot(middle, y, marker="|", ms=15, mew=2.4, color=DENSE_COLOR, zorder=5)
     axes.grid(axis="y", visible=False)
 
 

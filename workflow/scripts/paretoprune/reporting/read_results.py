@@ -1,9 +1,9 @@
 """Result files read back and summarised: one row per dataset, network, seed and method.
 
-Everything is checked while it is read; nothing here needs torch.
+Everything is checked while it is read. Nothing here needs torch.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,8 @@ import pandas as pd
 
 from paretoprune.files import read_json
 from paretoprune.fronts import hypervolume
-from paretoprune.objectives import reference_point
+from paretoprune.reporting.subject import Run
 
-METHOD_KINDS = ("two_phase", "flat", "allocation")
-OBJECTIVES = ("error", "divergence")
 SPLITS = ("train", "calibration", "search", "test")
 SUMMARY_COLUMNS = (
     "dataset",
@@ -80,26 +78,20 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class RunResults:
-    """The result files of one dataset and network, over seeds and methods.
+    """The result files of one run, over its seeds and the methods.
 
     Attributes:
-        dataset: Name of the data.
-        network: Name of the network.
-        seeds: Seeds, in the order asked for.
+        about: The run.
         kinds: "two_phase", "flat" or "allocation" per method, in the order asked for.
         dense: Content of dense/metrics.json per seed.
-        fronts: front.csv of every method and seed, with columns `method` and `seed`.
+        fronts: front.csv of every method and seed, with columns `method` and `seed`, and one per cost.
         histories: history.csv likewise.
         layers: layers.csv likewise, two-phase methods only.
         finetuned: finetuned.csv likewise, fine-tuned methods only.
         anchors: Content of anchors.json per (method, seed), two-phase methods only.
-        objective: The loss that the search minimised: "error" or "divergence".
-        costs: What it minimised beside the loss; each is a column of `fronts`.
     """
 
-    dataset: str
-    network: str
-    seeds: list[int]
+    about: Run
     kinds: dict[str, str]
     dense: dict[int, dict[str, Any]]
     fronts: pd.DataFrame
@@ -107,8 +99,6 @@ class RunResults:
     layers: pd.DataFrame
     finetuned: pd.DataFrame
     anchors: dict[tuple[str, int], dict[str, Any]]
-    objective: str
-    costs: tuple[str, ...] = ("density",)
 
     @property
     def dense_test_error(self) -> float:
@@ -121,75 +111,56 @@ class RunResults:
         return [method for method, kind in self.kinds.items() if kind == "two_phase"]
 
 
-def read_run(
-    results: Path,
-    dataset: str,
-    network: str,
-    seeds: Sequence[int],
-    kinds: Mapping[str, str],
-    finetuned_methods: Iterable[str],
-    objective: str,
-    costs: Sequence[str] = ("density",),
-) -> RunResults:
-    """Read and check every result file of one dataset and network.
+def read_run(results: Path, run: Run, kinds: Mapping[str, str], finetuned: Collection[str]) -> RunResults:
+    """Read and check every result file of one run.
 
     Args:
         results: Folder that holds {dataset}/{network}/seed{seed}/.
-        dataset: Name of the data.
-        network: Name of the network.
-        seeds: Seeds to read.
+        run: What to read.
         kinds: Methods to read, with the kind of each.
-        finetuned_methods: Methods that have a finetuned.csv; others than in `kinds` are ignored.
-        objective: The loss that the search minimised: "error" or "divergence".
-        costs: What it minimised beside the loss.
+        finetuned: Methods that have a finetuned.csv; others than in `kinds` are ignored.
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: A file lacks a column or a key, or holds something impossible; or the objective is unknown.
+        ValueError: A file lacks a column or a key, or holds something impossible.
     """
-    if objective not in OBJECTIVES:
-        raise ValueError(f"{dataset}/{network}: expected objective 'error' or 'divergence', found {objective!r}")
-    further = {cost: "number" for cost in costs if cost not in _FRONT}
     dense: dict[int, dict[str, Any]] = {}
     anchors: dict[tuple[str, int], dict[str, Any]] = {}
+    # A cost may exceed that of the dense network, and a hypervolume of several costs 1: neither is a share.
+    front = _FRONT | {cost: "number" for cost in run.costs if cost != "density"}
+    history = _HISTORY if run.only_density else _HISTORY | {"hypervolume": "number"}
     tables: dict[str, list[pd.DataFrame]] = {"front": [], "history": [], "layers": [], "finetuned": []}
-    for seed in seeds:
-        folder = results / dataset / network / f"seed{seed}"
+    for seed in run.seeds:
+        folder = results / run.dataset / run.network / f"seed{seed}"
         dense[seed] = _read_dense(folder / "dense" / "metrics.json")
         for method, kind in kinds.items():
-            front = _read_table(folder / method / "front.csv", _FRONT | further)
-            tables["front"].append(front.assign(method=method, seed=seed))
-            tables["history"].append(
-                _read_history(folder / method / "history.csv", kind, costs).assign(method=method, seed=seed)
-            )
+            own = folder / method
+            read = {
+                "front": _read_table(own / "front.csv", front),
+                "history": _read_history(own / "history.csv", history, kind),
+            }
             if kind == "two_phase":
-                layers = _read_table(folder / method / "layers.csv", _LAYERS)
-                _check_members(folder / method / "layers.csv", layers, front)
-                tables["layers"].append(layers.assign(method=method, seed=seed))
-                anchors[method, seed] = _read_anchors(folder / method / "anchors.json")
-            if method in finetuned_methods:
-                table = _read_table(folder / method / "finetuned.csv", _FINETUNED).assign(method=method, seed=seed)
-                # A member chosen for several targets stands for each of them, or means would mix up the seeds.
-                table = table.assign(target=table["target"].astype(str).str.split(", ")).explode("target")
-                tables["finetuned"].append(table)
+                read["layers"] = _read_table(own / "layers.csv", _LAYERS)
+                _check_members(own / "layers.csv", read["layers"], read["front"])
+                anchors[method, seed] = _read_anchors(own / "anchors.json")
+            if method in finetuned:
+                read["finetuned"] = _read_finetuned(own / "finetuned.csv")
+            for name, table in read.items():
+                tables[name].append(table.assign(method=method, seed=seed))
     none = {"layers": [*_LAYERS, "method", "seed"], "finetuned": [*_FINETUNED, "method", "seed"]}
     joined = {
         name: pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=none[name])
         for name, parts in tables.items()
     }
     return RunResults(
-        dataset,
-        network,
-        list(seeds),
+        run,
         dict(kinds),
         dense,
-        joined["front"],
-        joined["history"],
-        joined["layers"],
-        joined["finetuned"],
-        anchors,
-        objective,
-        tuple(costs),
+        fronts=joined["front"],
+        histories=joined["history"],
+        layers=joined["layers"],
+        finetuned=joined["finetuned"],
+        anchors=anchors,
     )
 
 
@@ -197,12 +168,13 @@ def summarise(run: RunResults) -> pd.DataFrame:
     """One row per seed and method: cost, quality of the front, and what Phase 2 added.
 
     Returns:
-        Columns `SUMMARY_COLUMNS`. Hypervolumes are on the loss and the costs, see `objectives.reference_point`;
-        `sparsity_within_1pt` is a share, NaN when no member loses at most one point of test accuracy; the last two
+        Columns `SUMMARY_COLUMNS`. Hypervolumes are on (loss, costs) up to the run's reference point.
+        `sparsity_within_1pt` is a share, NaN when no member loses at most one point of test accuracy. The last two
         columns are NaN for a method without phases.
     """
-    rows, reference = [], reference_point(("error", *run.costs))
-    for seed in run.seeds:
+    costs, reference = run.about.costs, run.about.reference_point
+    rows = []
+    for seed in run.about.seeds:
         limit = 1 - run.dense[seed]["accuracy"]["test"] + _TOLERANCE + _ROUNDING
         for method, kind in run.kinds.items():
             front = rows_of(run.fronts, method, seed)
@@ -214,37 +186,22 @@ def summarise(run: RunResults) -> pd.DataFrame:
                 phase1 = float(history.loc[history["stage"] != "phase2", "hypervolume"].iloc[-1])
             rows.append(
                 {
-                    "dataset": run.dataset,
-                    "network": run.network,
+                    "dataset": run.about.dataset,
+                    "network": run.about.network,
                     "seed": seed,
                     "method": method,
                     "evaluations": int(last["evaluations"]),
                     "seconds": float(last["seconds"]),
-                    "hypervolume_search": hypervolume(front[["search_error", *run.costs]].to_numpy(), reference),
-                    "hypervolume_test": hypervolume(front[["test_error", *run.costs]].to_numpy(), reference),
+                    "hypervolume_search": hypervolume(front[["search_error", *costs]].to_numpy(), reference),
+                    "hypervolume_test": hypervolume(front[["test_error", *costs]].to_numpy(), reference),
                     "sparsity_within_1pt": float(within.max()) if len(within) else np.nan,
-                    "objective": run.objective,
+                    "objective": run.about.objective,
                     "n_members": len(front),
                     "hypervolume_phase1": phase1,
                     "phase2_gain": float(last["hypervolume"]) - phase1,
                 }
             )
     return pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS))
-
-
-def method_kinds(methods: Sequence[str], kinds: Mapping[str, str]) -> dict[str, str]:
-    """The kind of each compared method.
-
-    Raises:
-        ValueError: A method has none, or an unknown one.
-    """
-    for method in methods:
-        if kinds.get(method) not in METHOD_KINDS:
-            raise ValueError(
-                f"expected the kind of method '{method}' to be one of {', '.join(METHOD_KINDS)}, "
-                f"found {kinds.get(method)!r}; correct settings['method_kinds']"
-            )
-    return {method: kinds[method] for method in methods}
 
 
 def _require_file(path: Path) -> None:
@@ -286,10 +243,8 @@ def _read_table(path: Path, schema: Mapping[str, str]) -> pd.DataFrame:
     return table[list(schema)]
 
 
-def _read_history(path: Path, kind: str, costs: Sequence[str]) -> pd.DataFrame:
-    # The reference point of other costs lies beyond 1.
-    usual = reference_point(("error", *costs)) == (1.0, 1.0)
-    history = _read_table(path, _HISTORY if usual else _HISTORY | {"hypervolume": "number"})
+def _read_history(path: Path, schema: Mapping[str, str], kind: str) -> pd.DataFrame:
+    history = _read_table(path, schema)
     remedy = "delete the file and run the search again"
     if not len(history):
         raise ValueError(f"{path}: expected at least one row, found none; {remedy}")
@@ -299,6 +254,12 @@ def _read_history(path: Path, kind: str, costs: Sequence[str]) -> pd.DataFrame:
         found = ", ".join(dict.fromkeys(history["stage"]))
         raise ValueError(f"{path}: expected rows of stage 'phase1' for a two-phase method, found {found}; {remedy}")
     return history
+
+
+def _read_finetuned(path: Path) -> pd.DataFrame:
+    table = _read_table(path, _FINETUNED)
+    # A member chosen for several targets stands for each of them, or means would mix up the seeds.
+    return table.assign(target=table["target"].astype(str).str.split(", ")).explode("target")
 
 
 def _check_members(path: Path, layers: pd.DataFrame, front: pd.DataFrame) -> None:

@@ -1,42 +1,24 @@
 """Figures of a comparison of pruning methods, drawn from tables; nothing here computes a result or needs torch.
 
 Every `draw_*` function returns a matplotlib `Figure` made without pyplot, so no backend is chosen and no figure stays
-open. Call them, and `save_figure`, inside `figure_style()`. Shares are drawn in %.
+open. Call them, and `figures.save_figure`, inside `styles.figure_style()`. Shares are drawn in %.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-import seaborn as sns
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from paretoprune.files import atomic_path
-from paretoprune.reporting.comparison import hypervolume_at
-
-# Our searches in strong solid colours, the others muted and dashed: told apart in grey print, too.
-_COLORS = {
-    "two_phase": ("#C8102E", "#0B6FB8", "#7B3FA0", "#12805C"),
-    "flat": ("#E08A00", "#A6761D", "#C26A8A"),
-    "allocation": ("#5F7285", "#9A8C7A", "#7FA39A", "#A89BBF", "#4A4A4A", "#B7A24B"),
-}
-_DASHES: dict[str, tuple[Any, ...]] = {
-    "two_phase": ("-",),
-    "flat": ((0, (7, 2, 1.5, 2)), (0, (7, 2, 1.5, 2, 1.5, 2))),
-    "allocation": ((0, (4, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)), (0, (2.5, 1.2)), (0, (9, 3))),
-}
-_MARKERS = {"two_phase": ("o", "s", "D", "P"), "flat": ("^", "v"), "allocation": ("p", "<", ">", "h", "d", "X")}
-_WIDTHS = {"two_phase": 2.2, "flat": 1.8, "allocation": 1.5}
+from paretoprune.reporting.attainment import hypervolume_at
+from paretoprune.reporting.figures import finished, legend_below, panel_grid
+from paretoprune.reporting.styles import DENSE_LINE, MethodStyle
 
 _STAGE_COLORS = {"start": "#6B7683", "phase1": "#2F7EBB", "reselected": "#2E9E6B", "phase2": "#E4572E"}
 _OTHER_STAGE_COLORS = ("#12805C", "#7B3FA0", "#A6761D")
@@ -47,87 +29,10 @@ _CORRIDOR_PARTS = (
     ("n_always_dropped", "always dropped", "#DDE2E8"),
 )
 
-_DENSE_COLOR = "#222222"
 _ZOOM_POINTS = 15.0
 _MAX_COLUMNS = 2
 # Beyond this many rows, tick labels would overlap at the tallest figure that is still readable on a page.
 _MAX_LAYER_LABELS = 60
-
-
-@dataclass(frozen=True)
-class MethodStyle:
-    """How a method looks in every figure.
-
-    Attributes:
-        color: Hexadecimal colour.
-        dashes: Line style as matplotlib takes it.
-        marker: Marker as matplotlib takes it.
-        kind: "two_phase", "flat" or "allocation".
-    """
-
-    color: str
-    dashes: Any
-    marker: str
-    kind: str
-
-    @property
-    def strong(self) -> bool:
-        """Whether it is the method this project is about, drawn above the others."""
-        return self.kind == "two_phase"
-
-    @property
-    def line(self) -> dict[str, Any]:
-        """Line properties as `Axes.plot` takes them."""
-        zorder = 4.0 if self.strong else 3.0
-        return {"color": self.color, "ls": self.dashes, "lw": _WIDTHS[self.kind], "zorder": zorder}
-
-
-def method_styles(kinds: Mapping[str, str]) -> dict[str, MethodStyle]:
-    """Give each method its style, the same in every figure.
-
-    Args:
-        kinds: "two_phase", "flat" or "allocation" per method, in the order in which they are listed.
-    """
-    looks = {
-        kind: zip(cycle(_COLORS[kind]), cycle(_DASHES[kind]), cycle(_MARKERS[kind]), strict=False) for kind in _COLORS
-    }
-    return {method: MethodStyle(*next(looks[kind]), kind=kind) for method, kind in kinds.items()}
-
-
-@contextmanager
-def figure_style() -> Iterator[None]:
-    """Set the look of figures inside the block and restore every matplotlib setting after it."""
-    look = {
-        **sns.plotting_context("notebook", font_scale=0.82),
-        **sns.axes_style("ticks"),
-        "axes.edgecolor": "#5A6572",
-        "axes.grid": True,
-        "axes.labelcolor": "#2B333C",
-        "axes.titlelocation": "left",
-        "axes.titleweight": "bold",
-        "axes.titlesize": 10.5,
-        "figure.facecolor": "white",
-        "grid.color": "#E6EAEE",
-        "grid.linewidth": 0.8,
-        "legend.frameon": False,
-        "lines.solid_capstyle": "round",
-        # Equal results give equal files: no random element ids.
-        "svg.hashsalt": "paretoprune",
-        "text.color": "#2B333C",
-        "xtick.color": "#5A6572",
-        "ytick.color": "#5A6572",
-        "xtick.labelcolor": "#2B333C",
-        "ytick.labelcolor": "#2B333C",
-    }
-    with mpl.rc_context(look):
-        yield
-
-
-def save_figure(figure: Figure, stem: Path) -> None:
-    """Write `figure` to `stem`.svg and `stem`.png (150 dpi)."""
-    for suffix, metadata in ((".svg", {"Date": None}), (".png", None)):
-        with atomic_path(stem.with_name(stem.name + suffix)) as temporary:
-            figure.savefig(temporary, dpi=150, metadata=metadata)
 
 
 def error_at_sparsity(front: pd.DataFrame, sparsities: np.ndarray) -> np.ndarray:
@@ -154,7 +59,7 @@ def draw_fronts(fronts: pd.DataFrame, dense_error: float, styles: Mapping[str, M
     Args:
         fronts: Columns `method`, `seed`, `sparsity`, `test_error`, shares; at least one row.
         dense_error: Test error of the dense network, a share, mean over seeds.
-        styles: From `method_styles`; a method without members is left out.
+        styles: From `styles.method_styles`; a method without members is left out.
     """
     # On all seeds' own sparsities, no step is shifted. A mean over fewer and fewer seeds would jump where one of them
     # ends; it stops there instead.
@@ -170,10 +75,10 @@ def draw_fronts(fronts: pd.DataFrame, dense_error: float, styles: Mapping[str, M
         for method, seeds in curves.items():
             style, sparsity = styles[method], 100 * grids[method]
             for seed in seeds if len(seeds) > 1 else ():
-                alpha = 0.3 if style.strong else 0.18
+                alpha = 0.3 if style.bold else 0.18
                 axes.plot(sparsity, 100 * seed, color=style.color, lw=0.7, alpha=alpha, drawstyle="steps-pre")
             axes.plot(sparsity, 100 * means[method], label=method, drawstyle="steps-pre", **style.line)
-        axes.axhline(100 * dense_error, color=_DENSE_COLOR, lw=1.1, ls=(0, (5, 4)), zorder=2, label="dense network")
+        axes.axhline(100 * dense_error, zorder=2, label="dense network", **DENSE_LINE)
         axes.set(xlabel="sparsity: weights removed (%)")
     panels[0].set(ylabel="test error (%)", title="Whole range")
     panels[0].set_xlim(100 * fronts["sparsity"].min() - 1, 100 * fronts["sparsity"].max() + 1)
@@ -186,14 +91,15 @@ def draw_fronts(fronts: pd.DataFrame, dense_error: float, styles: Mapping[str, M
     return finished(figure)
 
 
-def draw_hypervolume(histories: pd.DataFrame, styles: Mapping[str, MethodStyle]) -> Figure:
+def draw_hypervolume(histories: pd.DataFrame, styles: Mapping[str, MethodStyle], *, largest: float = 1.0) -> Figure:
     """Hypervolume over evaluations, mean and one standard deviation over seeds.
 
     A search ends at a marker. An allocation, which evaluates only its ladder of densities, continues as a level line.
 
     Args:
         histories: Columns `method`, `seed`, `evaluations`, `hypervolume`, `stage`.
-        styles: From `method_styles`.
+        styles: From `styles.method_styles`.
+        largest: Hypervolume of a network without loss and cost.
     """
     figure = Figure(figsize=(9.0, 5.0), layout="constrained")
     axes = figure.subplots()
@@ -209,10 +115,10 @@ def draw_hypervolume(histories: pd.DataFrame, styles: Mapping[str, MethodStyle])
         if len(seeds) > 1:
             spread = values.std(axis=0, ddof=1)
             axes.fill_between(grid, mean - spread, mean + spread, step="post", color=style.color, alpha=0.13, lw=0)
-        if style.kind == "allocation":
-            axes.plot([last, end], [mean[-1]] * 2, **style.line)
-        else:
+        if style.searches:
             axes.plot(last, mean[-1], marker=style.marker, ms=6, color=style.color, mec="white", zorder=5)
+        else:
+            axes.plot([last, end], [mean[-1]] * 2, **style.line)
         starts = [
             history.loc[history["stage"] != "phase2", "evaluations"].max()
             for history in seeds
@@ -222,7 +128,9 @@ def draw_hypervolume(histories: pd.DataFrame, styles: Mapping[str, MethodStyle])
             start = float(np.mean(starts))
             height = float(np.mean([hypervolume_at(history, np.array([start]))[0] for history in seeds]))
             axes.plot(start, height, marker="o", ms=7, mfc="white", mec=style.color, mew=1.8, zorder=5)
-    axes.set(xlabel="evaluations: pruned networks measured", ylabel="hypervolume on the search split (0 to 1)")
+    axes.set(
+        xlabel="evaluations: pruned networks measured", ylabel=f"hypervolume on the search split (0 to {largest:.4g})"
+    )
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlim(0, 1.03 * end)
     handles, labels = axes.get_legend_handles_labels()
@@ -238,7 +146,7 @@ def draw_phase2_gain(summary: pd.DataFrame, styles: Mapping[str, MethodStyle]) -
 
     Args:
         summary: Columns `method`, `seed`, `hypervolume_phase1`, `phase2_gain`; one row per two-phase method and seed.
-        styles: From `method_styles`.
+        styles: From `styles.method_styles`.
     """
     figure = Figure(figsize=(8.0, 1.2 + 0.32 * len(summary) + 0.15 * summary["method"].nunique()), layout="constrained")
     axes = figure.subplots()
@@ -368,7 +276,7 @@ def draw_finetuned(finetuned: pd.DataFrame, dense_error: float, styles: Mapping[
     Args:
         finetuned: Columns `method`, `seed`, `target`, `sparsity`, `test_error_pruned`, `test_error`, shares.
         dense_error: Test error of the dense network, a share, mean over seeds.
-        styles: From `method_styles`.
+        styles: From `styles.method_styles`.
     """
     figure = Figure(figsize=(10.5, 4.9), layout="constrained")
     both, after = figure.subplots(1, 2)
@@ -387,7 +295,7 @@ def draw_finetuned(finetuned: pd.DataFrame, dense_error: float, styles: Mapping[
         )
         after.plot(means["sparsity"], means["test_error"], label=method, ms=6.5, marker=style.marker, **style.line)
     for axes in (both, after):
-        axes.axhline(100 * dense_error, color=_DENSE_COLOR, lw=1.1, ls=(0, (5, 4)), zorder=2, label="dense network")
+        axes.axhline(100 * dense_error, zorder=2, label="dense network", **DENSE_LINE)
         axes.set(xlabel="sparsity: weights removed (%)", ylabel="test error (%)")
     both.set(title="Before (hollow) and after (filled), logarithmic", yscale="log")
     for axis in (both.yaxis.set_major_formatter, both.yaxis.set_minor_formatter):
@@ -422,19 +330,6 @@ def _zoom_window(
     return max(0.0, min(left, right) - 0.12), min(1.0, right + 0.02)
 
 
-def panel_grid(
-    n_panels: int, width: float, height: float, *, max_columns: int = _MAX_COLUMNS, share_y: bool = False
-) -> tuple[Figure, list[Axes]]:
-    """A figure of `n_panels` panels, at most `max_columns` in a row; sizes of one panel in inches."""
-    columns = min(n_panels, max_columns)
-    n_rows = -(-n_panels // columns)
-    figure = Figure(figsize=(max(6.0, width * columns), height * n_rows), layout="constrained")
-    panels = list(figure.subplots(n_rows, columns, sharey=share_y, squeeze=False).flat)
-    for axes in panels[n_panels:]:
-        axes.remove()
-    return figure, panels[:n_panels]
-
-
 def _layer_panels(names: Sequence[str], n_panels: int) -> tuple[Figure, list[Axes]]:
     """Panels that share one axis of layer names, the input layer on top."""
     n_layers = len(names)
@@ -450,30 +345,3 @@ def _layer_panels(names: Sequence[str], n_panels: int) -> tuple[Figure, list[Axe
     for axes in panels[::_MAX_COLUMNS]:
         axes.set_ylabel("layer, input at the top")
     return figure, panels
-
-
-def legend_below(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:
-    """A legend under all panels, in as many columns, at most five, as fit the figure's width."""
-    n_columns = min(5, len(labels))
-    while n_columns > 1 and _legend_width(labels, n_columns) > figure.get_figwidth():
-        n_columns -= 1
-    figure.legend(handles, labels, loc="outside lower center", ncols=n_columns, handlelength=3.2)
-
-
-def _legend_width(labels: Sequence[str], n_columns: int) -> float:
-    """About how wide a legend is, in inches at the font size of `figure_style`; columns are filled one by one."""
-    short, n_longer = divmod(len(labels), n_columns)
-    widths, first = 0.0, 0
-    for column in range(n_columns):
-        end = first + short + (column < n_longer)
-        widths += 0.78 + 0.076 * max(len(label) for label in labels[first:end])
-        first = end
-    return widths
-
-
-def finished(figure: Figure) -> Figure:
-    """The figure without the frame lines that hold no scale."""
-    for axes in figure.axes:
-        if axes.get_label() != "<colorbar>":
-            sns.despine(ax=axes)
-    return figure
