@@ -48,7 +48,7 @@ class Knapsack:
     def lost_profit(self, masks: PackedMasks) -> np.ndarray:
         """The share of all profit that is left behind, float64 (n_masks,)."""
         packed = np.array([self.profits[masks.unpack(i)].sum() for i in range(len(masks))])
-        return 1 - packed / self.profits.sum()
+        return np.asarray(1 - packed / self.profits.sum())
 
     def problem(self) -> Problem:
         """A bit per item, lost profit against weight."""

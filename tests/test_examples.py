@@ -28,8 +28,8 @@ def gains(found: dict[str, SearchResult]) -> dict[str, float]:
 def test_knapsack(seed: int) -> None:
     problem, found = knapsack.run(2000, effort(seed))
     gain = gains(found)
-    assert gain[FLAT] > 1.1
-    assert gain[PYMOO] > 1.4
+    assert gain[FLAT] > 1.15
+    assert gain[PYMOO] > 1.5
     assert gain[SORTED] > 1.01
     front = found[OURS].front
     assert front.hypervolume() < problem.best_hypervolume(front.reference)
@@ -39,11 +39,11 @@ def test_knapsack(seed: int) -> None:
 def test_feature_selection(seed: int) -> None:
     test, found = feature_selection.run(2000, effort(seed))
     gain = gains(found)
-    assert gain[FLAT] > 1.03
-    assert gain[PYMOO] > 1.4
-    assert gain[SORTED] > 1.005
+    assert gain[FLAT] > 1.1
+    assert gain[PYMOO] > 1.5
+    assert gain[SORTED] > 1
     # Also on samples that no search has seen.
-    assert test.hypervolume(found[OURS].front) > 1.03 * test.hypervolume(found[FLAT].front)
+    assert test.hypervolume(found[OURS].front) > 1.1 * test.hypervolume(found[FLAT].front)
 
 
 def test_votes_are_the_nearest_centroid_of_scikit_learn() -> None:
