@@ -1,5 +1,8 @@
 """The examples of problems without networks, smaller than they are run: ours is ahead of each comparison every time."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from paretoprune.masks.packed import PackedMasks
@@ -62,3 +65,11 @@ def test_a_table_says_how_far_ours_is_above_the_others() -> None:
     assert lines[0].split() == ["hypervolume", "seed", "0", "seed", "1", "ours", "above", "it", "by"]
     assert lines[1].split() == [*OURS.split(), "0.6000", "0.9000"]
     assert lines[2].split() == ["other", "0.5000", "0.6000", "20.0%", "50.0%"]
+
+
+def test_the_code_in_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "problems.md").read_text(encoding="utf-8")
+    namespace: dict[str, Any] = {"__name__": "documentation"}
+    exec(text.split("```python\n")[1].split("```")[0], namespace)
+    assert 0 < len(namespace["packed_items"]) < 1000
+    assert len(capsys.readouterr().out.splitlines()) == 10
