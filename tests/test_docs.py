@@ -158,9 +158,9 @@ def test_the_readme_s_example_runs(
             replaced.append(ast.unparse(node.targets[0]))
             node.value = ast.copy_location(ast.Name(given[replaced[-1]], ast.Load()), node.value)
         if isinstance(node, ast.keyword) and node.arg == "evaluations":
-            node.value = ast.copy_location(ast.Constant(80), node.value)
+            node.value = ast.copy_location(ast.Constant(56), node.value)
     assert replaced == list(given)
-    names: dict[str, Any] = {"network_given": trained("residual"), "data_given": (images[:400], labels[:400])}
+    names: dict[str, Any] = {"network_given": trained("residual"), "data_given": (images[:300], labels[:300])}
     monkeypatch.chdir(tmp_path)
     exec(compile(tree, "README.md", "exec"), names)
     assert re.search(r"\d% removed, error \d+\.\d%, hypervolume 0\.\d{3}", capsys.readouterr().out)
