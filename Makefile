@@ -9,7 +9,7 @@ FILES := $(wildcard $(shell git ls-files --cached --others --exclude-standard 2>
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo figures bench test quick lint format lock clean
+.PHONY: help demo figures bench rooms modules test quick lint format lock clean
 
 help:
 	@echo "make demo     run the whole chain on handwritten digits (config.yaml)"
@@ -17,6 +17,8 @@ help:
 	@echo "make bench    measure speed and memory against plain code and peers, into benchmarks/"
 	@echo "make test     lint, type check and tests"
 	@echo "make quick    the tests of masks, search and configuration, which take no networks"
+	@echo "make rooms    draw the packages and their imports, into docs/rooms.svg"
+	@echo "make modules  list the modules behind each step again, into tests/workflow/modules_of_steps.yaml"
 	@echo "make format   format the code"
 	@echo "make lock     resolve the dependencies of pyproject.toml again"
 	@echo "make clean    remove .venv and caches, never results"
@@ -33,6 +35,14 @@ figures: .venv/run.stamp
 bench: .venv/run.stamp
 	PYTHONPATH=workflow/scripts $(BIN)/python -m benchmarks
 	@echo "The figures are in benchmarks/results.json, results.md and results.png"
+
+rooms: .venv/dev.stamp
+	PYTHONPATH=workflow/scripts:tests $(BIN)/python docs/draw_rooms.py
+	@echo "The drawing is docs/rooms.svg"
+
+modules: .venv/dev.stamp
+	PYTHONPATH=workflow/scripts $(BIN)/python tests/list_modules.py
+	@echo "The list is tests/workflow/modules_of_steps.yaml"
 
 # Runs again only when a file of the project has changed since everything passed; .venv/bin/pytest always runs.
 test: .venv/test.stamp

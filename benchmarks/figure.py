@@ -1,4 +1,4 @@
-"""The figure and the table that the README shows, from `results.json`."""
+"""The figure and the table that its README shows, from `results.json`."""
 
 from pathlib import Path
 from typing import Any
