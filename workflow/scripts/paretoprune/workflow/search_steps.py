@@ -30,12 +30,13 @@ def make_evaluator(
     device: torch.device,
     **changed: Any,
 ) -> PopulationEvaluator:
-    """An evaluator by the settings of `workflow.configuration.judging_settings`.
+    """An evaluator by the settings of `settings.Searching`.
 
     `changed` ones go first; it may also hold other arguments of `PopulationEvaluator`.
     """
-    keys = ("repair", "repair_images", "damping", "refine", "objective", "precision", "batch_size")
-    chosen = {key: settings[key] for key in keys} | changed
+    keys = ("repair", "repair_images", "damping", "objective", "precision", "batch_size")
+    refine = settings["sequential_refit"] if "sequential_refit" in settings else settings["refine"]
+    chosen = {**{key: settings[key] for key in keys}, "refine": refine, **changed}
     if chosen["batch_size"] == "auto":
         chosen["batch_size"] = None
     return PopulationEvaluator(
@@ -61,7 +62,7 @@ def make_search_evaluator(
 
     It judges on `candidate_images` of the split, or on all of it.
 
-    Settings are those of `workflow.configuration.searching_settings`; `changed` ones go first. It may also hold
+    Settings are those of `settings.Searching`; `changed` ones go first. It may also hold
     other arguments of `evaluation.evaluator.PopulationEvaluator`.
     """
     dense = DenseNetwork.load(inputs["network"])
@@ -144,7 +145,7 @@ def publish(
     if not len(found.front):
         raise ValueError(
             "expected at least one network to publish, found none: each that was tried has a layer that keeps nothing; "
-            "set `empty_layers: allow`, or raise `evaluations` or, for an allocation, `ladder.highest`"
+            "set `empty_layers: allow`, or raise `evaluations` or, for an allocation, `densities.highest`"
         )
     front = found.front.thinned(settings["front_size"], settings["sparsities"])
     changed = {"precision": "float32", "workers": evaluate.n_workers, "repair": settings["repair"]}
