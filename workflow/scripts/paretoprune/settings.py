@@ -9,7 +9,7 @@ other setting may change without running them again.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Self, TypeVar, get_type_hints
 
 Part = TypeVar("Part", bound="Settings")
@@ -55,11 +55,6 @@ def setting(default: Any, description: str, **rule: Any) -> Any:
     return field(
         default=tuple(default) if isinstance(default, list) else default, metadata=meaning(description, **rule)
     )
-
-
-def default_of(one: Field[Any]) -> Any:
-    """The default of a setting as a plain value; `dataclasses.MISSING` where there is none."""
-    return list(one.default) if isinstance(one.default, tuple) else one.default
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,11 @@ def _rule(one: Field[Any]) -> dict[str, Any]:
     return rule
 
 
+def default_of(one: Field[Any]) -> Any:
+    """The default of a setting as a plain value; `dataclasses.MISSING` where there is none."""
+    return list(one.default) if isinstance(one.default, tuple) else one.default
+
+
 def _has_default(one: Field[Any]) -> bool:
     return one.default is not MISSING or one.default_factory is not MISSING
 
@@ -156,12 +161,8 @@ def _default_text(one: Field[Any]) -> str:
     # A key that may not be null can be left out.
     if one.default is MISSING or (one.default is None and "null" not in _values_text(_rule(one))):
         return ""
-    text = yaml.safe_dump(_listed(one.default), default_flow_style=True, width=10**6)
+    text = yaml.safe_dump(default_of(one), default_flow_style=True, width=10**6)
     return f"`{text.removesuffix(chr(10)).removesuffix('...').strip()}`"
-
-
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _values_text(rule: Mapping[str, Any]) -> str:
