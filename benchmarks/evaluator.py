@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from paretoprune.devices import computes_bfloat16
 from paretoprune.evaluation.evaluator import PopulationEvaluator
+from paretoprune.evaluation.task import Task
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import MaskLayout
 from paretoprune.networks.architectures import to_channels_last
+from paretoprune.settings import Compute, Judging
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -117,7 +119,8 @@ def _measure(depth: int, images: Tensor, labels: Tensor, repeats: int, data: Pat
     layout = MaskLayout.of(network)
     mask = np.random.default_rng(0).random(layout.n_weights) < DENSITY
     packed = PackedMasks.pack(mask)
-    ours = PopulationEvaluator(network, layout, images, labels, repair="none", calibration_images=images[:0])
+    task = Task(network, layout, images, labels, images[:0])
+    ours = PopulationEvaluator(task, Judging(repair="none"), Compute())
     usual, tuned = (EagerLoop(network, layout, images, tuned=tuned) for tuned in (False, True))
     convolutions = bare_convolutions(network, images[:1], BARE_BATCH, dtype)
     rates: list[float] = []
@@ -160,12 +163,8 @@ def measure_workers(depth: int, n_images: int, n_candidates: int, repeats: int, 
     network = resnet(depth, data)
     layout = MaskLayout.of(network)
     masks = PackedMasks.pack(np.random.default_rng(0).random((n_candidates, layout.n_weights)) < DENSITY)
-    evaluators = {
-        f"workers_{n}": PopulationEvaluator(
-            network, layout, images, labels, repair="none", calibration_images=images[:0], workers=n
-        )
-        for n in (1, 2)
-    }
+    task = Task(network, layout, images, labels, images[:0])
+    evaluators = {f"workers_{n}": PopulationEvaluator(task, Judging(repair="none"), Compute(workers=n)) for n in (1, 2)}
     found = side_by_side({name: partial(evaluate, masks) for name, evaluate in evaluators.items()}, repeats)
     for evaluator in evaluators.values():
         evaluator.close()

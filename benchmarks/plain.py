@@ -16,7 +16,7 @@ from paretoprune.evaluation.metrics import divergence, top1_error
 from paretoprune.masks.genomes import Genome
 from paretoprune.masks.packed import PackedMasks, pack_rows, unpack_row
 from paretoprune.masks.units import MaskLayout
-from paretoprune.repair.batchnorm import make_repair
+from paretoprune.repair.repairs import make_repair
 from paretoprune.search import search
 from paretoprune.search.corridor import Corridor
 from paretoprune.search.operators import AdaptiveVariation

@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 from paretoprune.evaluation.evaluator import PopulationEvaluator
+from paretoprune.evaluation.task import Task
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import MaskLayout
+from paretoprune.settings import Compute, Judging
 
 from benchmarks.engine import Case, measure_all
 from benchmarks.evaluator import DENSITY
@@ -26,14 +28,8 @@ def _candidate(depth: int, n_images: int, data: Path | None) -> float:
     images, labels = images_and_labels(n_images + 128, data)
     network = resnet(depth, data)
     layout = MaskLayout.of(network)
-    evaluate = PopulationEvaluator(
-        network,
-        layout,
-        images[:n_images],
-        labels[:n_images],
-        repair="batchnorm",
-        calibration_images=images[n_images:],
-    )
+    task = Task(network, layout, images[:n_images], labels[:n_images], images[n_images:])
+    evaluate = PopulationEvaluator(task, Judging(repair_images=None), Compute())
     mask = PackedMasks.pack(np.random.default_rng(0).random(layout.n_weights) < DENSITY)
     return side_by_side({"candidate": lambda: evaluate(mask)}, 3)["candidate"]
 

@@ -10,18 +10,21 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from paretoprune.evaluation.evaluator import PopulationEvaluator
+from paretoprune.evaluation.task import Task
 from paretoprune.importance.allocation import STARTS, starting_allocations
 from paretoprune.importance.scores import compute_importance, flat_scores
 from paretoprune.masks.units import MaskLayout
 from paretoprune.search import search
 from paretoprune.search.corridor import Corridor, choose_anchors
 from paretoprune.search.search import Evaluate, SearchResult
+from paretoprune.settings import Compute, Judging
 
 from benchmarks import plain
 from benchmarks.inputs import data_directory, images_and_labels, resnet
@@ -116,32 +119,33 @@ def measure(
     sample = images[:N_GRADIENT_IMAGES], labels[:N_GRADIENT_IMAGES]
     scores = {name: flat_scores(compute_importance(name, network, layout, *sample, seed), layout) for name in SCORES}
     budget = {"population": population, "evaluations": population * generations, "seed": seed}
-    judging: dict[str, Any] = {"repair": "batchnorm", "calibration_images": calibration, "objective": "divergence"}
+    judging = Judging(repair="batchnorm", repair_images=None, objective="divergence")
+    compute = Compute(precision=precision, workers=workers, prefix_cache_mb=PREFIX_CACHE_MB)
 
     start = time.perf_counter()
-    evaluate = PopulationEvaluator(
-        network,
-        layout,
-        images,
-        labels,
-        **judging,
-        workers=workers,
-        prefix_cache_mb=PREFIX_CACHE_MB,
-        precision=precision,
-    )
+    task = Task(network, layout, images, labels, calibration)
+    evaluate = PopulationEvaluator(task, judging, compute)
     prepared = time.perf_counter() - start
     ours, phases = both_phases(
         evaluate, lambda *a, **k: search.search_corridor(*a, **k, algorithm="nsga2"), layout, scores, **budget
     )
     evaluate.close()
-    exact = PopulationEvaluator(network, layout, images, labels, **judging, workers=workers, precision="float32")
+    exact = PopulationEvaluator(task, judging, replace(compute, precision="float32", prefix_cache_mb=0))
     front = search.judge_again(ours.front, exact).thinned(population)
     exact.close()
     seconds_ours = time.perf_counter() - start
 
     # The plain implementation has as many cores: torch's eager mode uses them by threads.
     torch.set_num_threads(workers)
-    usual = plain.PlainEvaluator(network, layout, images, labels, **judging)
+    usual = plain.PlainEvaluator(
+        network,
+        layout,
+        images,
+        labels,
+        repair=judging.repair,
+        calibration_images=calibration,
+        objective=judging.objective,
+    )
     hypervolume = search.judge_again(front, usual).hypervolume()
     row: dict[str, Any] = {
         "depth": depth,

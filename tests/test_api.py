@@ -3,6 +3,7 @@
 import copy
 import multiprocessing
 import pickle
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -12,13 +13,16 @@ import torch
 from paretoprune import Front, pareto_prune
 from paretoprune.data.splits import LabelledImages
 from paretoprune.evaluation.evaluator import PopulationEvaluator
+from paretoprune.evaluation.finishing import Finisher
 from paretoprune.evaluation.measurement import measure_errors
 from paretoprune.evaluation.metrics import predict, top1_error
+from paretoprune.evaluation.task import Task
 from paretoprune.evaluation.workers import can_fork
 from paretoprune.fronts import non_dominated
 from paretoprune.importance.scores import compute_importance
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import MaskLayout
+from paretoprune.settings import Compute, Judging
 from small_networks import digits, magnitude_mask, n_hooks, numpy_state, states_equal, trained
 from torch import Tensor, nn
 
@@ -71,7 +75,8 @@ def test_the_front_is_consistent() -> None:
 def test_the_front_is_no_worse_than_the_classical_allocations() -> None:
     front, network, (images, labels) = pruned(), trained("foreign"), part(1000, 1200)
     layout = MaskLayout.of(network)
-    judge = PopulationEvaluator(network, layout, images, labels, repair="batchnorm", calibration_images=part(0, 400)[0])
+    task = Task(network, layout, images, labels, part(0, 400)[0])
+    judge = PopulationEvaluator(task, Judging(repair_images=None), Compute())
     parameters = dict(network.named_parameters())
     sizes = np.abs(layout.flatten({name: parameters[name].detach().numpy() for name in layout.names}))
     for density in (0.8, 0.5, 0.2):
@@ -170,10 +175,10 @@ def test_images_that_are_held_out_are_used_for_nothing_else(monkeypatch: pytest.
     given: dict[str, set[float]] = {}
 
     class Recording(api.PopulationEvaluator):
-        def __init__(self, network: nn.Module, layout: MaskLayout, images: Tensor, *rest: Any, **options: Any) -> None:
-            given["search"] = set(images[:, 0, 0, 0].tolist())
-            given["calibration"] = set(options["calibration_images"][:, 0, 0, 0].tolist())
-            super().__init__(network, layout, images, *rest, **options)
+        def __init__(self, task: Task, judging: Judging, compute: Compute) -> None:
+            given["search"] = set(task.images[:, 0, 0, 0].tolist())
+            given["calibration"] = set(task.calibration[:, 0, 0, 0].tolist())
+            super().__init__(task, judging, compute)
 
     def recording(score: str, network: nn.Module, layout: MaskLayout, images: Tensor, *rest: Any) -> dict[str, Tensor]:
         given[score] = set(images[:, 0, 0, 0].tolist())
@@ -253,19 +258,13 @@ def test_the_front_does_not_depend_on_the_number_of_workers(workers: int) -> Non
     assert multiprocessing.active_children() == []
 
 
-def by_hand(repair: str) -> PopulationEvaluator:
-    """A judge in float32 as the search makes its own."""
+def by_hand(repair: str) -> tuple[PopulationEvaluator, Finisher]:
+    """An evaluator in float32 as the search makes its own, and what finishes networks."""
     images, (search_images, search_labels) = part(0, 400)[0], part(1000, 1200)
-    return PopulationEvaluator(
-        trained("foreign"),
-        MaskLayout.of(trained("foreign")),
-        search_images,
-        search_labels,
-        repair=repair,
-        calibration_images=images[np.random.default_rng(0).permutation(len(images))],
-        repair_images=256,
-        precision="float32",
-    )
+    calibration = images[np.random.default_rng(0).permutation(len(images))]
+    task = Task(trained("foreign"), MaskLayout.of(trained("foreign")), search_images, search_labels, calibration)
+    settings = Judging(repair=repair, repair_images=256), Compute(precision="float32")
+    return PopulationEvaluator(task, *settings), Finisher(task, *settings)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -275,20 +274,20 @@ def test_the_final_front_is_judged_in_float32(precision: str, monkeypatch: pytes
     chosen: list[str] = []
 
     class Rough(api.PopulationEvaluator):
-        def __init__(self, *given: Any, **options: Any) -> None:
-            super().__init__(*given, **({"precision": precision} | options))
+        def __init__(self, task: Task, judging: Judging, compute: Compute) -> None:
+            super().__init__(task, judging, replace(compute, precision=precision))
             chosen.append(self.precision)
 
     monkeypatch.setattr(api, "PopulationEvaluator", Rough)
     front = prune(evaluations=60)
-    exact = by_hand("batchnorm")
+    exact, finisher = by_hand("batchnorm")
     if precision == "float32":
         assert chosen == ["float32"]
         assert np.array_equal(front.objectives, exact(front.masks))
     else:
         # Searched roughly, so that its networks are built and measured again.
-        assert chosen == ["bfloat16", "float32"]
-        measured = [exact.measure(exact.build(front.masks.unpack(i)))[0] for i in range(len(front))]
+        assert chosen == ["bfloat16"]
+        measured = [finisher.measure(finisher.build(front.masks.unpack(i)))[0] for i in range(len(front))]
         assert front.error.tolist() == measured
         assert np.array_equal(non_dominated(front.objectives), np.arange(len(front)))
 

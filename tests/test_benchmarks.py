@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from paretoprune.evaluation.evaluator import PopulationEvaluator
+from paretoprune.evaluation.task import Task
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import MaskLayout
 from paretoprune.networks.architectures import CifarResNet
 from paretoprune.search.corridor import Corridor, choose_anchors
 from paretoprune.search.search import search_corridor, search_thresholds
+from paretoprune.settings import Compute, Judging
 from small_networks import digits, magnitude_mask, trained
 from torch import nn
 
@@ -67,7 +69,9 @@ def test_the_plain_evaluator_and_ours_agree(repair: str, objective: str) -> None
     masks = PackedMasks.pack(np.array([magnitude_mask(network, layout, d) for d in (1.0, 0.5, 0.2)]))
     arguments: dict[str, Any] = {"repair": repair, "calibration_images": images[:100], "objective": objective}
     theirs = plain.PlainEvaluator(network, layout, images[1000:1200], labels[1000:1200], **arguments)
-    ours = PopulationEvaluator(network, layout, images[1000:1200], labels[1000:1200], **arguments, precision="float32")
+    task = Task(network, layout, images[1000:1200], labels[1000:1200], images[:100])
+    judging = Judging(repair=repair, repair_images=None, objective=objective)
+    ours = PopulationEvaluator(task, judging, Compute(precision="float32"))
     # One image of 200 on the edge between two classes; the divergence is continuous.
     np.testing.assert_allclose(ours(masks), theirs(masks), rtol=0, atol=0.0051 if objective == "error" else 1e-3)
 

@@ -5,8 +5,8 @@ import logging
 import numpy as np
 import pytest
 import torch
+from evaluators import evaluator
 from paretoprune.evaluation.captured import CapturedNetwork
-from paretoprune.evaluation.evaluator import PopulationEvaluator
 from paretoprune.evaluation.fused import FusedNetwork
 from paretoprune.evaluation.judging import Judge
 from paretoprune.evaluation.metrics import divergence_of
@@ -72,21 +72,9 @@ class Evaluators:
     def __init__(self, kind: str, repair: str, precision: str = "float32") -> None:
         if not torch.cuda.is_available():
             pytest.skip("torch finds no CUDA device")
-        images, labels = digits()
         self.network = trained(kind)
         self.cpu, self.gpu = (
-            PopulationEvaluator(
-                self.network,
-                MaskLayout.of(self.network),
-                images[1000:1300],
-                labels[1000:1300],
-                repair=repair,
-                calibration_images=calibration(),
-                device=device,
-                precision=precision,
-                batch_size=64,
-            )
-            for device in ("cpu", "cuda")
+            evaluator(self.network, repair, device=device, precision=precision) for device in ("cpu", "cuda")
         )
 
 

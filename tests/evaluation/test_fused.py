@@ -17,7 +17,7 @@ from paretoprune.importance.layer_statistics import collect_statistics
 from paretoprune.masks.packed import pack_rows, unpack_row
 from paretoprune.masks.units import MaskLayout
 from paretoprune.networks.tracing import Convolution, Cut, NotTraceableError
-from paretoprune.repair.refit import Reconstruction
+from paretoprune.repair.refit import Refit
 from small_networks import calibration, digits, magnitude_mask, naive_network, some_masks, states_equal, trained
 from torch import Tensor, nn
 
@@ -41,10 +41,10 @@ def judged(dtype: torch.dtype = torch.float32) -> Tensor:
     return placed(digits()[0][1000 : 1000 + N_IMAGES], dtype)
 
 
-def reconstruction_of(network: nn.Module, layout: MaskLayout, repair: str) -> Reconstruction | None:
+def reconstruction_of(network: nn.Module, layout: MaskLayout, repair: str) -> Refit | None:
     if repair != "reconstruct":
         return None
-    return Reconstruction(network, layout, collect_statistics(network, layout, calibration(), seed=0))
+    return Refit(network, layout, collect_statistics(network, layout, calibration(), seed=0))
 
 
 def fused(
@@ -57,7 +57,7 @@ def fused(
         judged(dtype)[:2],
         repair=repair,
         calibration_images=placed(calibration(), dtype),
-        reconstruction=reconstruction_of(network, layout, repair),
+        refit=reconstruction_of(network, layout, repair),
     )
 
 
@@ -69,7 +69,7 @@ def layerwise(network: nn.Module, repair: str) -> LayerwiseNetwork:
         judged()[:2],
         repair=repair,
         calibration_images=placed(calibration()),
-        reconstruction=reconstruction_of(network, layout, repair),
+        refit=reconstruction_of(network, layout, repair),
     )
 
 

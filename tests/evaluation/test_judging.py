@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from evaluators import evaluator
 from hypothesis import given
 from hypothesis import strategies as st
 from paretoprune.devices import out_of_memory
-from paretoprune.evaluation.evaluator import PopulationEvaluator
 from paretoprune.evaluation.fused import FusedNetwork
 from paretoprune.evaluation.judging import Judge, Verdict
 from paretoprune.evaluation.metrics import divergence_of, image_losses
@@ -112,17 +112,8 @@ def test_verdicts_count_wrong_answers_and_mean_divergence_over_all_images() -> N
 def test_the_evaluator_has_the_hardest_images_first(objective: str) -> None:
     network, (images, labels) = trained("residual"), digits()
     images, labels = images[1000:1300], labels[1000:1300]
-    evaluate = PopulationEvaluator(
-        network,
-        MaskLayout.of(network),
-        images,
-        labels,
-        repair="none",
-        calibration_images=calibration(),
-        objective=objective,
-        precision="float32",
-    )
-    ordered, ordered_labels = evaluate.images_and_labels
+    evaluate = evaluator(network, "none", objective=objective, batch_size=10)
+    ordered, ordered_labels = evaluate.judged.images, evaluate.judged.labels
     # The same images with the same labels in another order.
     found = {
         (tuple(image.flatten().tolist()), label) for image, label in zip(ordered, ordered_labels.tolist(), strict=True)
@@ -135,14 +126,13 @@ def test_the_evaluator_has_the_hardest_images_first(objective: str) -> None:
     masks = PackedMasks(some_masks(network).words[5:6], evaluate.layout.n_weights)
     exact = float(evaluate(masks)[0, 0])
     evaluate.n_images_seen = 0
-    evaluate._judge.batch_size = 10
     evaluate.bounded(masks, np.array([0.5 * exact]))
     assert evaluate.n_images_seen <= 0.6 * 300
     given_order = Judge(
-        evaluate._network,
+        evaluate.network,
         placed(images),
         labels,
-        evaluate._dense_log_probabilities[[find(ordered, image) for image in images]],
+        evaluate.judged.dense_log_probabilities[[find(ordered, image) for image in images]],
         objective=objective,
         batch_size=10,
         prefixes=evaluate.prefixes,

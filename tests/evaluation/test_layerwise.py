@@ -10,8 +10,8 @@ from paretoprune.evaluation.metrics import predict
 from paretoprune.importance.layer_statistics import collect_statistics
 from paretoprune.masks.units import MaskLayout
 from paretoprune.networks.architectures import channels_last, to_channels_last
-from paretoprune.repair.batchnorm import make_repair
-from paretoprune.repair.refit import Reconstruction
+from paretoprune.repair.refit import Refit
+from paretoprune.repair.repairs import make_repair
 from small_networks import calibration, digits, naive_network, some_masks, states_equal, trained
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -95,17 +95,17 @@ def test_there_is_no_place_to_begin_later() -> None:
     assert len(layerwise(trained("residual"), "none").cuts) == 0
 
 
-def re_fitting(network: nn.Module, cache_mb: int = 64) -> tuple[LayerwiseNetwork, Reconstruction]:
+def re_fitting(network: nn.Module, cache_mb: int = 64) -> tuple[LayerwiseNetwork, Refit]:
     layout = MaskLayout.of(network)
     statistics = collect_statistics(network, layout, calibration(), seed=0)
-    reconstruction = Reconstruction(network, layout, statistics, cache_mb=cache_mb)
+    reconstruction = Refit(network, layout, statistics, cache_mb=cache_mb)
     plain = LayerwiseNetwork(
         network,
         layout,
         calibration()[:2],
         repair="reconstruct",
         calibration_images=calibration(),
-        reconstruction=reconstruction,
+        refit=reconstruction,
     )
     return plain, reconstruction
 

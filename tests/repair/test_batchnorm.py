@@ -9,7 +9,8 @@ import pytest
 import torch
 from paretoprune.evaluation.metrics import divergence, predict
 from paretoprune.masks.units import MaskLayout
-from paretoprune.repair.batchnorm import BatchNormRepair, make_repair
+from paretoprune.repair.batchnorm import Recalibration
+from paretoprune.repair.repairs import make_repair
 from small_networks import digits, magnitude_mask, n_hooks, states_equal, trained
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -39,7 +40,7 @@ def test_statistics_follow_the_formula_by_hand() -> None:
     # Pixels 1 and 3 have mean 2 and variance 1, so a weight w gives mean 2w and variance w².
     images = torch.tensor([1.0, 3.0, 3.0, 1.0]).view(2, 1, 1, 2)
     network = one_layer([2.0, -1.0], [5.0, 0.5], [9.0, 4.0])
-    repair = BatchNormRepair(network, images)
+    repair = Recalibration(network, images)
     network.get_parameter("0.weight").data = torch.tensor([1.0, -3.0]).view(2, 1, 1, 1)
     repair(network)
     means, variances = norm_of(network)
@@ -52,7 +53,7 @@ def test_statistics_follow_the_formula_by_hand() -> None:
 def test_statistics_after_a_linear_layer_follow_the_formula_too() -> None:
     network = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1)).eval()
     network.get_parameter("0.weight").data.fill_(2.0)
-    repair = BatchNormRepair(network, torch.tensor([[1.0], [3.0]]))
+    repair = Recalibration(network, torch.tensor([[1.0], [3.0]]))
     network.get_parameter("0.weight").data.fill_(1.0)
     repair(network)
     # Trained 0 and 1, dense 4 and 4, pruned 2 and 1: 2 + (0 - 4)/2 = 0 and 1 * 1/4.
@@ -63,7 +64,7 @@ def test_statistics_after_a_linear_layer_follow_the_formula_too() -> None:
 def test_scaling_all_weights_of_a_layer_changes_nothing_after_its_repaired_norm() -> None:
     network = trained("residual")
     expected = predict(network, calibration(), 64)
-    repair = BatchNormRepair(network, calibration())
+    repair = Recalibration(network, calibration())
     network.get_parameter("layer1.0.conv1.weight").data *= 0.5
     assert not torch.allclose(predict(network, calibration(), 64), expected, atol=0.05)
     repair(network)
@@ -76,7 +77,7 @@ def test_layers_are_corrected_on_inputs_from_corrected_layers() -> None:
     network = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), norms[0], nn.Conv2d(1, 1, 1, bias=False), norms[1]).eval()
     for i in (0, 2):
         network.get_parameter(f"{i}.weight").data.fill_(1.0)
-    repair = BatchNormRepair(network, calibration())
+    repair = Recalibration(network, calibration())
     network.get_parameter("0.weight").data.fill_(0.25)
     repair(network)
     # The first norm undoes the scaling, so the second sees what it always saw.
@@ -97,7 +98,7 @@ def test_repair_brings_a_very_sparse_network_closer_to_the_dense_one() -> None:
     dense, images = trained("residual"), digits()[0][1000:]
     layout = MaskLayout.of(dense)
     answers = predict(dense, images, 64).double().log_softmax(1)
-    repair = BatchNormRepair(dense, calibration())
+    repair = Recalibration(dense, calibration())
     for density in (0.5, 0.3, 0.2):
         pruned = copy.deepcopy(dense)
         parameters = dict(pruned.named_parameters())
@@ -112,7 +113,7 @@ def test_repair_brings_a_very_sparse_network_closer_to_the_dense_one() -> None:
 def test_a_channel_that_is_constant_in_the_pruned_network_gives_its_bias() -> None:
     network = one_layer([1.0, 1.0], [0.3, 0.3], [1.0, 2.0])
     network[1].bias.data = torch.tensor([0.7, 0.0])
-    repair = BatchNormRepair(network, calibration())
+    repair = Recalibration(network, calibration())
     network.get_parameter("0.weight").data[0] = 0.0
     repair(network)
     output = predict(network, calibration(), 64)
@@ -124,7 +125,7 @@ def test_a_channel_that_is_constant_in_the_pruned_network_gives_its_bias() -> No
 def test_a_channel_that_is_constant_in_the_dense_network_keeps_its_trained_variance() -> None:
     network = one_layer([0.0, 1.0], [0.3, 0.3], [1.0, 2.0])
     before = predict(network, calibration(), 64)
-    repair = BatchNormRepair(network, calibration())
+    repair = Recalibration(network, calibration())
     repair(network)
     torch.testing.assert_close(predict(network, calibration(), 64), before, rtol=0, atol=1e-6)
     network.get_parameter("0.weight").data[0] = 5.0
@@ -146,7 +147,7 @@ def test_channels_that_are_constant_but_not_zero_stay_finite(value: float) -> No
             return self.norm(self.conv(x))
 
     network = Biased().eval()
-    repair = BatchNormRepair(network, calibration())
+    repair = Recalibration(network, calibration())
     for weight in (0.0, 1e-20, 1.0):
         network.conv.weight.data.fill_(weight)
         repair(network)
@@ -157,7 +158,7 @@ def test_channels_that_are_constant_but_not_zero_stay_finite(value: float) -> No
 def test_networks_without_batch_norm_are_untouched() -> None:
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
     before = copy.deepcopy(network)
-    repair = BatchNormRepair(network, calibration())
+    repair = Recalibration(network, calibration())
     assert repair.n_layers == 0
     repair(network)
     assert states_equal(network, before)
@@ -166,7 +167,7 @@ def test_networks_without_batch_norm_are_untouched() -> None:
 def test_batch_norm_without_running_statistics_is_left_alone() -> None:
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)).eval()
     before = copy.deepcopy(network)
-    repair = BatchNormRepair(network, calibration())
+    repair = Recalibration(network, calibration())
     assert repair.n_layers == 0
     repair(network)
     assert states_equal(network, before)
@@ -182,7 +183,7 @@ def test_a_batch_norm_that_the_network_never_runs_is_left_alone() -> None:
             return self.used(x)
 
     network = Idle().eval()
-    repair = BatchNormRepair(network, calibration())
+    repair = Recalibration(network, calibration())
     assert repair.n_layers == 1
     repair(network)
     assert norm_of(network, "unused") == ([0.0], [1.0])
@@ -201,7 +202,7 @@ def test_a_batch_norm_that_runs_twice_is_corrected_once() -> None:
     network = Twice().eval()
     images = torch.tensor([1.0, 3.0, 3.0, 1.0]).view(2, 1, 1, 2)
     expected = predict(network, images, 2)
-    repair = BatchNormRepair(network, images)
+    repair = Recalibration(network, images)
     repair(network)
     torch.testing.assert_close(predict(network, images, 2), expected, rtol=1e-5, atol=1e-5)
     network.conv.weight.data.fill_(1.0)
@@ -223,7 +224,7 @@ def test_repair_none_changes_nothing() -> None:
 
 def test_repairing_twice_equals_repairing_once() -> None:
     network = trained("foreign")
-    repair = BatchNormRepair(network, calibration())
+    repair = Recalibration(network, calibration())
     network.get_parameter("grouped.weight").data[:, 0] = 0.0
     repair(network)
     once = copy.deepcopy(network)
@@ -236,7 +237,7 @@ def test_statistics_of_bfloat16_activations_are_kept_in_float32() -> None:
     network[1].float()
     # Pixels that bfloat16 holds exactly, with a mean that it does not.
     images = (torch.arange(256).float() / 256 + 1).to(torch.bfloat16).view(4, 1, 8, 8)
-    repair = BatchNormRepair(network, images)
+    repair = Recalibration(network, images)
     network.get_parameter("0.weight").data.fill_(1.0)
     repair(network)
     # The channel is constant in the dense network, so m' = m_p + (0 - 0). bfloat16 would be good to 0.4 % only.
@@ -258,20 +259,20 @@ def fails_when(network: nn.Module, failing: Callable[[], bool]) -> nn.Module:
 def test_no_hook_is_left_after_an_error() -> None:
     broken = False
     network = fails_when(trained("residual"), lambda: broken)
-    repair = BatchNormRepair(network, calibration())
+    repair = Recalibration(network, calibration())
     assert n_hooks(network) == 0
     broken = True
     with pytest.raises(RuntimeError, match="broken on purpose"):
         repair(network)
     assert n_hooks(network) == 0
     with pytest.raises(RuntimeError, match="broken on purpose"):
-        BatchNormRepair(network, calibration())
+        Recalibration(network, calibration())
     assert n_hooks(network) == 0
 
 
 def test_no_hook_is_left_after_success() -> None:
     network = trained("foreign")
-    BatchNormRepair(network, calibration())(network)
+    Recalibration(network, calibration())(network)
     assert n_hooks(network) == 0
 
 

@@ -8,12 +8,12 @@ import torch
 from architectures import ARCHITECTURES, made
 from hypothesis import given
 from hypothesis import strategies as st
-from paretoprune import reconstruction as module
 from paretoprune.evaluation.layerwise import LayerwiseNetwork
 from paretoprune.importance.curvature import damped
 from paretoprune.importance.layer_statistics import LayerStatistics, collect_statistics, prunable_modules, rows
 from paretoprune.masks.units import MaskLayout
-from paretoprune.repair.refit import Reconstruction, refit, refitted_costs
+from paretoprune.repair import refit as module
+from paretoprune.repair.refit import Refit, refit, refitted_costs
 from small_networks import calibration, digits, magnitude_mask, some_masks, states_equal, trained
 from torch import Tensor, nn
 
@@ -201,10 +201,10 @@ def network_of(name: str) -> nn.Module:
     return trained(name) if name in ("residual", "foreign") else made(ARCHITECTURES[name])
 
 
-def prepared(network: nn.Module, **options: Any) -> tuple[Reconstruction, dict[str, LayerStatistics]]:
+def prepared(network: nn.Module, **options: Any) -> tuple[Refit, dict[str, LayerStatistics]]:
     layout = MaskLayout.of(network)
     statistics = collect_statistics(network, layout, calibration(), seed=0, positions=None)
-    return Reconstruction(network, layout, statistics, **options), statistics
+    return Refit(network, layout, statistics, **options), statistics
 
 
 def parts_of(layout: MaskLayout, mask: np.ndarray) -> dict[str, Tensor]:
@@ -300,7 +300,7 @@ def test_biases_are_left_alone_where_a_layer_may_not_shift_and_where_its_weights
     network = trained("foreign")
     layout = MaskLayout.of(network)
     statistics = collect_statistics(network, layout, calibration(), seed=0)
-    reconstruction = Reconstruction(network, layout, statistics)
+    reconstruction = Refit(network, layout, statistics)
     weights = reconstruction(torch.zeros(layout.n_weights, dtype=torch.bool))
     assert set(reconstruction.bias(weights)) == {"stem", "depthwise", "down", "line", "first", "second", "head"}
     assert set(reconstruction.bias({"head.weight": weights["head.weight"]})) == {"head"}
@@ -391,9 +391,9 @@ def test_statistics_of_another_network_are_refused() -> None:
     layout = MaskLayout.of(network)
     wide = LayerStatistics(torch.eye(10)[None], torch.zeros(1, 10), torch.ones(6), 100, True)
     with pytest.raises(ValueError, match=r"the statistics of 'conv1.weight' are for 6 x 10 weights, found 54; compute"):
-        Reconstruction(network, layout, {"conv1.weight": wide})
+        Refit(network, layout, {"conv1.weight": wide})
     # Those of layers that are not pruned are of no use, and no harm.
-    assert Reconstruction(network, layout, {"other.weight": wide}).layout is layout
+    assert Refit(network, layout, {"other.weight": wide}).layout is layout
 
 
 @pytest.mark.parametrize("name", ["residual", "foreign"])
@@ -403,9 +403,9 @@ def test_a_re_fitted_network_answers_more_like_the_dense_one_than_a_masked_one(n
     layout, images = reconstruction.layout, digits()[0][1000:1300]
     mask = torch.from_numpy(magnitude_mask(network, layout, 0.5))
 
-    def plain(repair: str, with_: Reconstruction | None) -> LayerwiseNetwork:
+    def plain(repair: str, with_: Refit | None) -> LayerwiseNetwork:
         return LayerwiseNetwork(
-            network, layout, images[:2], repair=repair, calibration_images=calibration(), reconstruction=with_
+            network, layout, images[:2], repair=repair, calibration_images=calibration(), refit=with_
         )
 
     errors = {}

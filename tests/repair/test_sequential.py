@@ -13,8 +13,8 @@ from paretoprune.evaluation.layerwise import LayerwiseNetwork
 from paretoprune.importance.layer_statistics import collect_statistics
 from paretoprune.masks.units import MaskLayout
 from paretoprune.networks.tracing import NotTraceableError
-from paretoprune.repair.refit import Reconstruction
-from paretoprune.repair.sequential import Refined, Refinement
+from paretoprune.repair.refit import Refit
+from paretoprune.repair.sequential import Refined, SequentialRefit
 from small_networks import calibration, digits, magnitude_mask, n_hooks, some_masks, states_equal, trained
 from torch import Tensor, nn
 from torch.nn import functional
@@ -78,14 +78,11 @@ class Refiner:
         self.network, self.layout = network, MaskLayout.of(network)
         self.images = calibration() if images is None else images
         self.statistics = collect_statistics(network, self.layout, self.images, seed=0)
-        self.reconstruction = Reconstruction(network, self.layout, self.statistics)
-        self.refinement = Refinement(network, self.layout, self.images, self.statistics)
+        self.reconstruction = Refit(network, self.layout, self.statistics)
+        self.refinement = SequentialRefit(network, self.reconstruction, self.images)
 
     def refined(self, mask: np.ndarray, *, reselect: bool = False) -> Refined:
-        kept = torch.from_numpy(mask)
-        with torch.inference_mode():
-            start = self.reconstruction(kept)
-        return self.refinement(kept, start, reselect=reselect)
+        return self.refinement(torch.from_numpy(mask), reselect=reselect)
 
     def stitched(self, mask: np.ndarray) -> LayerwiseNetwork:
         plain = LayerwiseNetwork(
@@ -94,7 +91,7 @@ class Refiner:
             self.images[:2],
             repair="reconstruct",
             calibration_images=self.images,
-            reconstruction=self.reconstruction,
+            refit=self.reconstruction,
         )
         plain.prepare(torch.from_numpy(mask))
         return plain
@@ -315,13 +312,12 @@ def test_layers_that_are_not_pruned_or_have_no_statistics_keep_their_weights() -
     layout = MaskLayout.of(network, ["conv1.weight", "layer2.*"])
     statistics = collect_statistics(network, layout, calibration(), seed=0)
     del statistics["linear.weight"]
-    refinement = Refinement(network, layout, calibration(), statistics)
     kept = torch.from_numpy(magnitude_mask(network, layout, 0.4))
-    start = Reconstruction(network, layout, statistics)(kept)
-    found = refinement(kept, start).network
+    refit = Refit(network, layout, statistics)
+    found = SequentialRefit(network, refit, calibration())(kept).network
     for name in ("conv1.weight", "layer2.0.conv1.weight", "linear.bias"):
         assert torch.equal(found.get_parameter(name), network.get_parameter(name))
-    assert torch.equal(found.get_parameter("linear.weight"), start["linear.weight"])
+    assert torch.equal(found.get_parameter("linear.weight"), refit(kept)["linear.weight"])
 
 
 def test_nothing_that_is_given_is_changed_and_nothing_is_left_for_the_next_mask() -> None:
@@ -354,5 +350,6 @@ def test_a_refined_network_can_be_trained_further() -> None:
 def test_a_network_that_cannot_be_traced_is_refused() -> None:
     network = made(architectures.Branching)
     layout = MaskLayout.of(network)
+    refit = Refit(network, layout, collect_statistics(network, layout, calibration(), seed=0))
     with pytest.raises(NotTraceableError, match="control flow"):
-        Refinement(network, layout, calibration(), collect_statistics(network, layout, calibration(), seed=0))
+        SequentialRefit(network, refit, calibration())

@@ -11,7 +11,7 @@ from paretoprune.importance.layer_statistics import collect_statistics
 from paretoprune.masks.genomes import Genome
 from paretoprune.masks.packed import pack_rows, unpack_row
 from paretoprune.masks.units import MaskLayout
-from paretoprune.repair.refit import Reconstruction, RefitCosts
+from paretoprune.repair.refit import Refit, RefitCosts
 from paretoprune.search.corridor import Corridor
 from paretoprune.search.guidance import CandidateGuide
 from paretoprune.search.operators import AdaptiveVariation, drop, grow, swap
@@ -25,7 +25,7 @@ class Guided:
     def __init__(self, network: nn.Module, *, everything: bool = False) -> None:
         self.network, self.layout = network, MaskLayout.of(network)
         self.statistics = collect_statistics(network, self.layout, calibration(), seed=0)
-        self.reconstruction = Reconstruction(network, self.layout, self.statistics)
+        self.reconstruction = Refit(network, self.layout, self.statistics)
         rng = np.random.default_rng(0)
         searched = rng.random(self.layout.n_weights) < 0.5
         searched[self.layout.offsets[1] : self.layout.offsets[2]] = False
@@ -35,7 +35,7 @@ class Guided:
         self.layers = self.corridor.layers
         names = {int(start): name for start, name in zip(self.layout.offsets[:-1], self.layout.names, strict=True)}
         self.names = [names[layer.start] for layer in self.layers]
-        self.guide = CandidateGuide(RefitCosts(self.reconstruction, self.statistics), self.layout, self.layers)
+        self.guide = CandidateGuide(RefitCosts(self.reconstruction), self.layout, self.layers)
 
     def bits(self, k: int, order: np.ndarray) -> np.ndarray:
         """Positions in the whole mask."""

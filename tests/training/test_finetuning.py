@@ -9,10 +9,13 @@ import pytest
 import torch
 from paretoprune.data.splits import LabelledImages
 from paretoprune.evaluation.evaluator import PopulationEvaluator
+from paretoprune.evaluation.finishing import Finisher
 from paretoprune.evaluation.metrics import predict, top1_error
+from paretoprune.evaluation.task import Task
 from paretoprune.fronts import Front
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import MaskLayout
+from paretoprune.settings import Compute, Judging
 from paretoprune.training.finetuning import FINETUNED_COLUMNS, choose_members, finetune_members
 from paretoprune.training.loop import Recipe
 from safetensors.torch import load_file
@@ -28,16 +31,12 @@ def part(start: int, stop: int) -> LabelledImages:
     return LabelledImages(images[start:stop], labels[start:stop])
 
 
+def task_of(network: nn.Module, data: LabelledImages) -> Task:
+    return Task(network, MaskLayout.of(network), data.images, data.labels, part(0, 200).images)
+
+
 def judge(network: nn.Module, data: LabelledImages) -> PopulationEvaluator:
-    return PopulationEvaluator(
-        network,
-        MaskLayout.of(network),
-        data.images,
-        data.labels,
-        repair="batchnorm",
-        calibration_images=part(0, 200).images,
-        precision="float32",
-    )
+    return PopulationEvaluator(task_of(network, data), Judging(), Compute(precision="float32"))
 
 
 def front_of(evaluate: PopulationEvaluator, network: nn.Module) -> Front:
@@ -82,7 +81,7 @@ def finetune(folder: Path, network: nn.Module, **changed: Any) -> tuple[Front, l
     options: dict[str, Any] = {"sparsities": [0.9, 0.8], "with_knee": True, "seed": 0}
     rows = finetune_members(
         front,
-        judged.finish(front.masks)[1],
+        Finisher(task_of(network, part(1000, 1300)), Judging(), Compute()).finish(front.masks)[1],
         judged.layout,
         network,
         part(0, 1000),

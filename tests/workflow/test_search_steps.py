@@ -11,7 +11,9 @@ import torch
 from paretoprune.data.datasets import ImageSet
 from paretoprune.data.splits import LabelledImages, Splits
 from paretoprune.evaluation.evaluator import PopulationEvaluator
+from paretoprune.evaluation.finishing import Finisher
 from paretoprune.evaluation.metrics import predict, top1_error
+from paretoprune.evaluation.task import Task
 from paretoprune.fronts import Front, non_dominated
 from paretoprune.importance.layer_statistics import LayerStatistics, collect_statistics, save_statistics
 from paretoprune.masks.packed import PackedMasks
@@ -26,14 +28,18 @@ from paretoprune.search.search import (
     search_thresholds,
     sweep_allocation,
 )
+from paretoprune.settings import Compute, Judging
 from paretoprune.tensors import save_tensors
 from paretoprune.workflow.search_steps import (
     allowed_masks,
     log_progress,
+    make_evaluator,
+    make_finisher,
     make_search_evaluator,
     phase2_budget,
     publish,
     read_scores,
+    read_task,
 )
 from small_networks import digits
 from torch import Tensor
@@ -74,26 +80,22 @@ def inputs(tmp_path: Path) -> dict[str, str]:
     return {key: str(tmp_path / name) for key, name in names.items()}
 
 
-def by_hand(inputs: dict[str, str], precision: str, repair: str = "batchnorm", **changed: Any) -> PopulationEvaluator:
-    """A judge on the search split, repaired on the calibration split."""
+def by_hand(
+    inputs: dict[str, str],
+    precision: str,
+    repair: str = "batchnorm",
+    statistics: dict[str, LayerStatistics] | None = None,
+    refine: bool = True,
+) -> tuple[PopulationEvaluator, Finisher]:
+    """An evaluator and a finisher on the search split, repaired on the calibration split."""
     images, splits, network = ImageSet.load(inputs["images"]), Splits.load(inputs["splits"]), dense().network
     search, calibration = (
         LabelledImages.of(images, indices, (0.5,), (0.25,)) for indices in (splits.search, splits.calibration)
     )
-    return PopulationEvaluator(
-        network,
-        MaskLayout.of(network, ["conv1.weight"]),
-        search.images,
-        search.labels,
-        repair=repair,
-        calibration_images=calibration.images,
-        repair_images=12,
-        damping=0.02,
-        objective="divergence",
-        precision=precision,
-        batch_size=16,
-        **changed,
-    )
+    layout = MaskLayout.of(network, ["conv1.weight"])
+    task = Task(network, layout, search.images, search.labels, calibration.images, statistics)
+    settings = Judging(repair, 12, 0.02, refine, "divergence"), Compute(precision, 16)
+    return PopulationEvaluator(task, *settings), Finisher(task, *settings)
 
 
 def some_masks(n: int = 6) -> PackedMasks:
@@ -104,7 +106,7 @@ def some_masks(n: int = 6) -> PackedMasks:
 
 def test_a_search_is_judged_on_the_search_split_by_the_settings(inputs: dict[str, str]) -> None:
     evaluate = make_search_evaluator(inputs, SETTINGS, CPU)
-    assert np.array_equal(evaluate(some_masks()), by_hand(inputs, "bfloat16")(some_masks()))
+    assert np.array_equal(evaluate(some_masks()), by_hand(inputs, "bfloat16")[0](some_masks()))
 
 
 def test_candidates_are_judged_on_the_first_search_images_and_finished_networks_on_all(
@@ -112,21 +114,23 @@ def test_candidates_are_judged_on_the_first_search_images_and_finished_networks_
 ) -> None:
     few = {"candidate_images": 11}
     evaluate = make_search_evaluator(inputs, SETTINGS | few, CPU, precision="float32")
-    whole = make_search_evaluator(inputs, SETTINGS | few, CPU, precision="float32", all_images=True)
-    assert len(evaluate.images_and_labels[0]) == 11
-    assert np.array_equal(whole(some_masks()), by_hand(inputs, "float32")(some_masks()))
+    whole = make_evaluator(read_task(inputs), SETTINGS, CPU, precision="float32")
+    assert len(evaluate.judged.images) == 11
+    assert np.array_equal(whole(some_masks()), by_hand(inputs, "float32")[0](some_masks()))
     assert not np.array_equal(evaluate(some_masks()), whole(some_masks()))
     front, _ = published(inputs, tmp_path, a_search(some_masks()), front_size=None, precision="float32", **few)
-    assert set(front.objectives[:, 0]) <= set(whole.finish(some_masks())[2].divergence)
+    assert set(front.objectives[:, 0]) <= set(
+        make_finisher(read_task(inputs), SETTINGS, CPU).finish(some_masks())[2].divergence
+    )
 
 
 def test_a_setting_can_be_changed_for_one_judge(inputs: dict[str, str]) -> None:
     evaluate = make_search_evaluator(inputs, SETTINGS, CPU, precision="float32")
-    assert np.array_equal(evaluate(some_masks()), by_hand(inputs, "float32")(some_masks()))
+    assert np.array_equal(evaluate(some_masks()), by_hand(inputs, "float32")[0](some_masks()))
 
 
 def test_candidates_are_repaired_as_the_search_says_where_that_differs(inputs: dict[str, str]) -> None:
-    expected = {repair: by_hand(inputs, "float32", repair)(some_masks()) for repair in ("none", "batchnorm")}
+    expected = {repair: by_hand(inputs, "float32", repair)[0](some_masks()) for repair in ("none", "batchnorm")}
     assert not np.array_equal(expected["none"], expected["batchnorm"])
     for settings, repair in (
         ({"repair": "batchnorm", "search_repair": "none"}, "none"),
@@ -149,8 +153,8 @@ def test_weights_are_re_fitted_by_the_statistics_among_the_inputs(inputs: dict[s
     settings = SETTINGS | {"repair": "reconstruct", "precision": "float32"}
     given, statistics = with_statistics(inputs, tmp_path)
     found = make_search_evaluator(given, settings, CPU)(some_masks())
-    assert np.array_equal(found, by_hand(inputs, "float32", "reconstruct", statistics=statistics)(some_masks()))
-    assert not np.array_equal(found, by_hand(inputs, "float32", "reconstruct")(some_masks()))
+    assert np.array_equal(found, by_hand(inputs, "float32", "reconstruct", statistics)[0](some_masks()))
+    assert not np.array_equal(found, by_hand(inputs, "float32", "reconstruct")[0](some_masks()))
 
 
 HISTORY = [{"generation": 1, "evaluations": 6, "seconds": 0.5, "hypervolume": 0.25, "stage": "phase1"}]
@@ -196,7 +200,7 @@ def test_a_front_is_thinned_and_then_its_networks_are_finished_and_measured(
     made: dict[str, Any] = {"repair": "batchnorm", "refine": True} | {
         k: v for k, v in changed.items() if k != "search_repair"
     }
-    exact = by_hand(inputs, "float32", **made)
+    _, exact = by_hand(inputs, "float32", **made)
     tried = [(mask, exact.build(mask)) for mask in map(thinned.masks.unpack, range(5))]
     anew = exact.reselect(thinned.masks) if made["repair"] == "reconstruct" and made["refine"] else thinned.masks
     tried = [
@@ -223,7 +227,7 @@ def test_members_that_others_dominate_once_they_are_measured_are_dropped(
 ) -> None:
     masks = some_masks(9)
     front, states = published(inputs, tmp_path, a_search(masks), front_size=None)
-    exact = by_hand(inputs, "float32")
+    _, exact = by_hand(inputs, "float32")
     objectives = np.array([exact.measure(exact.build(masks.unpack(i)))[1] for i in range(9)])
     best = [i for i in range(9) if not np.any(objectives[:i] <= objectives[i])]  # sparsest first
     assert 1 <= len(best) < 9
@@ -235,7 +239,7 @@ def test_published_networks_keep_to_their_masks_and_have_the_published_error(
     inputs: dict[str, str], tmp_path: Path
 ) -> None:
     front, states = published(inputs, tmp_path, a_search(some_masks()), repair="reconstruct", objective="error")
-    judge = by_hand(inputs, "float32")
+    judge, _ = by_hand(inputs, "float32")
     splits = Splits.load(inputs["splits"])
     search = LabelledImages.of(ImageSet.load(inputs["images"]), splits.search, (0.5,), (0.25,))
     for i, state in enumerate(states):

@@ -13,14 +13,17 @@ from paretoprune.data.datasets import ImageSet
 from paretoprune.data.splits import LabelledImages, Splits, normalise
 from paretoprune.devices import default_batch_size
 from paretoprune.evaluation.evaluator import PopulationEvaluator
+from paretoprune.evaluation.finishing import Finisher
+from paretoprune.evaluation.task import Task
 from paretoprune.evaluation.workers import can_fork
 from paretoprune.importance.layer_statistics import collect_statistics, read_statistics, save_statistics
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import MaskLayout
 from paretoprune.networks.architectures import Architecture
 from paretoprune.networks.checkpoints import DenseNetwork
+from paretoprune.settings import Compute, Judging
 from paretoprune.workflow.inputs import read_splits
-from paretoprune.workflow.search_steps import make_evaluator
+from paretoprune.workflow.search_steps import make_evaluator, make_finisher
 from paretoprune.workflow.steps import step
 
 ARCHITECTURE = Architecture("resnet8", 3, 1, {"base_width": 2})
@@ -132,8 +135,19 @@ def judged() -> LabelledImages:
     return LabelledImages.of(images(), np.arange(20), (0.5,), (0.25,))
 
 
+def task(calibration: LabelledImages | None = None) -> Task:
+    layout = MaskLayout.of(dense().network, dense().exclude)
+    return Task(
+        dense().network,
+        layout,
+        judged().images,
+        judged().labels,
+        (judged() if calibration is None else calibration).images,
+    )
+
+
 def test_an_evaluator_follows_the_settings() -> None:
-    evaluate = make_evaluator(dense(), judged(), judged(), SETTINGS, torch.device("cpu"))
+    evaluate = make_evaluator(task(), SETTINGS, torch.device("cpu"))
     assert evaluate.objective == "divergence"
     assert evaluate.layout == MaskLayout.of(dense().network, ["conv1.weight"])
     mask = PackedMasks.pack(np.zeros((1, evaluate.layout.n_weights), dtype=bool))
@@ -151,17 +165,14 @@ def test_an_evaluator_repairs_by_the_settings() -> None:
     found = []
     for changed in ({}, {"repair_images": 20}, {"damping": 1.0}, {"refine": True}):
         chosen = settings | changed
-        evaluate = make_evaluator(dense(), judged(), judged(), chosen, torch.device("cpu"))
-        by_hand = PopulationEvaluator(
-            dense().network,
-            evaluate.layout,
-            judged().images,
-            judged().labels,
-            calibration_images=judged().images,
-            **{key: value for key, value in chosen.items() if key != "evaluations"},
+        evaluate = make_evaluator(task(), chosen, torch.device("cpu"))
+        settings_by_hand = Judging(
+            chosen["repair"], chosen["repair_images"], chosen["damping"], chosen["refine"], chosen["objective"]
         )
-        _, states, scores = evaluate.finish(some_masks())
-        _, expected, judged_by_hand = by_hand.finish(some_masks())
+        compute = Compute(chosen["precision"], chosen["batch_size"])
+        by_hand = PopulationEvaluator(task(), settings_by_hand, compute)
+        _, states, scores = make_finisher(task(), chosen, torch.device("cpu")).finish(some_masks())
+        _, expected, judged_by_hand = Finisher(task(), settings_by_hand, compute).finish(some_masks())
         assert all(torch.equal(a[key], b[key]) for a, b in zip(states, expected, strict=True) for key in b)
         assert np.array_equal(scores.divergence, judged_by_hand.divergence)
         assert np.array_equal(evaluate(some_masks()), by_hand(some_masks()))
@@ -185,29 +196,29 @@ def test_statistics_are_read_whatever_snakemake_makes_of_their_input(tmp_path: P
 
 def test_settings_can_be_changed_for_one_evaluator() -> None:
     changed: dict[str, Any] = {"objective": "error", "precision": "bfloat16"}
-    evaluate = make_evaluator(dense(), judged(), judged(), SETTINGS, torch.device("cpu"), **changed)
+    evaluate = make_evaluator(task(), SETTINGS, torch.device("cpu"), **changed)
     assert evaluate.objective == "error"
     assert evaluate.precision == "bfloat16"
-    assert make_evaluator(dense(), judged(), judged(), SETTINGS, torch.device("cpu")).precision == "float32"
+    assert make_evaluator(task(), SETTINGS, torch.device("cpu")).precision == "float32"
 
 
 def test_an_evaluator_chooses_the_size_of_batches_itself_if_it_may() -> None:
-    automatic = make_evaluator(dense(), judged(), judged(), SETTINGS | {"batch_size": "auto"}, torch.device("cpu"))
+    automatic = make_evaluator(task(), SETTINGS | {"batch_size": "auto"}, torch.device("cpu"))
     mask = PackedMasks.pack(np.ones((1, automatic.layout.n_weights), dtype=bool))
-    assert automatic._judge.batch_size == default_batch_size(judged().images, torch.device("cpu"))
-    assert make_evaluator(dense(), judged(), judged(), SETTINGS, torch.device("cpu"))._judge.batch_size == 4
+    assert automatic.batch_size == default_batch_size(judged().images, torch.device("cpu"))
+    assert make_evaluator(task(), SETTINGS, torch.device("cpu")).batch_size == 4
     assert automatic.score(mask).error[0] == automatic.dense.error[0]
 
 
 def test_an_evaluator_judges_in_as_many_processes_as_it_is_given() -> None:
     if not can_fork():
         pytest.skip("worker processes are forked, which only Linux does well")
-    with make_evaluator(dense(), judged(), judged(), SETTINGS, torch.device("cpu"), workers=2) as evaluate:
+    with make_evaluator(task(), SETTINGS, torch.device("cpu"), workers=2) as evaluate:
         assert evaluate.n_workers == 2
 
 
 def test_repair_is_done_on_the_calibration_images() -> None:
     nothing = LabelledImages.of(images(), np.arange(0), (0.5,), (0.25,))
     with pytest.raises(ValueError, match="needs calibration images, found none"):
-        make_evaluator(dense(), judged(), nothing, SETTINGS, torch.device("cpu"), repair="batchnorm")
-    assert make_evaluator(dense(), judged(), nothing, SETTINGS, torch.device("cpu")).n_classes == 3
+        make_evaluator(task(nothing), SETTINGS, torch.device("cpu"), repair="batchnorm")
+    assert make_evaluator(task(nothing), SETTINGS, torch.device("cpu")).n_classes == 3

@@ -3,13 +3,24 @@
 from paretoprune.files import write_csv
 from paretoprune.importance.allocation import starting_allocations
 from paretoprune.search.search import HISTORY_COLUMNS, search_thresholds
-from paretoprune.workflow.search_steps import allowed_masks, log_progress, make_search_evaluator, read_scores
+from paretoprune.workflow.search_steps import (
+    allowed_masks,
+    log_progress,
+    make_evaluator,
+    make_finisher,
+    read_scores,
+    read_task,
+    searching_repair,
+)
 from paretoprune.workflow.steps import step
 
 name = "{dataset} {network} seed {seed}: {method}, phase 1".format(**snakemake.wildcards)
 with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as (log, device):
     settings = snakemake.params.settings
-    evaluate = make_search_evaluator(snakemake.input, settings, device, workers=snakemake.threads)
+    task = read_task(snakemake.input, settings["candidate_images"])
+    granted = {"workers": snakemake.threads, **searching_repair(settings)}
+    evaluate = make_evaluator(task, settings, device, **granted)
+    finisher = make_finisher(task, settings, device, evaluate.refit, **granted)
     scores = read_scores(snakemake.input.scores, evaluate.layout)
     found = search_thresholds(
         evaluate,
@@ -18,7 +29,7 @@ with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as
         starting_allocations(settings["starts"], settings["start_densities"], scores, evaluate.layout),
         **settings["algorithm"],
         seed=int(snakemake.wildcards.seed),
-        reselect=evaluate.reselect,
+        reselect=finisher.reselect,
         precompute=evaluate.precompute,
         progress=log_progress(log, settings["algorithm"]["evaluations"]),
         allowed=allowed_masks(settings, evaluate.layout),

@@ -10,16 +10,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from paretoprune.data.splits import split_images
-from paretoprune.evaluation.evaluator import PopulationEvaluator, predict
+from paretoprune.evaluation.evaluator import PopulationEvaluator
+from paretoprune.evaluation.finishing import Finisher
+from paretoprune.evaluation.metrics import predict
+from paretoprune.evaluation.task import Task
 from paretoprune.fronts import Front
 from paretoprune.importance.allocation import STARTS, starting_allocations
 from paretoprune.importance.layer_statistics import collect_statistics
 from paretoprune.importance.scores import compute_importance, flat_scores
 from paretoprune.masks.units import MaskLayout
-from paretoprune.repair.batchnorm import REFITTING
+from paretoprune.repair.registry import REPAIR_REFITS
 from paretoprune.search.corridor import anchors_between, choose_anchors, corridors_of
 from paretoprune.search.guidance import CandidateGuide
 from paretoprune.search.search import search_corridor, search_thresholds
+from paretoprune.settings import Compute, Judging
 
 START_DENSITIES = (0.8, 0.5, 0.3, 0.2, 0.1)
 N_CALIBRATION = 512
@@ -79,7 +83,7 @@ def pareto_prune(
         ValueError: Images, labels, options or network cannot be used; the message says what was expected.
     """
     population = int(np.clip(evaluations // 20, 8, 40))
-    refits = repair in REFITTING
+    refits = REPAIR_REFITS.get(repair, False)
     phase1 = REFITTED_PHASE1 if refits else NO_LADDER
     needed = 2 * (N_STARTS * len(START_DENSITIES) + population + phase1["n_reselected"])
     if evaluations < needed:
@@ -117,17 +121,11 @@ def pareto_prune(
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     statistics = collect_statistics(network, layout, calibration, seed=seed, device=device) if refits else None
-    judging: dict[str, Any] = {
-        "repair": repair,
-        "calibration_images": calibration,
-        "repair_images": N_REPAIR,
-        "statistics": statistics,
-        "device": device,
-        "workers": workers,
-    }
-    evaluate = PopulationEvaluator(
-        network, layout, search_images, search_labels, **judging, prefix_cache_mb=PREFIX_CACHE_MB
-    )
+    task = Task(network, layout, search_images, search_labels, calibration, statistics)
+    judging = Judging(repair=repair, repair_images=N_REPAIR)
+    compute = Compute(device=str(device), workers=workers, prefix_cache_mb=PREFIX_CACHE_MB)
+    evaluate = PopulationEvaluator(task, judging, compute)
+    finisher = Finisher(task, judging, compute, evaluate.refit)
     sample = order[:N_GRADIENT_IMAGES]
     scores = {
         score: flat_scores(
@@ -153,7 +151,7 @@ def pareto_prune(
             population=population,
             seed=seed,
             **phase1,
-            reselect=evaluate.reselect,
+            reselect=finisher.reselect,
             precompute=evaluate.precompute,
             progress=show,
         )
@@ -182,14 +180,12 @@ def pareto_prune(
     front = found.front
     evaluate.close()
     if refits or evaluate.precision != "float32":
-        exact = PopulationEvaluator(network, layout, search_images, search_labels, **judging, precision="float32")
-        with exact:
-            if refits:
-                front = front.thinned(population)
-            masks, _, measured = exact.finish(front.masks, reselect=True)
-            front = Front(masks, np.column_stack([measured.error, front.density]), front.stages)
-            front = Front.empty(layout.n_weights).merge(front)
-    front.builder = evaluate.build
+        if refits:
+            front = front.thinned(population)
+        masks, _, measured = finisher.finish(front.masks, reselect=True)
+        front = Front(masks, np.column_stack([measured.error, front.density]), front.stages)
+        front = Front.empty(layout.n_weights).merge(front)
+    front.builder = finisher.build
     return front
 
 

@@ -18,18 +18,16 @@ from paretoprune.masks.packed import WORD_BITS
 from paretoprune.masks.units import MaskLayout
 from paretoprune.networks.architectures import channels_last, has_running_statistics
 from paretoprune.networks.tracing import Call, Convolution, Cut, NotTraceableError, reads, run_call, trace
-from paretoprune.repair.batchnorm import channel_moments, corrected_statistics
-from paretoprune.repair.refit import Reconstruction
+from paretoprune.repair.batchnorm import Moments, channel_moments
+from paretoprune.repair.refit import Refit
+from paretoprune.repair.repairs import repair_named
 
-# Repairs that this path knows; others are left to the layer-by-layer path.
-FUSED_REPAIRS = ("none", "batchnorm", "reconstruct")
 # Where activations are worth keeping for children that differ later on: shares of the network's arithmetic.
 CUT_SHARES = (1 / 3, 2 / 3, 5 / 6)
 
 # Calibration images on which folded weights are compared with measured ones.
 N_CENTRING = 16
 
-Moments = tuple[Tensor, Tensor]
 Registers = dict[fx.Node, Any]
 
 
@@ -67,9 +65,9 @@ class FusedNetwork:
         network: The trained dense network, in evaluation mode; it is left as it is.
         layout: Where its prunable weights lie in a mask.
         sample: A few images (n, c, h, w) as it will be given, on the device and in the type to compute in.
-        repair: One of `FUSED_REPAIRS`, see `repair.batchnorm`.
+        repair: A key of `repair.repairs.REPAIRS` that changes nothing but batch-norm statistics.
         calibration_images: Images for the repair, like `sample`.
-        reconstruction: What re-fits the kept weights; None to leave them as they are.
+        refit: What re-fits the kept weights; None to leave them as they are.
         onednn: Whether to use oneDNN's fused kernels; by default where they are: on CPUs that torch was built with them
             for, in types that the CPU has instructions for.
 
@@ -85,10 +83,11 @@ class FusedNetwork:
         *,
         repair: str,
         calibration_images: Tensor,
-        reconstruction: Reconstruction | None = None,
+        refit: Refit | None = None,
         onednn: bool | None = None,
     ) -> None:
-        if repair not in FUSED_REPAIRS:
+        correct = repair_named(repair).correct
+        if not repair_named(repair).only_recalibrates:
             raise NotTraceableError(f"repair '{repair}' works layer by layer")
         self._dtype, self._device = sample.dtype, sample.device
         self._onednn = has_fused_kernels(sample.device, sample.dtype) if onednn is None else onednn
@@ -121,8 +120,8 @@ class FusedNetwork:
         }
         self._folded: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._statistics: dict[str, Moments] = dict(self._trained)
-        self._repairs = repair != "none" and bool(self._trained)
-        self._reconstruction = reconstruction
+        self._correct = correct if self._trained else None
+        self._refit = refit
         self._calibration = calibration_images
         self._dense_moments: dict[str, Moments] = {}
         self._sums: dict[int, bool] = {}
@@ -133,7 +132,7 @@ class FusedNetwork:
             self._unused = {
                 cut.after + 1: cut.parameters - self._weights_of(self._steps[cut.after + 1 :]) for cut in self.cuts
             }
-            if self._repairs:
+            if self._correct is not None:
                 self._masked(None)
                 self._calibrate(0, calibration_images, {}, observe=True)
 
@@ -280,7 +279,7 @@ class FusedNetwork:
         """
         start = 0 if cut is None else cut.after + 1
         self._masked(kept, self._unused.get(start, frozenset()))
-        if self._repairs:
+        if self._correct is not None:
             self._statistics = dict(self._trained)
             first = self._calibration if cut is None else calibrated
             assert first is not None
@@ -329,22 +328,22 @@ class FusedNetwork:
     @property
     def can_be_recorded(self) -> bool:
         """Whether all from the mask to the logits is arithmetic of fixed shapes, as a GPU's recording needs."""
-        return self._reconstruction is None
+        return self._refit is None
 
     def _masked(self, kept: Tensor | None, unused: frozenset[str] = frozenset()) -> None:
         """Put the weights of a mask in place, or the dense ones; `unused` tensors may be left wrong."""
         if kept is None:
             self._pruned = self._dense
-        elif self._reconstruction is None:
+        elif self._refit is None:
             # where, not a product: 0 times an infinite weight would be NaN.
             self._pruned = torch.where(kept, self._dense, 0.0)
         else:
-            refitted = self._reconstruction(kept, unused)
+            refitted = self._refit(kept, unused)
             self._pruned = self._dense.clone()
             for name, (start, stop, _) in zip(self.layout.names, self._parts, strict=True):
                 if name in refitted:
                     self._pruned[start:stop] = refitted[name].reshape(-1)
-            for module, bias in self._reconstruction.bias(refitted).items():
+            for module, bias in self._refit.bias(refitted).items():
                 self._modules[module].bias.data.copy_(bias)
         for tensor, place in self._called:
             start, stop, shape = self._parts[place]
@@ -423,8 +422,8 @@ class FusedNetwork:
             moments = (mean + offset, variance)
             if observe:
                 self._dense_moments[norm] = moments
-            elif norm in self._dense_moments:
-                self._statistics[norm] = corrected_statistics(self._trained[norm], self._dense_moments[norm], moments)
+            elif norm in self._dense_moments and self._correct is not None:
+                self._statistics[norm] = self._correct(self._trained[norm], self._dense_moments[norm], moments)
 
         def convolve(index: int, step: Convolution) -> Tensor:
             module, x, bias = self._modules[step.module], registers[step.input], None

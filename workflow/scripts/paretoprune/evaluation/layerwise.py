@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from paretoprune.masks.units import MaskLayout
 from paretoprune.networks.architectures import to_channels_last
 from paretoprune.networks.tracing import Cut
-from paretoprune.repair.batchnorm import make_repair
-from paretoprune.repair.refit import Reconstruction
+from paretoprune.repair.refit import Refit
+from paretoprune.repair.repairs import make_repair
 
 
 class LayerwiseNetwork:
@@ -23,9 +23,9 @@ class LayerwiseNetwork:
         network: The trained dense network, in evaluation mode; it is copied and left as it is.
         layout: Where its prunable weights lie in a mask.
         sample: A few images (n, c, h, w) as it will be given, on the device and in the type to compute in.
-        repair: A key of `repair.batchnorm.REPAIRS`.
+        repair: A key of `repair.repairs.REPAIRS`.
         calibration_images: Images for the repair, like `sample`.
-        reconstruction: What re-fits the kept weights; None to leave them as they are.
+        refit: What re-fits the kept weights; None to leave them as they are.
     """
 
     # Nothing can be kept of a network that is only seen from outside.
@@ -39,7 +39,7 @@ class LayerwiseNetwork:
         *,
         repair: str,
         calibration_images: Tensor,
-        reconstruction: Reconstruction | None = None,
+        refit: Refit | None = None,
     ) -> None:
         self.layout = layout
         self.network = copy.deepcopy(network).eval().to(sample.device, sample.dtype)
@@ -50,7 +50,7 @@ class LayerwiseNetwork:
         to_channels_last(self.network)
         parameters = dict(self.network.named_parameters())
         self._weights = [parameters[name] for name in layout.names]
-        self._reconstruction = reconstruction
+        self._refit = refit
         self._dense_weights = [weight.detach().clone() for weight in self._weights]
         # Everything a repair may change, to be put back before the next candidate.
         self._dense_buffers = {name: buffer.detach().clone() for name, buffer in self.network.named_buffers()}
@@ -75,8 +75,8 @@ class LayerwiseNetwork:
         with torch.no_grad():
             for name, original in self._dense_buffers.items():
                 buffers[name].copy_(original)
-            if self._reconstruction is not None:
-                self._refit(self._reconstruction, kept)
+            if self._refit is not None:
+                self._put_refitted(self._refit, kept)
             else:
                 for weight, dense, part in zip(
                     self._weights, self._dense_weights, kept.split(self.layout.sizes.tolist()), strict=True
@@ -85,11 +85,11 @@ class LayerwiseNetwork:
                     weight.copy_(torch.where(part.view(dense.shape), dense, torch.zeros_like(dense)))
         self._repair(self.network)
 
-    def _refit(self, reconstruction: Reconstruction, kept: Tensor) -> None:
-        refitted = reconstruction(kept)
+    def _put_refitted(self, refit: Refit, kept: Tensor) -> None:
+        refitted = refit(kept)
         for name, weight in zip(self.layout.names, self._weights, strict=True):
             weight.copy_(refitted[name])
-        for module, bias in reconstruction.bias(refitted).items():
+        for module, bias in refit.bias(refitted).items():
             self.network.get_submodule(module).bias.copy_(bias)  # type: ignore[operator]
 
     def answer(self, images: Tensor, cut: Cut | None = None, keep: dict[Cut, Tensor] | None = None) -> Tensor:

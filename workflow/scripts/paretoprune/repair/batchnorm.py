@@ -1,9 +1,4 @@
-"""Repair: what is put right in a pruned network before it is judged.
-
-`none` leaves the bare mask. `batchnorm` corrects the batch-norm statistics, which describe activations that pruning has
-changed. `reconstruct` re-fits the kept weights first, where a mask is applied (`repair.refit`), and then
-does the same. Each mode is an entry of `REPAIRS`, which says what happens after the weights are in place.
-"""
+"""Recalibration: batch-norm statistics of a pruned network, corrected relative to the dense one."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,8 +9,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from paretoprune.networks.architectures import has_running_statistics
 
-# Takes a network in evaluation mode whose weights are masked already, and changes it in place.
-Repair = Callable[[nn.Module], None]
+# Mean and variance per channel, each float32 (channels,).
+Moments = tuple[Tensor, Tensor]
+# Statistics to normalise by, from those of the trained, and from moments of the dense and of the pruned network.
+Correction = Callable[[Moments, Moments, Moments], Moments]
 
 # Numbers of a channel that are added up at a time.
 PORTION = 8192
@@ -32,7 +29,7 @@ def _norms(network: nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
-def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+def channel_moments(x: Tensor) -> Moments:
     """Mean and biased variance per channel of activations (n, channels, ...), in float32."""
     if x.device.type != "cpu":
         variance, mean = torch.var_mean(x.float(), [0, *range(2, x.ndim)], correction=0)
@@ -53,10 +50,8 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(constant, first, mean), torch.where(constant, 0.0, variance)
 
 
-def corrected_statistics(
-    trained: tuple[Tensor, Tensor], dense: tuple[Tensor, Tensor], pruned: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Batch-norm statistics of a pruned network, corrected relative to the dense one; see `BatchNormRepair`.
+def corrected_statistics(trained: Moments, dense: Moments, pruned: Moments) -> Moments:
+    """Batch-norm statistics of a pruned network, corrected relative to the dense one; see `Recalibration`.
 
     Args:
         trained: The dense network's running mean and variance, each float32 (channels,).
@@ -85,8 +80,8 @@ def _before_each_norm(network: nn.Module, action: Callable[[str, _BatchNorm, Ten
             handle.remove()
 
 
-class BatchNormRepair:
-    """Corrects batch-norm statistics on calibration images, relative to the dense network.
+class Recalibration:
+    """Repair `batchnorm`: corrects batch-norm statistics on calibration images, relative to the dense network.
 
     With (m_d, v_d) the dense and (m_p, v_p) the pruned network's statistics on the same images and (m, v) the trained
     ones, a layer gets m' = m_p + (m - m_d) sqrt(v_p / v_d) and v' = v v_p / v_d. A network without pruned weights is
@@ -96,20 +91,22 @@ class BatchNormRepair:
     Args:
         network: The dense network, in evaluation mode.
         images: Calibration images (n, channels, height, width), on the network's device; labels are not needed.
+        correct: The rule.
 
     Raises:
         ValueError: There are no calibration images, or the dense network's statistics on them are not finite.
 
     Source:
-        The project's design notes (method, "What measurements say so far"); the relative form is our own.
+        Statistics taken anew after pruning are common practice (Li et al., "EagleEye: fast sub-net evaluation for
+        efficient neural network pruning", ECCV 2020); the form relative to the dense network is our own.
     """
 
-    def __init__(self, network: nn.Module, images: Tensor) -> None:
+    def __init__(self, network: nn.Module, images: Tensor, correct: Correction = corrected_statistics) -> None:
         if not len(images):
             raise ValueError("repair 'batchnorm' needs calibration images, found none; use repair 'none'")
-        self._images = images
-        self._trained: dict[str, tuple[Tensor, Tensor]] = {}
-        self._dense: dict[str, tuple[Tensor, Tensor]] = {}
+        self._images, self._correct = images, correct
+        self._trained: dict[str, Moments] = {}
+        self._dense: dict[str, Moments] = {}
         for name, module in _norms(network).items():
             assert module.running_mean is not None  # by _norms
             assert module.running_var is not None
@@ -143,7 +140,7 @@ class BatchNormRepair:
             if name in done or name not in self._dense:
                 return
             done.add(name)
-            mean, variance = corrected_statistics(self._trained[name], self._dense[name], channel_moments(x))
+            mean, variance = self._correct(self._trained[name], self._dense[name], channel_moments(x))
             assert module.running_mean is not None
             assert module.running_var is not None
             module.running_mean.copy_(mean)
@@ -151,33 +148,3 @@ class BatchNormRepair:
 
         with torch.inference_mode(), _before_each_norm(network, correct):
             network(self._images)
-
-
-def no_repair(network: nn.Module, images: Tensor) -> Repair:
-    """The repair that changes nothing."""
-    return lambda pruned: None
-
-
-REPAIRS: dict[str, Callable[[nn.Module, Tensor], Repair]] = {
-    "none": no_repair,
-    "batchnorm": BatchNormRepair,
-    "reconstruct": BatchNormRepair,
-}
-# Modes that put re-fitted weights in place of the masked ones.
-REFITTING = ("reconstruct",)
-
-
-def make_repair(mode: str, network: nn.Module, images: Tensor) -> Repair:
-    """Prepare a repair mode for one dense network.
-
-    Args:
-        mode: A key of `REPAIRS`.
-        network: The dense network, in evaluation mode.
-        images: Calibration images (n, channels, height, width), normalised.
-
-    Raises:
-        ValueError: There is no such mode.
-    """
-    if mode not in REPAIRS:
-        raise ValueError(f"expected a repair mode among {', '.join(REPAIRS)}, found '{mode}'")
-    return REPAIRS[mode](network, images)

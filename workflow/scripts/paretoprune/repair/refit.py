@@ -1,4 +1,4 @@
-"""Reconstruction: the kept weights of every layer re-fitted in closed form, so that its outputs stay what they were.
+"""Refit: the kept weights of every layer anew in closed form, so that its outputs stay what they were.
 
 A row keeps some of its weights. Those that bring its outputs nearest to the dense network's solve the linear system of
 the kept block of H, the second moments of its inputs (`importance.layer_statistics`): least squares, no gradient step.
@@ -158,7 +158,7 @@ def refitted_costs(
     return gain.scatter(1, at, torch.where(filling, gain.gather(1, at), cost))
 
 
-class Reconstruction:
+class Refit:
     """Re-fits every layer of one dense network, each on the dense network's own inputs.
 
     A layer's re-fit depends on its own mask alone: candidates that share a layer's mask share its re-fit, which is
@@ -186,7 +186,7 @@ class Reconstruction:
         device: str | torch.device = "cpu",
         cache_mb: int = CACHE_MB,
     ) -> None:
-        self.layout = layout
+        self.layout, self.statistics, self.damping = layout, statistics, damping
         parameters = dict(network.named_parameters())
         self.dense = {name: parameters[name].detach().float().to(device) for name in layout.names}
         modules = prunable_modules(network, layout)
@@ -305,13 +305,12 @@ class RefitCosts:
     """What dropping a kept weight of a layer costs the network and growing another one gains, both after re-fitting.
 
     Args:
-        reconstruction: Re-fits candidates.
-        statistics: Of the layers; their sensitivities make costs of different rows comparable.
+        refit: Re-fits candidates; the sensitivities among its statistics make costs of different rows comparable.
     """
 
-    def __init__(self, reconstruction: Reconstruction, statistics: Mapping[str, LayerStatistics]) -> None:
-        self._reconstruction = reconstruction
-        self._sensitivity = {name: layer.sensitivity for name, layer in statistics.items()}
+    def __init__(self, refit: Refit) -> None:
+        self._refit = refit
+        self._sensitivity = {name: layer.sensitivity for name, layer in refit.statistics.items()}
 
     def __call__(self, name: str, kept: np.ndarray) -> np.ndarray:
         """Costs and gains of the weights of a layer; by magnitude where the layer has no statistics.
@@ -324,8 +323,8 @@ class RefitCosts:
             float32 (n_weights of the layer,).
         """
         with repeatable(), torch.inference_mode():
-            mask = torch.from_numpy(kept.copy()).view(self._reconstruction.dense[name].shape)
-            costs = self._reconstruction.costs(name, mask)
+            mask = torch.from_numpy(kept.copy()).view(self._refit.dense[name].shape)
+            costs = self._refit.costs(name, mask)
             if name in self._sensitivity:
                 costs = costs * self._sensitivity[name].to(costs).view(-1, *[1] * (costs.ndim - 1))
             found: np.ndarray = costs.cpu().reshape(-1).numpy()

@@ -1,4 +1,4 @@
-"""Refinement of finished networks: re-fitted once more, layer by layer, on inputs from the layers already pruned.
+"""Sequential refit of finished networks: once more, layer by layer, on inputs from the layers already pruned.
 
 `repair.refit` re-fits each layer on the dense network's inputs, so that layers can be put together
 freely while a search runs. Here the dense and the pruned network run side by side, and every layer makes up for the
@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from paretoprune.importance.curvature import DAMPING, damped, elimination_losses
+from paretoprune.importance.curvature import damped, elimination_losses
 from paretoprune.importance.layer_statistics import (
     POSITIONS,
-    LayerStatistics,
     Moments,
     columns,
     prunable_modules,
@@ -25,10 +24,9 @@ from paretoprune.importance.layer_statistics import (
     some_positions,
     weight_rows,
 )
-from paretoprune.masks.units import MaskLayout
 from paretoprune.networks.tracing import Call, Convolution, run_call, trace
 from paretoprune.repair.batchnorm import channel_moments, corrected_statistics
-from paretoprune.repair.refit import refit
+from paretoprune.repair.refit import Refit, refit
 
 BATCH_SIZE = 64
 # Samples of a layer's columns, for each of its columns: so many output positions of all images are looked at.
@@ -51,48 +49,37 @@ class Refined:
     kept: Tensor
 
 
-class Refinement:
-    """Refines pruned versions of one dense network.
+class SequentialRefit:
+    """Re-fits pruned versions of one dense network, each layer on inputs from the pruned layers before it.
 
     Args:
-        network: The dense network, in evaluation mode; it is left as it is.
-        layout: Its prunable tensors.
-        images: Calibration images (n, c, h, w), normalised, on the device to compute on; all activations of one place
-            in the network are held at a time, twice.
-        statistics: Of its layers: how much outputs matter, for `reselect`.
-        damping: Share of the mean diagonal of H that is added to it.
+        network: The dense network, in evaluation mode, on the device to compute on; it is left as it is.
+        refit: Re-fits its layers by themselves. Its weights stay in layers that this pass cannot re-fit; its damping
+            and its statistics, which say how much outputs matter, hold here too.
+        images: Calibration images (n, c, h, w), normalised, on the same device; all activations of one place in the
+            network are held at a time, twice.
 
     Raises:
         NotTraceableError: The network cannot be turned into a sequence of steps.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        layout: MaskLayout,
-        images: Tensor,
-        statistics: Mapping[str, LayerStatistics],
-        *,
-        damping: float = DAMPING,
-    ) -> None:
-        self._original, self.layout, self._images = network, layout, images
-        self._statistics, self._damping = statistics, damping
+    def __init__(self, network: nn.Module, refit: Refit, images: Tensor) -> None:
+        self._original, self._refit, self._images = network, refit, images
+        self.layout = refit.layout
         self._program = trace(network)
         self._program.network.to(images.device).float()
-        held = prunable_modules(network, layout)
+        held = prunable_modules(network, self.layout)
         runs = Counter(_module_of(step) for step in self._program.steps)
         # Of a tensor that several modules or several runs use, no one may take possession.
         self._tensor_of = {
             modules[0][0]: name for name, modules in held.items() if len(modules) == 1 and runs[modules[0][0]] == 1
         }
 
-    def __call__(self, kept: Tensor, start: Mapping[str, Tensor], *, reselect: bool = False) -> Refined:
-        """Refine the network of one mask.
+    def __call__(self, kept: Tensor, *, reselect: bool = False) -> Refined:
+        """Build the network of one mask.
 
         Args:
-            kept: bool (n_weights,).
-            start: Weights by tensor name, from `repair.refit.Reconstruction`: for layers that this pass
-                cannot re-fit.
+            kept: bool (n_weights,), on the device.
             reselect: Choose anew which weights of a layer are kept, as many as `kept` says, by the order of elimination
                 on the pruned network's own inputs.
         """
@@ -105,6 +92,7 @@ class Refinement:
             )
         }
         with torch.inference_mode():
+            start = self._refit(kept)
             for name, mask in masks.items():
                 parameters[name].data = torch.where(mask, start[name].to(parameters[name]), 0.0)
             masks |= _Pass(self, pruned, masks, reselect).run(self._images)
@@ -118,7 +106,7 @@ class Refinement:
 class _Pass:
     """One run of the dense and the pruned network side by side."""
 
-    def __init__(self, owner: Refinement, pruned: nn.Module, masks: Mapping[str, Tensor], reselect: bool) -> None:
+    def __init__(self, owner: SequentialRefit, pruned: nn.Module, masks: Mapping[str, Tensor], reselect: bool) -> None:
         self._owner, self._masks, self._reselect = owner, masks, reselect
         self._dense, self._pruned = owner._program.network, pruned
         self._dense_modules = dict(self._dense.named_modules())
@@ -194,10 +182,10 @@ class _Pass:
     def _fit(self, module_name: str, x: Tensor, aim: Tensor) -> None:
         """Re-fit one layer so that it makes `aim` of `x`, as well as it can."""
         name = self._owner._tensor_of.get(module_name)
-        if name is None or name not in self._owner._statistics:
+        if name is None or name not in self._owner._refit.statistics:
             return
         dense, module, mask = self._dense_modules[module_name], self._modules[module_name], self._masks[name]
-        free = self._owner._statistics[name].shifts_freely
+        free = self._owner._refit.statistics[name].shifts_freely
         n_columns = dense.weight[0].numel()
         n_positions = min(POSITIONS, max(1, -(-SAMPLES_PER_COLUMN * n_columns // len(x))))
         moments = Moments()
@@ -211,7 +199,7 @@ class _Pass:
         if bias is not None and not free:
             # Without the freedom to shift, the bias is part of what the outputs are.
             cross = cross - bias.double().view(len(trained), -1, 1) * moments.mean[:, None, :]
-        held = damped(curvature, self._owner._damping)
+        held = damped(curvature, self._owner._refit.damping)
         # The damping holds what the images leave open at the trained weights, not at 0.
         cross = cross + trained * (held - curvature).diagonal(dim1=1, dim2=2)[:, None]
         grouped = weight_rows(module, mask)
@@ -227,7 +215,7 @@ class _Pass:
     def _selected(self, name: str, mask: Tensor, curvature: Tensor, cross: Tensor) -> Tensor:
         """As many weights as the mask keeps, those that are eliminated last."""
         best = torch.linalg.solve(curvature, cross.mT).mT
-        sensitivity = self._owner._statistics[name].sensitivity.to(mask.device).view(*mask.shape[:2], 1)
+        sensitivity = self._owner._refit.statistics[name].sensitivity.to(mask.device).view(*mask.shape[:2], 1)
         losses = (elimination_losses(best.float().cpu(), curvature.cpu()).to(mask.device) * sensitivity).flatten()
         chosen = torch.zeros_like(losses, dtype=torch.bool)
         chosen[losses.argsort(descending=True, stable=True)[: int(mask.sum())]] = True

@@ -1,4 +1,4 @@
-"""What every workflow step that searches does the same way: make a judge, read scores, show progress, publish."""
+"""What every workflow step that searches does the same way: make an evaluator, read scores, show progress, publish."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from paretoprune.data.splits import LabelledImages
 from paretoprune.evaluation.evaluator import PopulationEvaluator
+from paretoprune.evaluation.finishing import Finisher
+from paretoprune.evaluation.task import Task
 from paretoprune.files import write_csv
 from paretoprune.fronts import Front, non_dominated
 from paretoprune.importance.layer_statistics import read_statistics
@@ -17,58 +18,55 @@ from paretoprune.importance.scores import flat_scores
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import MaskLayout
 from paretoprune.networks.checkpoints import DenseNetwork, save_networks
+from paretoprune.repair.refit import Refit
 from paretoprune.search.search import HISTORY_COLUMNS, SearchResult
+from paretoprune.settings import Compute, Judging
 from paretoprune.tensors import load_tensors
 from paretoprune.workflow.inputs import read_splits
 
 
-def make_evaluator(
-    dense: DenseNetwork,
-    judged: LabelledImages,
-    calibration: LabelledImages,
-    settings: Mapping[str, Any],
-    device: torch.device,
-    **changed: Any,
-) -> PopulationEvaluator:
-    """An evaluator by the settings of `workflow.configuration.judging_settings`.
+def read_task(inputs: Mapping[str, Any], n_images: int | None = None) -> Task:
+    """What is pruned, from a step's files `network`, `images`, `splits` and, where a repair asks, `statistics`.
 
-    `changed` ones go first; it may also hold other arguments of `PopulationEvaluator`.
-    """
-    keys = ("repair", "repair_images", "damping", "refine", "objective", "precision", "batch_size")
-    chosen = {key: settings[key] for key in keys} | changed
-    if chosen["batch_size"] == "auto":
-        chosen["batch_size"] = None
-    return PopulationEvaluator(
-        dense.network,
-        MaskLayout.of(dense.network, dense.exclude),
-        judged.images,
-        judged.labels,
-        calibration_images=calibration.images,
-        device=device,
-        **chosen,
-    )
-
-
-def make_search_evaluator(
-    inputs: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    device: torch.device,
-    *,
-    all_images: bool = False,
-    **changed: Any,
-) -> PopulationEvaluator:
-    """A judge of candidates on the search split, from a step's files `network`, `images`, `splits` and `statistics`.
-
-    It judges on `candidate_images` of the split, or on all of it.
-
-    Settings are those of `workflow.configuration.searching_settings`; `changed` ones go first. It may also hold
-    other arguments of `evaluation.evaluator.PopulationEvaluator`.
+    It is judged on the first `n_images` of the search split, or on all of them.
     """
     dense = DenseNetwork.load(inputs["network"])
     search, calibration = read_splits(inputs["images"], inputs["splits"], dense, "search", "calibration")
-    search = search.first(None if all_images else settings["candidate_images"])
-    chosen = {"repair": settings["search_repair"] or settings["repair"], "statistics": read_statistics(inputs)}
-    return make_evaluator(dense, search, calibration, settings, device, **{**chosen, **changed})
+    judged = search.first(n_images)
+    layout = MaskLayout.of(dense.network, dense.exclude)
+    return Task(dense.network, layout, judged.images, judged.labels, calibration.images, read_statistics(inputs))
+
+
+def make_evaluator(
+    task: Task, settings: Mapping[str, Any], device: torch.device, **changed: Any
+) -> PopulationEvaluator:
+    """An evaluator by the settings of `workflow.configuration.judging_settings`; `changed` ones go first."""
+    chosen = {**settings, "device": str(device), **changed}
+    return PopulationEvaluator(task, Judging.of(chosen), Compute.of(chosen))
+
+
+def make_search_evaluator(
+    inputs: Mapping[str, Any], settings: Mapping[str, Any], device: torch.device, **changed: Any
+) -> PopulationEvaluator:
+    """An evaluator of candidates, on `candidate_images` of the search split, from a step's input files.
+
+    Settings are those of `workflow.configuration.searching_settings`; `changed` ones go first.
+    """
+    task = read_task(inputs, settings["candidate_images"])
+    return make_evaluator(task, settings, device, **{**searching_repair(settings), **changed})
+
+
+def searching_repair(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What is put right in candidates, where it may differ from what is put right in finished networks."""
+    return {"repair": settings["search_repair"] or settings["repair"]}
+
+
+def make_finisher(
+    task: Task, settings: Mapping[str, Any], device: torch.device, refit: Refit | None = None, **changed: Any
+) -> Finisher:
+    """What finishes networks, by the settings of an evaluator; `refit` of one may be given to share its solutions."""
+    chosen = {**settings, "device": str(device), **changed}
+    return Finisher(task, Judging.of(chosen), Compute.of(chosen), refit)
 
 
 def allowed_masks(settings: Mapping[str, Any], layout: MaskLayout) -> Callable[[PackedMasks], np.ndarray] | None:
@@ -147,9 +145,8 @@ def publish(
             "set `empty_layers: allow`, or raise `evaluations` or, for an allocation, `ladder.highest`"
         )
     front = found.front.thinned(settings["front_size"], settings["sparsities"])
-    changed = {"precision": "float32", "workers": evaluate.n_workers, "repair": settings["repair"]}
-    with make_search_evaluator(inputs, settings, device, all_images=True, **changed) as exact:
-        masks, states, scores = exact.finish(front.masks, reselect=True)
+    finisher = make_finisher(read_task(inputs), settings, device, workers=evaluate.n_workers)
+    masks, states, scores = finisher.finish(front.masks, reselect=True)
     objectives = np.column_stack([scores.objective(settings["objective"]), front.density])
     same = np.all(masks.words == front.masks.words, axis=1)
     stages = [stage if kept else "reselected" for stage, kept in zip(front.stages, same, strict=True)]
