@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paretoprune.evaluation.layerwise import LayerwiseNetwork
 from paretoprune.importance.curvature import damped
-from paretoprune.importance.layer_statistics import LayerStatistics, collect_statistics, prunable_modules, rows
+from paretoprune.importance.layer_statistics import LayerStatistics, collect_statistics, output_matrix, prunable_modules
 from paretoprune.masks.units import MaskLayout
 from paretoprune.repair import refit as module
 from paretoprune.repair.refit import Refit, refit, refitted_costs
@@ -285,10 +285,10 @@ def test_corrected_biases_keep_the_mean_outputs_of_the_dense_layer(name: str) ->
     for at in single:
         tensor, layer = held[at]
         with torch.no_grad():
-            before = rows(layer, layer(seen[at])).mean(1)
+            before = output_matrix(layer, layer(seen[at])).mean(1)
             state = {"weight": weights[tensor], "bias": biases[at]}
-            after = rows(layer, torch.func.functional_call(layer, state, (seen[at],))).mean(1)
-            masked = rows(
+            after = output_matrix(layer, torch.func.functional_call(layer, state, (seen[at],))).mean(1)
+            masked = output_matrix(
                 layer,
                 torch.func.functional_call(layer, state | {"bias": network.get_parameter(f"{at}.bias")}, (seen[at],)),
             ).mean(1)
