@@ -100,14 +100,7 @@ class FusedNetwork:
         calibrated: Tensor | None = None,
         keep: dict[Cut, Tensor] | None = None,
     ) -> None:
-        """Mask, repair and fold; what `answer` computes afterwards is this candidate.
-
-        Args:
-            kept: bool (n_weights,), on the device.
-            cut: Begin after this cut: what lies before it is not touched and must not be run.
-            calibrated: The calibration images' activations at `cut`, (n_calibration, *cut.shape).
-            keep: Gets the calibration images' activations at these cuts: tensors to write into.
-        """
+        """Mask, repair and fold, see `evaluation.prunable.PrunableNetwork`."""
         start = 0 if cut is None else cut.after + 1
         self._masked(kept, self.compiled.unused.get(start, frozenset()))
         if self._correct is not None:
@@ -119,13 +112,7 @@ class FusedNetwork:
             self._fold_all(start)
 
     def answer(self, images: Tensor, cut: Cut | None = None, keep: dict[Cut, Tensor] | None = None) -> Tensor:
-        """Logits of a batch, float32 (n, n_classes).
-
-        Args:
-            images: Images (n, c, h, w), or their activations at `cut`; they are left as they are.
-            cut: Where to begin.
-            keep: Gets the activations at these cuts: tensors to write into.
-        """
+        """Logits of a batch, see `evaluation.prunable.PrunableNetwork`."""
         # What was kept at a cut serves others too, and sums are written over their shortcut.
         registers: Registers = {self.compiled.image: images} if cut is None else {cut.register: images.clone()}
 
