@@ -172,7 +172,7 @@ def test_where_memory_runs_out_batches_are_halved_with_a_warning(
     monkeypatch.setattr(evaluate_one.network, "answer", scarce)
     with caplog.at_level(logging.WARNING, "paretoprune"):
         assert evaluate_one(words) == expected
-    told = "memory ran out; evaluate_one the candidate again in batches of {} images"
+    told = "memory ran out; judging the candidate again in batches of {} images"
     assert caplog.messages == [told.format(n) for n in (50, 25)]
     assert scarce.sizes == [100, 50] + 8 * [25]
     # The next candidate begins anew, so that all are judged alike wherever there is memory.

@@ -88,7 +88,9 @@ def compile_network(network: nn.Module, layout: MaskLayout, sample: Tensor, kern
     # Before calls get their tensors in the type to compute in: these are the trained weights, unrounded.
     with torch.no_grad():
         dense = torch.cat([parameters[name].detach().float().reshape(-1) for name in layout.names])
-        fixed = {n: modules[n].weight.detach().float().clone() for n in convolutions if prunable[n] is None}
+        fixed: dict[str, Tensor] = {
+            n: modules[n].weight.detach().float().clone() for n in convolutions if prunable[n] is None
+        }
     called = _give_types(program, modules, places, sample.dtype)
     trained = {
         name: (module.running_mean.float().clone(), module.running_var.float().clone())

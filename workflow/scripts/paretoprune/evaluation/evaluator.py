@@ -1,4 +1,4 @@
-"""Judging a population of pruned networks: from masks to objectives, both minimised.
+"""Evaluating a population of pruned networks: from masks to objectives, both minimised.
 
 How to compute is chosen in `evaluation.compute`. Candidates are judged in several processes (`evaluation.workers`), or
 on a GPU as one recording (`evaluation.captured`); results do not depend on it.
@@ -99,7 +99,7 @@ class PopulationEvaluator:
         return self.judged.dense_log_probabilities.shape[1]
 
     def _evaluations(self, words: np.ndarray, bounds: Sequence[float]) -> list[Evaluation]:
-        """Judge candidates uint64 (n_masks, n_words), each up to its bound."""
+        """Evaluate candidates uint64 (n_masks, n_words), each up to its bound."""
         if self._device.type != "cpu" and isinstance(self.network, FusedNetwork) and self.network.can_be_recorded:
             if self._captured is None:
                 with repeatable():
@@ -138,7 +138,7 @@ class PopulationEvaluator:
         return [found[i] for i in range(len(words))]
 
     def score(self, masks: PackedMasks) -> Scores:
-        """Judge each mask's pruned and repaired network."""
+        """Evaluate each mask's pruned and repaired network."""
         evaluations = self._evaluations(masks.words, [math.inf] * len(masks))
         return Scores(np.array([v.error for v in evaluations]), np.array([v.divergence for v in evaluations]))
 
@@ -147,7 +147,7 @@ class PopulationEvaluator:
         return self.bounded(masks, np.full(len(masks), math.inf))[0]
 
     def bounded(self, masks: PackedMasks, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Judge masks, each only until its error-like objective is certain to lie above its bound.
+        """Evaluate masks, each only until its error-like objective is certain to lie above its bound.
 
         Args:
             masks: What is judged.

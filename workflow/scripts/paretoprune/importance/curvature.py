@@ -59,7 +59,8 @@ def single_losses(weight: Tensor, curvature: Tensor) -> Tensor:
     """
     inverse = torch.linalg.inv(curvature.double())
     diagonal = inverse.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(torch.float64).tiny)
-    return (weight.double().square() / diagonal[:, None]).float()
+    losses: Tensor = weight.double().square() / diagonal[:, None]
+    return losses.float()
 
 
 def eliminate_row(weight: np.ndarray, inverse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
