@@ -233,14 +233,12 @@ def test_touching_a_module_without_changing_it_reruns_nothing(copy_of_finished: 
         ("reporting/run_plots", {"write_report": 1}),
         ("search/guidance", {"search_corridor": 3, "evaluate_front": 3, "finetune_members": 1, "write_report": 1}),
         (
-            "search/operators",
+            "search/groups",
             {
-                "search_thresholds": 2,
                 "choose_anchors": 3,
                 "search_corridor": 3,
                 "search_flat": 1,
-                "sweep_allocation": 1,
-                "evaluate_front": 5,
+                "evaluate_front": 4,
                 "finetune_members": 1,
                 "write_report": 1,
             },
