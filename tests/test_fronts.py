@@ -262,3 +262,9 @@ def test_a_front_of_error_and_density_has_the_arrays_it_always_had(tmp_path: Pat
     front_of([(0.6, 0.2), (0.1, 0.9)]).save(tmp_path / "front.npz")
     with np.load(tmp_path / "front.npz") as arrays:
         assert set(arrays) == {"words", "n_weights", "objectives", "stages"}
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (6,), (2, 1)])
+def test_points_that_do_not_fit_the_reference_have_no_hypervolume(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="expected points with 2 objectives as the reference has, found shape"):
+        hypervolume(np.full(shape, 0.5))

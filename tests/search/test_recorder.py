@@ -10,6 +10,7 @@ from paretoprune.files import write_csv
 from paretoprune.fronts import Front
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import WeightUnits
+from paretoprune.objectives import GroupCost
 from paretoprune.search.problem import Problem
 from paretoprune.search.recorder import HISTORY_COLUMNS, BudgetSpentError, Recorder, SearchResult, read_history
 from paretoprune.search.sweep import sweep_allocation
@@ -161,3 +162,10 @@ def test_a_search_from_files_continues_as_one_from_memory(
         in_corridor(Analytic(layout), corridor, from_files, [guide]),
         in_corridor(Analytic(layout), corridor, phase1, [guide]),
     )
+
+
+def test_a_search_of_other_objectives_is_not_continued(evaluate: Analytic, phase1: SearchResult) -> None:
+    price = GroupCost("price", evaluate.layout, np.ones(3))
+    with pytest.raises(ValueError, match="expected to continue a search of error, price, found one of error, density"):
+        Recorder(Problem(evaluate.layout, evaluate, (price,)), budget=9, stage="phase2", before=phase1)
+    assert len(evaluate.judged) == 0

@@ -33,10 +33,18 @@ def hypervolume(objectives: np.ndarray, reference: Sequence[float] = (1.0, 1.0))
 
     Returns:
         At least 0 and at most the product of the reference, larger is better; 0 for no points.
+
+    Raises:
+        ValueError: The points have more or fewer objectives than the reference.
     """
-    objectives = np.asarray(objectives, dtype=float).reshape(-1, len(reference))
+    objectives = np.asarray(objectives, dtype=float)
     if not len(objectives):
         return 0.0
+    if objectives.ndim != 2 or objectives.shape[1] != len(reference):
+        raise ValueError(
+            f"expected points with {len(reference)} objectives as the reference has, found shape {objectives.shape}; "
+            "give the reference of these objectives, see objectives.reference_point"
+        )
     return float(moocore.hypervolume(objectives, ref=np.asarray(reference, dtype=float)))
 
 

@@ -88,6 +88,13 @@ class UnitCost:
     name: str
     prices: np.ndarray
 
+    def __post_init__(self) -> None:
+        if self.prices.ndim != 1 or np.any(self.prices < 0) or not np.any(self.prices > 0):
+            raise ValueError(
+                f"expected a price of at least 0 for each unit and one above 0 of cost '{self.name}', found prices of "
+                f"shape {self.prices.shape}"
+            )
+
     def of(self, masks: PackedMasks) -> np.ndarray:
         """float64 (n_masks,), 1 for the mask that keeps everything."""
         full = float(self.prices.sum())

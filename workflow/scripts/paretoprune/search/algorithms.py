@@ -110,8 +110,8 @@ def moead(population: int, first: list[Genome], operators: Operators, n_objectiv
         Zhang and Li, 2007, in pymoo.
     """
     directions = reference_directions(n_objectives, population)
-    # One member for each direction.
-    del first[len(directions) :]
+    # One member for each direction, from the whole range where there are more.
+    first[:] = [first[i] for i in np.linspace(0, len(first) - 1, min(len(directions), len(first))).round().astype(int)]
     # pymoo would take another decomposition where there are more than two objectives, of which `search.survival` knows
     # no bounds.
     return ParallelMOEAD(

@@ -71,9 +71,17 @@ class Recorder:
     Attributes:
         survival: What becomes of the masks judged next, so that judging those that it drops anyway may stop early;
             None to judge all in full.
+
+    Raises:
+        ValueError: The search before has other objectives.
     """
 
     def __init__(self, problem: Problem, *, budget: int, stage: str, before: SearchResult | None = None) -> None:
+        if before and before.front.names != problem.objectives:
+            raise ValueError(
+                f"expected to continue a search of {', '.join(problem.objectives)}, found one of "
+                f"{', '.join(before.front.names)}; give both the same loss and costs"
+            )
         self.problem = problem
         self._known: dict[bytes, _Judged] = {}
         self._start = time.perf_counter()
