@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from evaluators import evaluator
+from paretoprune.evaluation.candidate import CandidateEvaluator
 from paretoprune.evaluation.captured import CapturedNetwork
 from paretoprune.evaluation.fused import FusedNetwork
-from paretoprune.evaluation.judging import Judge
 from paretoprune.evaluation.metrics import divergence_of
 from paretoprune.evaluation.prefixes import PrefixCache
 from paretoprune.masks.packed import PackedMasks
@@ -44,10 +44,10 @@ def test_it_finds_what_the_judge_finds(kind: str, repair: str, dtype: torch.dtyp
     errors, kls = CapturedNetwork(quick, images, 64).losses(masks.words, labels, dense)
     assert errors.shape == kls.shape == (len(masks),)
     nothing = PrefixCache([], quick.layout, N_IMAGES, 0, dtype, 0)
-    judge = Judge(quick, images, labels, dense, objective="error", batch_size=64, prefixes=nothing)
-    verdicts = [judge(words) for words in masks.words]
-    assert errors.tolist() == [verdict.error for verdict in verdicts]
-    assert [divergence_of(float(kl)) for kl in kls] == [verdict.divergence for verdict in verdicts]
+    judge = CandidateEvaluator(quick, images, labels, dense, objective="error", batch_size=64, prefixes=nothing)
+    evaluations = [judge(words) for words in masks.words]
+    assert errors.tolist() == [evaluation.error for evaluation in evaluations]
+    assert [divergence_of(float(kl)) for kl in kls] == [evaluation.divergence for evaluation in evaluations]
 
 
 def test_masks_that_may_not_be_written_to_can_be_judged() -> None:

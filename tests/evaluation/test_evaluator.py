@@ -162,7 +162,7 @@ def test_trained_statistics_are_not_rounded_in_bfloat16(kind: str) -> None:
 
     evaluate = evaluator(Shifted(), "none", precision="bfloat16")
     assert isinstance(evaluate.network, FusedNetwork)
-    found = evaluate.network._work.get_buffer("norm.running_mean")
+    found = evaluate.network.compiled.network.get_buffer("norm.running_mean")
     assert found.dtype == torch.float32
     assert found.item() == torch.tensor(0.1 + 2**-9).item()
 

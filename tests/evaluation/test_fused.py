@@ -18,6 +18,8 @@ from paretoprune.masks.packed import pack_rows, unpack_row
 from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.tracing import Convolution, Cut, NotTraceableError
 from paretoprune.repair.refit import Refit
+from paretoprune.repair.repairs import REPAIRS as REPAIRS_BY_NAME
+from paretoprune.repair.repairs import Repair
 from small_networks import calibration, digits, magnitude_mask, naive_network, some_masks, states_equal, trained
 from torch import Tensor, nn
 
@@ -252,8 +254,12 @@ def test_weights_that_are_not_finite_can_be_pruned_away() -> None:
 
 def test_sums_are_written_over_their_shortcut_only_where_nobody_reads_it_again() -> None:
     def overwriting(name: str) -> dict[str, bool]:
-        steps = fused(network_of(name), "none")._steps
-        return {s.module: s.overwrites_other for s in steps if isinstance(s, Convolution) and s.other is not None}
+        compiled = fused(network_of(name), "none").compiled
+        return {
+            step.module: i in compiled.overwriting
+            for i, step in enumerate(compiled.steps)
+            if isinstance(step, Convolution) and step.other is not None
+        }
 
     assert overwriting("residual")["layer1.0.conv2"]
     assert overwriting("ReadAgain") == {"a": False, "b": False}
@@ -262,7 +268,8 @@ def test_sums_are_written_over_their_shortcut_only_where_nobody_reads_it_again()
     assert not any(overwriting("SqueezeExcite").values())
 
 
-def test_only_the_repairs_it_knows_are_taken() -> None:
+def test_only_repairs_that_recalibrate_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(REPAIRS_BY_NAME, "magic", Repair(lambda network, images: lambda pruned: None))
     with pytest.raises(NotTraceableError, match="repair 'magic' works layer by layer"):
         fused(trained("residual"), "magic")
 

@@ -18,13 +18,13 @@ from paretoprune.importance.layer_statistics import (
     LayerStatistics,
     Moments,
     collect_statistics,
-    columns,
+    im2col,
     load_statistics,
+    output_matrix,
     prunable_modules,
-    rows,
     save_statistics,
     some_positions,
-    weight_rows,
+    weight_matrix,
 )
 from paretoprune.masks.units import WeightUnits
 from small_networks import calibration, digits, n_hooks, states_equal, trained
@@ -85,10 +85,10 @@ def test_columns_times_weights_are_the_layer_s_own_outputs(kind: str) -> None:
         y = layer(x)
         bias = torch.zeros(y.shape[-1] if isinstance(layer, nn.Linear) else y.shape[1]).double()
         bias = bias if layer.bias is None else layer.bias
-        seen, weight = columns(layer, x), weight_rows(layer, layer.weight)
+        seen, weight = im2col(layer, x), weight_matrix(layer, layer.weight)
         found = seen @ weight.mT + bias.view(len(weight), 1, -1)
     assert seen.shape[2] == weight[0, 0].numel() == layer.weight[0].numel()
-    torch.testing.assert_close(found, rows(layer, y), rtol=0, atol=1e-12)
+    torch.testing.assert_close(found, output_matrix(layer, y), rtol=0, atol=1e-12)
 
 
 @each_layer
@@ -104,7 +104,10 @@ def test_some_positions_are_those_of_all_columns_and_rows(kind: str) -> None:
     assert len(at) == 4
     n_all = y[0, 0].numel()
     assert 0 <= int(at.min()) <= int(at.max()) < n_all
-    for whole, part in ((columns(layer, x), columns(layer, x, at)), (rows(layer, y), rows(layer, y, at))):
+    for whole, part in (
+        (im2col(layer, x), im2col(layer, x, at)),
+        (output_matrix(layer, y), output_matrix(layer, y, at)),
+    ):
         expected = whole.view(layer.groups, len(x), n_all, -1)[:, :, at].flatten(1, 2)
         assert torch.equal(part, expected)
 
@@ -113,7 +116,7 @@ def test_some_positions_are_those_of_all_columns_and_rows(kind: str) -> None:
 def test_columns_are_those_of_torch_s_unfold(options: dict[str, int]) -> None:
     layer, x = nn.Conv2d(3, 5, 3, **options), noise(2, 3, 8, 7)  # type: ignore[arg-type]
     expected = functional.unfold(x, 3, **options).transpose(1, 2).flatten(0, 1)
-    assert torch.equal(columns(layer, x)[0], expected)
+    assert torch.equal(im2col(layer, x)[0], expected)
 
 
 def test_where_few_positions_are_all_nothing_is_drawn() -> None:
@@ -182,7 +185,7 @@ def naive_moments(network: nn.Module, name: str, images: Tensor, *, free: bool) 
     layout = WeightUnits.of(network)
     seen: list[Tensor] = []
     handles = [
-        module.register_forward_hook(lambda module, inputs, output: seen.append(columns(module, inputs[0])))
+        module.register_forward_hook(lambda module, inputs, output: seen.append(im2col(module, inputs[0])))
         for _, module in prunable_modules(network, layout)[name]
     ]
     with torch.no_grad():

@@ -2,13 +2,15 @@
 
 import copy
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from paretoprune.importance.curvature import curvature_scores
 from paretoprune.importance.layer_statistics import collect_statistics
-from paretoprune.importance.scores import CURVATURE_SCORES, SCORES, compute_importance, flat_scores
+from paretoprune.importance.registry import SCORE_NEEDS
+from paretoprune.importance.scores import SCORES, Score, compute_importance, flat_scores
 from paretoprune.masks.units import WeightUnits
 from small_networks import Foreign, digits, n_hooks, states_equal, trained
 from torch import Tensor, nn
@@ -268,7 +270,7 @@ def test_a_weight_that_others_can_stand_in_for_matters_less_by_curvature_than_by
     network = nn.Linear(3, 2)
     network.weight.data = torch.tensor([[1.0, 1.0, 0.5], [1.0, -1.0, 0.5]])
     statistics = collect_statistics(network, WeightUnits.of(network), x, seed=0)
-    for name in CURVATURE_SCORES:
+    for name in ("curvature", "elimination"):
         scores = compute_importance(
             name, network, WeightUnits.of(network), x, torch.zeros(500, dtype=torch.long), 0, statistics
         )["weight"]
@@ -305,3 +307,38 @@ def test_scores_by_curvature_need_images_and_name_what_is_not_finite(name: str) 
     network.get_parameter("4.weight").data[0, 0] = math.nan
     with pytest.raises(ValueError, match=rf"importance '{name}' is not finite in '4\.weight'"):
         compute_importance(name, network, WeightUnits.of(network), images, labels, 0, statistics)
+
+
+def test_the_registry_names_every_score_and_what_it_needs() -> None:
+    assert {name: score.needs for name, score in SCORES.items()} == SCORE_NEEDS
+    assert list(SCORES) == list(SCORE_NEEDS)
+    assert frozenset().union(*SCORE_NEEDS.values()) == {"gradients", "statistics"}
+
+
+@pytest.mark.parametrize("name", list(SCORES))
+def test_a_score_looks_at_what_it_says_it_needs_and_at_nothing_else(name: str) -> None:
+    network, (images, labels) = trained("residual"), some_images()
+    layout = WeightUnits.of(network)
+    statistics = collect_statistics(network, layout, images, seed=0)
+    full = compute_importance(name, network, layout, images, labels, 0, statistics)
+    without: dict[str, Callable[[], dict[str, Tensor]]] = {
+        "gradients": lambda: compute_importance(name, network, layout, images[:0], labels[:0], 0, statistics),
+        "statistics": lambda: compute_importance(name, network, layout, images, labels, 0, {}),
+    }
+    for need, compute in without.items():
+        if need not in SCORES[name].needs:
+            assert all(torch.equal(compute()[key], scores) for key, scores in full.items())
+        elif need == "gradients":
+            with pytest.raises(ValueError, match="gradients need images, found none"):
+                compute()
+        else:
+            assert not any(torch.equal(compute()[key], scores) for key, scores in full.items())
+
+
+def test_a_score_is_added_by_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, (images, labels) = trained("residual"), some_images()
+    halved = Score(lambda evidence: {name: weight.abs() / 2 for name, weight in evidence.weights.items()})
+    monkeypatch.setitem(SCORES, "halved", halved)
+    layout = WeightUnits.of(network)
+    found, expected = (compute_importance(name, network, layout, images, labels, 0) for name in ("halved", "magnitude"))
+    assert all(torch.equal(2 * found[name], scores) for name, scores in expected.items())

@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paretoprune.evaluation.layerwise import LayerwiseNetwork
 from paretoprune.importance.curvature import damped
-from paretoprune.importance.layer_statistics import LayerStatistics, collect_statistics, prunable_modules, rows
+from paretoprune.importance.layer_statistics import LayerStatistics, collect_statistics, output_matrix, prunable_modules
 from paretoprune.masks.units import WeightUnits
-from paretoprune.repair import refit as module
 from paretoprune.repair.refit import Refit, refit, refitted_costs
 from small_networks import calibration, digits, magnitude_mask, some_masks, states_equal, trained
 from torch import Tensor, nn
@@ -114,11 +113,8 @@ def by_rows(weight: Tensor, kept: Tensor, h: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("entries", [1, 2000, 2**24])
 @pytest.mark.parametrize("with_inverse", [True, False])
-def test_rows_of_very_different_sizes_are_solved_as_each_by_itself(
-    with_inverse: bool, entries: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_of_very_different_sizes_are_solved_as_each_by_itself(with_inverse: bool, entries: int) -> None:
     # However many rows fit into memory at a time.
-    monkeypatch.setattr(module, "_BLOCK_ENTRIES", entries)
     n_columns = 90
     x, weight = inputs(2, 400, n_columns, 0).float(), noise(2, 40, n_columns, seed=1).float()
     sizes = torch.tensor([0, 1, 2, 3, 5, 8, 13, 21, 34, 44, 45, 46, 55, 80, 89, 90] + [30] * 12 + [60] * 12)
@@ -126,7 +122,7 @@ def test_rows_of_very_different_sizes_are_solved_as_each_by_itself(
     kept = order < sizes[None, :, None]
     h = damped(x.mT @ x / 400)
     inverse = torch.linalg.inv(h.double()).float() if with_inverse else None
-    found = refit(weight, kept, h, inverse=inverse)
+    found = refit(weight, kept, h, inverse=inverse, block_entries=entries)
     assert found.dtype == torch.float32
     assert not bool(found[~kept].any())
     # The curvature's condition is about a thousand, so float32 is good to about 1e-4.
@@ -180,15 +176,15 @@ def test_costs_do_not_depend_on_how_many_rows_fit_into_memory(entries: int, monk
     arguments = kept[0], weight[0], refit(weight, kept, h)[0], h[0]
     expected = refitted_costs(*arguments)
     sizes: list[int] = []
-    factor = module._factored_blocks
+    factor = torch.linalg.cholesky
 
-    def watched(within: Tensor, matrix: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-        sizes.append(len(within) * width * within.shape[1])
-        return factor(within, matrix, width)
+    def watched(blocks: Tensor) -> Tensor:
+        # Beside the blocks, as many columns of the whole matrix are gathered.
+        sizes.append(len(blocks) * blocks.shape[1] * 30)
+        return factor(blocks)
 
-    monkeypatch.setattr(module, "_factored_blocks", watched)
-    monkeypatch.setattr(module, "_BLOCK_ENTRIES", entries)
-    torch.testing.assert_close(refitted_costs(*arguments), expected, rtol=1e-9, atol=1e-12)
+    monkeypatch.setattr(torch.linalg, "cholesky", watched)
+    torch.testing.assert_close(refitted_costs(*arguments, block_entries=entries), expected, rtol=1e-9, atol=1e-12)
     assert max(sizes) <= max(entries, 30 * 30)
 
 
@@ -285,10 +281,10 @@ def test_corrected_biases_keep_the_mean_outputs_of_the_dense_layer(name: str) ->
     for at in single:
         tensor, layer = held[at]
         with torch.no_grad():
-            before = rows(layer, layer(seen[at])).mean(1)
+            before = output_matrix(layer, layer(seen[at])).mean(1)
             state = {"weight": weights[tensor], "bias": biases[at]}
-            after = rows(layer, torch.func.functional_call(layer, state, (seen[at],))).mean(1)
-            masked = rows(
+            after = output_matrix(layer, torch.func.functional_call(layer, state, (seen[at],))).mean(1)
+            masked = output_matrix(
                 layer,
                 torch.func.functional_call(layer, state | {"bias": network.get_parameter(f"{at}.bias")}, (seen[at],)),
             ).mean(1)
@@ -310,10 +306,9 @@ def test_biases_are_left_alone_where_a_layer_may_not_shift_and_where_its_weights
 
 
 @pytest.mark.parametrize("name", ["residual", "foreign", "OddGeometry"])
-def test_costs_of_layers_are_those_of_their_groups(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paretoprune.repair.refit.EXACT_WIDTH", 10_000)
+def test_costs_of_layers_are_those_of_their_groups(name: str) -> None:
     network = network_of(name)
-    reconstruction, statistics = prepared(network)
+    reconstruction, statistics = prepared(network, exact_width=10_000)
     for tensor, kept in parts_of(reconstruction.layout, magnitude_mask(network, reconstruction.layout, 0.4)).items():
         dense, found = network.get_parameter(tensor).detach(), reconstruction.costs(tensor, kept)
         assert found.shape == dense.shape
@@ -355,14 +350,13 @@ def test_layers_are_solved_once_and_forgotten_when_memory_runs_out() -> None:
     assert none._held == sum(v.nbytes + len(k[1]) for k, v in none._known.items())
 
 
-def test_what_was_used_last_is_forgotten_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_used_last_is_forgotten_last() -> None:
     network = trained("residual")
-    reconstruction, _ = prepared(network)
     name = "linear.weight"
     shape = network.get_parameter(name).shape
     masks = [torch.rand(shape, generator=torch.Generator().manual_seed(i)) < 0.5 for i in range(4)]
     size = shape.numel() * 5
-    monkeypatch.setattr(reconstruction, "_budget", 3 * size)
+    reconstruction, _ = prepared(network, cache_mb=3 * size / 2**20)
     for i in (0, 1, 2, 0, 3):
         reconstruction.layer(name, masks[i])
     assert reconstruction._held == 3 * size
@@ -419,8 +413,7 @@ def test_a_re_fitted_network_answers_more_like_the_dense_one_than_a_masked_one(n
     assert errors["reconstruct"] < 0.7 * errors["none"]
 
 
-def test_gains_in_wide_rows_are_bounded_from_above_and_costs_stay_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paretoprune.repair.refit.EXACT_WIDTH", 4)
+def test_gains_in_wide_rows_are_bounded_from_above_and_costs_stay_exact() -> None:
     network = network_of("residual")
     reconstruction, statistics = prepared(network)
     name = reconstruction.layout.names[1]
@@ -431,7 +424,7 @@ def test_gains_in_wide_rows_are_bounded_from_above_and_costs_stay_exact(monkeypa
     assert int(mask.sum(dim=1).max()) > 4
     fitted = refit(weight[None], mask[None], h[None])[0]
     exact = refitted_costs(mask, weight, fitted, h)
-    bound = refitted_costs(mask, weight, fitted, h, torch.linalg.inv(h))
+    bound = refitted_costs(mask, weight, fitted, h, torch.linalg.inv(h), exact_width=4)
     torch.testing.assert_close(bound[mask], exact[mask])
     assert bool((bound[~mask] >= exact[~mask] * (1 - 1e-9)).all())
     assert bool((bound[~mask] > exact[~mask] * 1.01).any())

@@ -96,7 +96,7 @@ class CapturedNetwork:
     def losses(
         self, words: np.ndarray, labels: Tensor, dense_log_probabilities: Tensor
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Judge candidates on all images.
+        """Evaluate candidates on all images.
 
         The masks go to the device together, and it is waited for once, at the end.
 

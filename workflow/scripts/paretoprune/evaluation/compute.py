@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from paretoprune.devices import computes_bfloat16, default_batch_size, out_of_memory, repeatable
 from paretoprune.evaluation.fused import FusedNetwork
-from paretoprune.evaluation.judging import PrunableNetwork
 from paretoprune.evaluation.layerwise import LayerwiseNetwork
 from paretoprune.evaluation.metrics import top1_error
+from paretoprune.evaluation.prunable import PrunableNetwork
 from paretoprune.evaluation.task import Task
 from paretoprune.evaluation.workers import can_fork
 from paretoprune.importance.layer_statistics import collect_statistics

@@ -1,4 +1,4 @@
-"""Judging a population of pruned networks: from masks to losses.
+"""Evaluating a population of pruned networks: from masks to losses.
 
 How to compute is chosen in `evaluation.compute`. Candidates are judged in several processes (`evaluation.workers`), or
 on a GPU as one recording (`evaluation.captured`); results do not depend on it.
@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from paretoprune.devices import repeatable
+from paretoprune.evaluation.candidate import CandidateEvaluator, Evaluation
 from paretoprune.evaluation.captured import CapturedNetwork
 from paretoprune.evaluation.compute import Backends, batch_size_of, make_refit, n_processes, precision_of
 from paretoprune.evaluation.fused import FusedNetwork
 from paretoprune.evaluation.judged import hardest_first
-from paretoprune.evaluation.judging import Judge, Verdict
 from paretoprune.evaluation.metrics import divergence_of
 from paretoprune.evaluation.prefixes import NO_PLAN, Plan, PrefixCache
 from paretoprune.evaluation.task import Scores, Task
@@ -70,7 +70,7 @@ class PopulationEvaluator:
         self.prefixes = PrefixCache(
             self.network.cuts, self.layout, len(task.images), n_calibration, self._dtype, budget
         )
-        self._judge = Judge(
+        self._evaluator = CandidateEvaluator(
             self.network,
             self.judged.images,
             self.judged.labels,
@@ -98,8 +98,8 @@ class PopulationEvaluator:
         """Number of classes that the network tells apart."""
         return self.judged.dense_log_probabilities.shape[1]
 
-    def _verdicts(self, words: np.ndarray, bounds: Sequence[float]) -> list[Verdict]:
-        """Judge candidates uint64 (n_masks, n_words), each up to its bound."""
+    def _evaluations(self, words: np.ndarray, bounds: Sequence[float]) -> list[Evaluation]:
+        """Evaluate candidates uint64 (n_masks, n_words), each up to its bound."""
         if self._device.type != "cpu" and isinstance(self.network, FusedNetwork) and self.network.can_be_recorded:
             if self._captured is None:
                 with repeatable():
@@ -107,47 +107,47 @@ class PopulationEvaluator:
             errors, kls = self._captured.losses(words, self.judged.labels, self.judged.dense_log_probabilities)
             self.n_images_seen += len(self.judged.images) * len(words)
             return [
-                Verdict(float(e), divergence_of(float(k)), len(self.judged.images), True)
+                Evaluation(float(e), divergence_of(float(k)), len(self.judged.images), True)
                 for e, k in zip(errors, kls, strict=True)
             ]
-        found: dict[int, Verdict] = {}
+        found: dict[int, Evaluation] = {}
         plans: dict[int, Plan] = {}
 
         def arguments(i: int) -> tuple[np.ndarray, float, Plan]:
             plans[i] = self.prefixes.plan(words[i])
             return words[i], bounds[i], plans[i]
 
-        def done(i: int, verdict: Verdict) -> None:
-            self.prefixes.close(plans.pop(i, NO_PLAN), verdict.complete)
-            found[i] = verdict
+        def done(i: int, evaluation: Evaluation) -> None:
+            self.prefixes.close(plans.pop(i, NO_PLAN), evaluation.complete)
+            found[i] = evaluation
 
         try:
             if self.n_workers > 1 and len(words) > 1:
                 if self._pool is None:
                     self.prefixes.allocate()
-                    self._pool = WorkerPool(self._judge, self.n_workers)
+                    self._pool = WorkerPool(self._evaluator, self.n_workers)
                 self._pool.run(range(len(words)), arguments, done)
             else:
                 with repeatable():
                     for i in range(len(words)):
-                        done(i, self._judge(*arguments(i)))
+                        done(i, self._evaluator(*arguments(i)))
         except BaseException:
             self.close()
             raise
-        self.n_images_seen += sum(verdict.n_seen for verdict in found.values())
+        self.n_images_seen += sum(evaluation.n_seen for evaluation in found.values())
         return [found[i] for i in range(len(words))]
 
     def score(self, masks: PackedMasks) -> Scores:
-        """Judge each mask's pruned and repaired network."""
-        verdicts = self._verdicts(masks.words, [math.inf] * len(masks))
-        return Scores(np.array([v.error for v in verdicts]), np.array([v.divergence for v in verdicts]))
+        """Evaluate each mask's pruned and repaired network."""
+        evaluations = self._evaluations(masks.words, [math.inf] * len(masks))
+        return Scores(np.array([v.error for v in evaluations]), np.array([v.divergence for v in evaluations]))
 
     def __call__(self, masks: PackedMasks) -> np.ndarray:
         """Losses float64 (n_masks,): errors or divergences, as the objective says."""
         return self.bounded(masks, np.full(len(masks), math.inf))[0]
 
     def bounded(self, masks: PackedMasks, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Judge masks, each only until its loss is certain to lie above its bound.
+        """Evaluate masks, each only until its loss is certain to lie above its bound.
 
         Args:
             masks: What is judged.
@@ -157,9 +157,9 @@ class PopulationEvaluator:
             Losses float64 (n_masks,), and whether each was judged on all images, bool (n_masks,): where not, the loss
             is a lower bound, larger than the given bound.
         """
-        verdicts = self._verdicts(masks.words, np.asarray(bounds, dtype=np.float64).tolist())
-        losses = np.array([v.error if self.objective == "error" else v.divergence for v in verdicts])
-        return losses, np.array([v.complete for v in verdicts], dtype=bool)
+        evaluations = self._evaluations(masks.words, np.asarray(bounds, dtype=np.float64).tolist())
+        losses = np.array([v.error if self.objective == "error" else v.divergence for v in evaluations])
+        return losses, np.array([v.complete for v in evaluations], dtype=bool)
 
     def refit_costs(self) -> RefitCosts:
         """What re-fitting says of each weight of a candidate, for a guide of moves.

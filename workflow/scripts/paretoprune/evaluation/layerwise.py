@@ -63,14 +63,7 @@ class LayerwiseNetwork:
         calibrated: Tensor | None = None,
         keep: dict[Cut, Tensor] | None = None,
     ) -> None:
-        """Mask and repair; what `answer` computes afterwards is this candidate.
-
-        Args:
-            kept: bool (n_weights,), on the device.
-            cut: Of no use here: there are no cuts.
-            calibrated: The same.
-            keep: The same.
-        """
+        """Mask and repair, see `evaluation.prunable.PrunableNetwork`; there are no cuts, so nothing else is of use."""
         buffers = dict(self.network.named_buffers())
         with torch.no_grad():
             for name, original in self._dense_buffers.items():

@@ -40,7 +40,7 @@ def image_losses(logits: Tensor, labels: Tensor, dense_log_probabilities: Tensor
     wrong = (logits.argmax(dim=1) != labels) | ~finite
     log_probabilities = functional.log_softmax(logits.double(), dim=1)
     kl = (dense_log_probabilities.exp() * (dense_log_probabilities - log_probabilities)).sum(dim=1)
-    # Rounding may leave a hair below 0, and sums that only grow are what lets a judge stop early.
+    # Rounding may leave a hair below 0, and sums that only grow are what lets an evaluation stop early.
     return wrong, torch.where(finite, kl.clamp_min(0.0), torch.inf)
 
 

@@ -38,7 +38,7 @@ def erdos_renyi_kernel(scores: np.ndarray, layout: WeightUnits, n_keep: int) -> 
 
 def _round_to_total(wanted: np.ndarray, sizes: np.ndarray, total: int) -> np.ndarray:
     """Integers near `wanted`, none above `sizes`, that add up to exactly `total` (largest remainders first)."""
-    counts = np.minimum(np.floor(wanted).astype(np.int64), sizes)
+    counts: np.ndarray = np.minimum(np.floor(wanted).astype(np.int64), sizes)
     order = np.argsort(-(wanted - counts), kind="stable")
     while (missing := total - int(counts.sum())) > 0:
         room = order[counts[order] < sizes[order]][:missing]

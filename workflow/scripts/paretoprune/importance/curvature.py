@@ -1,8 +1,9 @@
-"""Importance by curvature: what the loss of a weight costs when the others of its row are re-fitted afterwards.
+"""OBS saliency and OBS order: what the loss of a weight costs when the others of its row are re-fitted afterwards.
 
 A row of a layer (the weights of one output) has the squared error (w - v)ᵀ H (w - v) against trained weights w, with H
 the second moments of its inputs (`importance.layer_statistics`). Without weight j, and with the others at their best,
-it is w_j² / [H⁻¹]_jj. Times the row's sensitivity it is an error of the logits, which can be compared over layers.
+it is w_j² / [H⁻¹]_jj: the saliency of the optimal brain surgeon (OBS). Times the row's sensitivity it is an error of
+the logits, which can be compared over layers.
 """
 
 import logging
@@ -58,7 +59,8 @@ def single_losses(weight: Tensor, curvature: Tensor) -> Tensor:
     """
     inverse = torch.linalg.inv(curvature.double())
     diagonal = inverse.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(torch.float64).tiny)
-    return (weight.double().square() / diagonal[:, None]).float()
+    losses: Tensor = weight.double().square() / diagonal[:, None]
+    return losses.float()
 
 
 def eliminate_row(weight: np.ndarray, inverse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -100,7 +102,7 @@ def eliminate_row(weight: np.ndarray, inverse: np.ndarray) -> tuple[np.ndarray, 
     return order, losses
 
 
-def elimination_losses(weight: Tensor, curvature: Tensor) -> Tensor:
+def elimination_losses(weight: Tensor, curvature: Tensor, max_columns: int = MAX_COLUMNS) -> Tensor:
     """What each weight's removal adds to the error of its row, in the exact order of elimination.
 
     Within a row a later removal never gets less than an earlier one, so that cutting at any level keeps the order.
@@ -108,11 +110,12 @@ def elimination_losses(weight: Tensor, curvature: Tensor) -> Tensor:
     Args:
         weight: (groups, n_rows, n_columns).
         curvature: (groups, n_columns, n_columns), positive definite.
+        max_columns: Wider rows take the order of their single losses.
 
     Returns:
         float32, the shape of `weight`.
     """
-    if weight.shape[2] > MAX_COLUMNS:
+    if weight.shape[2] > max_columns:
         return single_losses(weight, curvature)
     inverse = torch.linalg.inv(curvature.double()).float().numpy()
     found = np.empty(tuple(weight.shape), dtype=np.float32)
@@ -130,7 +133,12 @@ def _by_sensitivity(losses: Tensor, sensitivity: Tensor) -> Tensor:
 
 
 def curvature_scores(
-    weights: Mapping[str, Tensor], statistics: Mapping[str, LayerStatistics], *, exact: bool, damping: float = DAMPING
+    weights: Mapping[str, Tensor],
+    statistics: Mapping[str, LayerStatistics],
+    *,
+    exact: bool,
+    damping: float = DAMPING,
+    max_columns: int = MAX_COLUMNS,
 ) -> dict[str, Tensor]:
     """Score the weights of every layer by what their removal costs the logits, after re-fitting.
 
@@ -140,6 +148,7 @@ def curvature_scores(
         exact: Whether to follow the elimination weight by weight (`elimination_losses`) instead of taking each weight's
             single loss (`single_losses`).
         damping: See `damped`.
+        max_columns: Of layers with more inputs the single losses are taken all the same.
 
     Returns:
         By tensor name, float32 in the tensor's shape. A tensor without statistics gets its squared weights: transposed
@@ -153,14 +162,15 @@ def curvature_scores(
             scores[name] = weight.detach().float().square()
             continue
         grouped = weight.detach().float().reshape(layer.mean.shape[0], -1, layer.mean.shape[1])
-        if exact and grouped.shape[2] > MAX_COLUMNS:
+        if exact and grouped.shape[2] > max_columns:
             _LOGGER.info(
                 "'%s' has %d inputs: its weights are taken in the order of their single losses, as the exact order "
                 "would take long above %d",
                 name,
                 grouped.shape[2],
-                MAX_COLUMNS,
+                max_columns,
             )
-        losses = (elimination_losses if exact else single_losses)(grouped, damped(layer.curvature, damping))
+        curvature = damped(layer.curvature, damping)
+        losses = elimination_losses(grouped, curvature, max_columns) if exact else single_losses(grouped, curvature)
         scores[name] = _by_sensitivity(losses, layer.sensitivity).reshape(weight.shape)
     return scores

@@ -8,6 +8,7 @@ import copy
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -70,7 +71,7 @@ class LayerStatistics:
         return int((self.curvature.diagonal(dim1=1, dim2=2) <= 0).sum())
 
 
-def columns(module: nn.Module, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
+def im2col(module: nn.Module, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
     """The inputs of a layer, unfolded: what each output position sees.
 
     Args:
@@ -109,8 +110,8 @@ def columns(module: nn.Module, inputs: Tensor, positions: Tensor | None = None) 
     return grouped.permute(1, 0, 3, 2, 4).reshape(module.groups, n * n_positions, -1)
 
 
-def rows(module: nn.Module, outputs: Tensor, positions: Tensor | None = None) -> Tensor:
-    """The outputs of a layer beside its `columns`: (groups, n * n_positions, n_rows of a group)."""
+def output_matrix(module: nn.Module, outputs: Tensor, positions: Tensor | None = None) -> Tensor:
+    """The outputs of a layer beside its `im2col`: (groups, n * n_positions, n_rows of a group)."""
     if isinstance(module, nn.Linear):
         return outputs.reshape(-1, outputs.shape[-1])[None]
     assert isinstance(module, nn.modules.conv._ConvNd)
@@ -121,7 +122,7 @@ def rows(module: nn.Module, outputs: Tensor, positions: Tensor | None = None) ->
     return grouped.permute(1, 0, 3, 2).reshape(module.groups, n * n_positions, -1)
 
 
-def weight_rows(module: nn.Module, weight: Tensor) -> Tensor:
+def weight_matrix(module: nn.Module, weight: Tensor) -> Tensor:
     """A layer's weight as (groups, n_rows of a group, n_columns)."""
     groups = 1 if isinstance(module, nn.Linear) else int(module.groups)  # type: ignore[arg-type]
     return weight.reshape(groups, weight.shape[0] // groups, -1)
@@ -244,91 +245,131 @@ def collect_statistics(
     network = copy.deepcopy(network).eval().to(device).float()
     # Where a gradient could flow through is all that counts below.
     network.requires_grad_(False)
-    modules = prunable_modules(network, layout)
-    moments = {name: Moments() for name in modules}
-    squares: dict[str, Any] = dict.fromkeys(modules, 0.0)
-    normalised: dict[str, bool] = {}
-    generator = torch.Generator().manual_seed(seed)
-    # The outputs of a batch, and what its batch norms are given; each with its version, since what has been changed in
-    # place meanwhile is something else.
-    made: dict[str, list[tuple[Tensor, int]]] = {}
-    given: list[tuple[Tensor, int]] = []
-    watching = {"gradients": True}
-
-    def weigh(name: str, module: nn.Module, gradient: Tensor) -> None:
-        squares[name] = squares[name] + _per_row(module, gradient)
-
-    def observe(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x = inputs[0].detach()
-        at = some_positions(module, output, positions, generator)
-        moments[name].add(columns(module, x, at))
-        if watching["gradients"]:
-            made.setdefault(name, []).append((output, output._version))
-            if output.requires_grad:
-                # Unlike the gradient that a tensor retains, it is that of the output before a ReLU in place.
-                output.register_hook(lambda gradient: weigh(name, module, gradient))
-
-    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if watching["gradients"]:
-            given.append((inputs[0], inputs[0]._version))
-
-    handles = [
-        module.register_forward_hook(
-            lambda module, inputs, output, name=name: observe(name, module, inputs, output), always_call=False
-        )
-        for name, held in modules.items()
-        for _, module in held
-    ]
-    handles += [m.register_forward_pre_hook(note) for m in network.modules() if isinstance(m, _BatchNorm)]
+    observer = _Observer(prunable_modules(network, layout), positions, torch.Generator().manual_seed(seed))
     n_sensitive = 0
-    try:
-        for batch in _batches(images, device):
-            watching["gradients"] = n_sensitive < N_SENSITIVITY_IMAGES
-            if not watching["gradients"]:
+    with observer.watching(network):
+        for batch in images.split(BATCH_SIZE):
+            batch = batch.detach().to(device).float()
+            if n_sensitive < N_SENSITIVITY_IMAGES:
+                observer.see_with_gradients(network, batch)
+                n_sensitive += len(batch)
+            else:
                 with torch.inference_mode():
                     network(batch)
-                continue
-            made.clear()
-            given.clear()
-            logits = network(batch.requires_grad_(True))
-            signs = torch.randint(0, 2, logits.shape, generator=generator).to(logits) * 2 - 1
-            # A constant added to all logits changes no answer.
-            projection = ((signs - signs.mean(dim=1, keepdim=True)) * logits).sum()
-            try:
-                projection.backward()
-            except RuntimeError as error:
-                raise ValueError(
-                    f"the network has no derivatives ({str(error).splitlines()[0]}); let no layer change in place what "
-                    "its derivative needs, or use a repair and importance scores without statistics"
-                ) from error
-            normed = {(id(x), version) for x, version in given}
-            normalised = {
-                name: all((id(x), version) in normed for x, version in outputs) for name, outputs in made.items()
-            }
-            n_sensitive += len(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     found = {}
-    for name, held in modules.items():
-        if not moments[name].n:
+    for name, held in observer.modules.items():
+        moments = observer.moments[name]
+        if not moments.n:
             continue
         n_rows = layout.shapes[layout.names.index(name)][0]
-        square = squares[name] if isinstance(squares[name], Tensor) else torch.zeros(n_rows, dtype=torch.float64)
+        square = observer.squares.get(name, torch.zeros(n_rows, dtype=torch.float64))
         found[name] = LayerStatistics(
-            moments[name].second(about_mean=True).float().cpu(),
-            moments[name].mean.float().cpu(),
+            moments.second(about_mean=True).float().cpu(),
+            moments.mean.float().cpu(),
             (square / max(1, n_sensitive)).float().cpu(),
-            moments[name].n,
-            normalised.get(name, False) or all(module.bias is not None for _, module in held),
+            moments.n,
+            observer.normalised.get(name, False) or all(module.bias is not None for _, module in held),
         )
     check_statistics(found)
     return found
 
 
-def _batches(images: Tensor, device: str | torch.device) -> Iterator[Tensor]:
-    for batch in images.split(BATCH_SIZE):
-        yield batch.detach().to(device).float()
+# A tensor, and its version when it was seen: what has been changed in place meanwhile is something else.
+_Seen = tuple[Tensor, int]
+
+
+class _Observer:
+    """Watches the prunable layers of a network while images run through it.
+
+    Args:
+        modules: The layers, see `prunable_modules`.
+        positions: Output positions of one image to look at; None for all.
+        generator: Draws them, and the projections of the logits.
+
+    Attributes:
+        moments: Of each layer's columns.
+        squares: Of each layer that a derivative has reached: sums of squared derivatives by its outputs, float64
+            (n_rows,).
+        normalised: Of each layer, whether all that it makes is given to batch norms, and to nothing else.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, list[tuple[str, nn.Module]]],
+        positions: int | None,
+        generator: torch.Generator,
+    ) -> None:
+        self.modules = modules
+        self.moments = {name: Moments() for name in modules}
+        self.squares: dict[str, Tensor] = {}
+        self.normalised: dict[str, bool] = {}
+        self._positions, self._generator = positions, generator
+        # Outputs of a batch by layer, and what its batch norms are given.
+        self._made: dict[str, list[_Seen]] = {}
+        self._given: list[_Seen] = []
+
+    @contextmanager
+    def watching(self, network: nn.Module) -> Iterator[None]:
+        """Hooks on the layers and on the batch norms of a network, as long as the context lasts."""
+        handles = [
+            module.register_forward_hook(
+                lambda module, inputs, output, name=name: self._observe(name, module, inputs[0], output)
+            )
+            for name, held in self.modules.items()
+            for _, module in held
+        ]
+        handles += [
+            module.register_forward_pre_hook(lambda module, inputs: self._note(inputs[0]))
+            for module in network.modules()
+            if isinstance(module, _BatchNorm)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _observe(self, name: str, module: nn.Module, x: Tensor, output: Tensor) -> None:
+        at = some_positions(module, output, self._positions, self._generator)
+        self.moments[name].add(im2col(module, x.detach(), at))
+        # In inference mode only moments are taken, and tensors have no versions.
+        if torch.is_inference_mode_enabled():
+            return
+        self._made.setdefault(name, []).append((output, output._version))
+        if output.requires_grad:
+            # Unlike the gradient that a tensor retains, it is that of the output before a ReLU in place.
+            output.register_hook(lambda gradient: self._weigh(name, module, gradient))
+
+    def _note(self, x: Tensor) -> None:
+        if not torch.is_inference_mode_enabled():
+            self._given.append((x, x._version))
+
+    def _weigh(self, name: str, module: nn.Module, gradient: Tensor) -> None:
+        self.squares[name] = self.squares.get(name, 0.0) + _per_row(module, gradient)
+
+    def see_with_gradients(self, network: nn.Module, batch: Tensor) -> None:
+        """Run images (n, c, h, w) forward and a random projection of their logits backward.
+
+        Raises:
+            ValueError: The network has no derivatives.
+        """
+        self._made.clear()
+        self._given.clear()
+        logits = network(batch.requires_grad_(True))
+        signs = torch.randint(0, 2, logits.shape, generator=self._generator).to(logits) * 2 - 1
+        # A constant added to all logits changes no answer.
+        projection = ((signs - signs.mean(dim=1, keepdim=True)) * logits).sum()
+        try:
+            projection.backward()
+        except RuntimeError as error:
+            raise ValueError(
+                f"the network has no derivatives ({str(error).splitlines()[0]}); let no layer change in place what "
+                "its derivative needs, or use a repair and importance scores without statistics"
+            ) from error
+        normed = {(id(x), version) for x, version in self._given}
+        self.normalised = {
+            name: all((id(x), version) in normed for x, version in outputs) for name, outputs in self._made.items()
+        }
 
 
 def _per_row(module: nn.Module, gradient: Tensor) -> Tensor:

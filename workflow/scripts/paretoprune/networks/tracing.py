@@ -34,7 +34,6 @@ class Convolution:
         module: Name of the convolution.
         norm: Name of its batch norm, or None.
         relu: Whether negative values become 0.
-        overwrites_other: Whether nobody needs `other` afterwards, so that the sum may be written over it.
         dead: What nobody needs after this step.
     """
 
@@ -44,7 +43,6 @@ class Convolution:
     module: str
     norm: str | None
     relu: bool
-    overwrites_other: bool = False
     dead: list[fx.Node] = field(default_factory=list)
 
 

@@ -21,11 +21,17 @@ CACHE_MB = 256
 # Kept weights of a row up to which what growing others gains is worked out exactly.
 EXACT_WIDTH = 96
 # Entries of the kept blocks that are gathered and factored at a time: 64 MB in float32.
-_BLOCK_ENTRIES = 16 * 2**20
+BLOCK_ENTRIES = 16 * 2**20
 
 
 def refit(
-    weight: Tensor, kept: Tensor, curvature: Tensor, target: Tensor | None = None, inverse: Tensor | None = None
+    weight: Tensor,
+    kept: Tensor,
+    curvature: Tensor,
+    target: Tensor | None = None,
+    inverse: Tensor | None = None,
+    *,
+    block_entries: int = BLOCK_ENTRIES,
 ) -> Tensor:
     """The weights of each row that minimise its squared error over the kept positions, the others being 0.
 
@@ -40,6 +46,7 @@ def refit(
         target: What the normal equations aim at, (groups, n_rows, n_columns): H w where the outputs of the trained
             weights on the same inputs are the aim (None), otherwise mean products of outputs and inputs.
         inverse: H⁻¹, if known: where `target` is None, rows that lose few weights are solved faster with it.
+        block_entries: Entries of the kept blocks that are held in memory at a time.
 
     Returns:
         The shape of `weight` in the type of `curvature`, 0 where nothing is kept.
@@ -52,28 +59,29 @@ def refit(
         from_lost = torch.zeros_like(n_kept, dtype=torch.bool)
         if inverse is not None and target is None:
             from_lost = n_kept * 2 > kept.shape[2]
-            for some, width in _similar_rows(kept.shape[2] - n_kept, from_lost):
+            for some, width in _similar_rows(kept.shape[2] - n_kept, from_lost, block_entries):
                 lost = ~kept[group, some]
                 pulled = _solve_rows(lost, inverse[group], weight[group, some], width)
                 found[group, some] = (weight[group, some] - pulled @ inverse[group]).masked_fill_(lost, 0.0)
-        for some, width in _similar_rows(n_kept, ~from_lost):
+        for some, width in _similar_rows(n_kept, ~from_lost, block_entries):
             found[group, some] = _solve_rows(kept[group, some], curvature[group], aim[group, some], width)
     return found
 
 
-def _similar_rows(sizes: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, int]]:
+def _similar_rows(sizes: Tensor, wanted: Tensor, block_entries: int) -> Iterator[tuple[Tensor, int]]:
     """Rows with systems of similar size, to be solved together, as their indices and the largest size.
 
     Args:
         sizes: int (n_rows,), of each row's system.
         wanted: bool (n_rows,).
+        block_entries: Entries of their systems, at most, unless one row has more.
     """
     order = sizes.argsort(stable=True)
     order = order[wanted[order]]
     while len(order):
         # From the largest down: neighbours in this order need the least filling up.
         width = int(sizes[order[-1]])
-        fitting = order[-max(1, _BLOCK_ENTRIES // max(1, width * width)) :]
+        fitting = order[-max(1, block_entries // max(1, width * width)) :]
         n = int((sizes[fitting] * 4 >= width * 3).sum())
         yield order[-n:], width
         order = order[:-n]
@@ -120,7 +128,14 @@ def _solve_rows(within: Tensor, matrix: Tensor, aim: Tensor, width: int) -> Tens
 
 
 def refitted_costs(
-    kept: Tensor, weight: Tensor, refitted: Tensor, curvature: Tensor, inverse: Tensor | None = None
+    kept: Tensor,
+    weight: Tensor,
+    refitted: Tensor,
+    curvature: Tensor,
+    inverse: Tensor | None = None,
+    *,
+    exact_width: int = EXACT_WIDTH,
+    block_entries: int = BLOCK_ENTRIES,
 ) -> Tensor:
     """What changing a weight's place does to the error of its row, all kept weights being re-fitted afterwards.
 
@@ -129,23 +144,30 @@ def refitted_costs(
         weight: float32, the same shape: the trained weights.
         refitted: The same shape: the kept weights at their best, 0 elsewhere.
         curvature: H, (n_columns, n_columns), damped.
-        inverse: H⁻¹; where it is given and rows keep more than `EXACT_WIDTH` weights, gains are taken as if every other
+        inverse: H⁻¹; where it is given and rows keep more than `exact_width` weights, gains are taken as if every other
             weight were kept (1 / [H⁻¹]_jj for the part of a column that the kept ones do not explain): an upper bound.
+        exact_width: Kept weights of a row up to which gains are exact.
+        block_entries: Entries of the kept blocks that are held in memory at a time.
 
     Returns:
         float32, the same shape: what dropping a kept weight adds to the error, and what growing another one takes away.
     """
     width = int(kept.sum(dim=1).max())
-    n = max(1, _BLOCK_ENTRIES // max(1, width * kept.shape[1]))
+    n = max(1, block_entries // max(1, width * kept.shape[1]))
     if len(kept) > n:
         parts = zip(kept.split(n), weight.split(n), refitted.split(n), strict=True)
-        return torch.cat([refitted_costs(*part, curvature, inverse) for part in parts])
+        return torch.cat(
+            [
+                refitted_costs(*part, curvature, inverse, exact_width=exact_width, block_entries=block_entries)
+                for part in parts
+            ]
+        )
     residual = (weight - refitted) @ curvature
     diagonal = curvature.diagonal()
     if not width:
         return residual.square() / diagonal
     at, filling, factor = _factored_blocks(kept, curvature, width)
-    if inverse is not None and width > EXACT_WIDTH:
+    if inverse is not None and width > exact_width:
         unexplained = (1 / inverse.diagonal()).expand_as(weight)
     else:
         beside = curvature[at].masked_fill_(filling[:, :, None], 0.0)
@@ -171,6 +193,7 @@ class Refit:
         damping: Share of the mean diagonal of H that is added to it.
         device: Where to compute.
         cache_mb: Memory for re-fitted layers.
+        exact_width: Kept weights of a row up to which `costs` are exact, see `refitted_costs`.
 
     Raises:
         ValueError: The statistics are those of another network.
@@ -184,7 +207,8 @@ class Refit:
         *,
         damping: float = DAMPING,
         device: str | torch.device = "cpu",
-        cache_mb: int = CACHE_MB,
+        cache_mb: float = CACHE_MB,
+        exact_width: int = EXACT_WIDTH,
     ) -> None:
         self.layout, self.statistics, self.damping = layout, statistics, damping
         parameters = dict(network.named_parameters())
@@ -210,7 +234,7 @@ class Refit:
             for module_name, module in modules.get(name, []):
                 if layer.shifts_freely and module.bias is not None:
                     self._biases[module_name] = (name, module.bias.detach().float().to(device))  # type: ignore[operator]
-        self._budget = cache_mb * 2**20
+        self._budget, self._exact_width = cache_mb * 2**20, exact_width
         self._held = 0
         self._known: OrderedDict[tuple[str, bytes], Tensor] = OrderedDict()
         self.n_solved = self.n_reused = 0
@@ -268,7 +292,8 @@ class Refit:
             return dense.square()
         kept = kept.to(dense.device)
         parts = (self._grouped(name, tensor) for tensor in (kept, dense, self.layer(name, kept)))
-        found = [refitted_costs(*part) for part in zip(*parts, self._curvature[name], self._inverse[name], strict=True)]
+        groups = zip(*parts, self._curvature[name], self._inverse[name], strict=True)
+        found = [refitted_costs(*group, exact_width=self._exact_width) for group in groups]
         return torch.stack(found).reshape(dense.shape)
 
     def __call__(self, kept: Tensor, skip: frozenset[str] = frozenset()) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ class Repair:
 
     Attributes:
         make: Prepares it for one dense network in evaluation mode, on calibration images (n, c, h, w). What it returns
-            puts a network right once its weights are in place. None where nothing is to be done.
+            changes buffers of a network whose weights are in place. None where nothing is to be done.
         refits: Whether re-fitted weights take the place of the masked ones.
         correct: The rule, where all that `make` changes are batch-norm statistics; the fused path applies it by
             itself. None where it changes anything else: such a repair works layer by layer.

@@ -18,11 +18,11 @@ from paretoprune.importance.curvature import damped, elimination_losses
 from paretoprune.importance.layer_statistics import (
     POSITIONS,
     Moments,
-    columns,
+    im2col,
+    output_matrix,
     prunable_modules,
-    rows,
     some_positions,
-    weight_rows,
+    weight_matrix,
 )
 from paretoprune.networks.tracing import Call, Convolution, run_call, trace
 from paretoprune.repair.batchnorm import channel_moments, corrected_statistics
@@ -191,10 +191,10 @@ class _Pass:
         moments = Moments()
         for inputs, outputs in zip(x.split(BATCH_SIZE), aim.split(BATCH_SIZE), strict=True):
             at = some_positions(module, outputs, n_positions, self._generator)
-            moments.add(columns(module, inputs, at), rows(module, outputs, at))
+            moments.add(im2col(module, inputs, at), output_matrix(module, outputs, at))
         curvature = moments.second(about_mean=free)
         bias = dense.bias
-        trained = weight_rows(module, dense.weight.double())
+        trained = weight_matrix(module, dense.weight.double())
         cross = moments.cross(about_mean=free)
         if bias is not None and not free:
             # Without the freedom to shift, the bias is part of what the outputs are.
@@ -202,7 +202,7 @@ class _Pass:
         held = damped(curvature, self._owner._refit.damping)
         # The damping holds what the images leave open at the trained weights, not at 0.
         cross = cross + trained * (held - curvature).diagonal(dim1=1, dim2=2)[:, None]
-        grouped = weight_rows(module, mask)
+        grouped = weight_matrix(module, mask)
         if self._reselect and not bool(mask.all()):
             grouped = self._selected(name, grouped, held, cross)
             self._chosen[name] = grouped.reshape(mask.shape)

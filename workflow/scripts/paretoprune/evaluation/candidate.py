@@ -1,10 +1,8 @@
-"""Judging one candidate: image by image losses, hardest images first, stopped as soon as the verdict is certain."""
+"""Evaluating one candidate: losses image by image, hardest first, stopped as soon as the objective is too large."""
 
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,41 +11,14 @@ from torch import Tensor
 from paretoprune.devices import out_of_memory
 from paretoprune.evaluation.metrics import divergence_of, image_losses
 from paretoprune.evaluation.prefixes import Plan, PrefixCache
+from paretoprune.evaluation.prunable import PrunableNetwork
 from paretoprune.masks.packed import unpack_row
-from paretoprune.masks.units import WeightUnits
-from paretoprune.networks.tracing import Cut
 
-OBJECTIVES = ("error", "divergence")
 _LOGGER = logging.getLogger("paretoprune")
 
 
-class PrunableNetwork(Protocol):
-    """What judges need of a network; `evaluation.fused` and `evaluation.layerwise` have one each."""
-
-    layout: WeightUnits
-
-    @property
-    def cuts(self) -> Sequence[Cut]:
-        """Where activations can be kept, first to last."""
-        ...
-
-    def prepare(
-        self,
-        kept: Tensor,
-        cut: Cut | None = None,
-        calibrated: Tensor | None = None,
-        keep: dict[Cut, Tensor] | None = None,
-    ) -> None:
-        """Take a mask."""
-        ...
-
-    def answer(self, images: Tensor, cut: Cut | None = None, keep: dict[Cut, Tensor] | None = None) -> Tensor:
-        """Logits of a batch."""
-        ...
-
-
 @dataclass(frozen=True)
-class Verdict:
+class Evaluation:
     """What was seen of one candidate.
 
     Attributes:
@@ -63,8 +34,8 @@ class Verdict:
     complete: bool
 
 
-class Judge:
-    """Judges candidates one by one, on images in a fixed order.
+class CandidateEvaluator:
+    """Evaluates candidates one by one, on images in a fixed order.
 
     Args:
         network: What takes the masks.
@@ -91,13 +62,13 @@ class Judge:
         self.dense_log_probabilities = dense_log_probabilities
         self.objective, self.batch_size, self.prefixes = objective, batch_size, prefixes
 
-    def __call__(self, words: np.ndarray, bound: float = math.inf, plan: Plan | None = None) -> Verdict:
-        """Judge the candidate uint64 (n_words,), and stop once its objective is certain to be above `bound`."""
+    def __call__(self, words: np.ndarray, bound: float = math.inf, plan: Plan | None = None) -> Evaluation:
+        """Evaluate the candidate uint64 (n_words,), and stop once its objective is certain to be above `bound`."""
         batch_size = self.batch_size
         while True:
             try:
                 with torch.inference_mode():
-                    return self._judge(words, bound, plan or Plan(), batch_size)
+                    return self._evaluate(words, bound, plan or Plan(), batch_size)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error) or batch_size == 1:
                     raise
@@ -105,7 +76,7 @@ class Judge:
                 batch_size //= 2
                 _LOGGER.warning("memory ran out; judging the candidate again in batches of %d images", batch_size)
 
-    def _judge(self, words: np.ndarray, bound: float, plan: Plan, batch_size: int) -> Verdict:
+    def _evaluate(self, words: np.ndarray, bound: float, plan: Plan, batch_size: int) -> Evaluation:
         network, prefixes, n = self.network, self.prefixes, len(self.images)
         kept = torch.from_numpy(unpack_row(words, network.layout.n_weights)).to(self.images.device)
         cut, source = None, self.images
@@ -126,7 +97,7 @@ class Judge:
                 break
         # Sums over all images in one order, whether or not the rest is 0: nothing else could be compared exactly.
         error = int(wrong.sum()) / n
-        return Verdict(error, divergence_of(float(kl.sum()) / n), seen, seen == n)
+        return Evaluation(error, divergence_of(float(kl.sum()) / n), seen, seen == n)
 
     def _at_least(self, wrong: Tensor, kl: Tensor) -> float:
         """The objective if every image not yet seen is answered as the dense network does."""

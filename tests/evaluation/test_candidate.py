@@ -11,8 +11,8 @@ from evaluators import evaluator
 from hypothesis import given
 from hypothesis import strategies as st
 from paretoprune.devices import out_of_memory
+from paretoprune.evaluation.candidate import CandidateEvaluator, Evaluation
 from paretoprune.evaluation.fused import FusedNetwork
-from paretoprune.evaluation.judging import Judge, Verdict
 from paretoprune.evaluation.metrics import divergence_of, image_losses
 from paretoprune.evaluation.prefixes import PrefixCache
 from paretoprune.masks.packed import PackedMasks
@@ -32,7 +32,9 @@ def placed(images: Tensor) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def judge(objective: str = "error", batch_size: int = 16, kind: str = "residual", repair: str = "none") -> Judge:
+def judge(
+    objective: str = "error", batch_size: int = 16, kind: str = "residual", repair: str = "none"
+) -> CandidateEvaluator:
     network, (images, labels) = trained(kind), digits()
     images = placed(images[1000 : 1000 + N_IMAGES])
     quick = FusedNetwork(
@@ -42,7 +44,7 @@ def judge(objective: str = "error", batch_size: int = 16, kind: str = "residual"
         quick.prepare(torch.ones(quick.layout.n_weights, dtype=torch.bool))
         dense = quick.answer(images).double().log_softmax(1)
     nothing = PrefixCache([], quick.layout, N_IMAGES, 0, torch.float32, 0)
-    return Judge(
+    return CandidateEvaluator(
         quick,
         images,
         labels[1000 : 1000 + N_IMAGES],
@@ -53,22 +55,22 @@ def judge(objective: str = "error", batch_size: int = 16, kind: str = "residual"
     )
 
 
-def score(verdict: Verdict, objective: str) -> float:
-    return verdict.error if objective == "error" else verdict.divergence
+def score(evaluation: Evaluation, objective: str) -> float:
+    return evaluation.error if objective == "error" else evaluation.divergence
 
 
 @pytest.mark.parametrize("objective", ["error", "divergence"])
 @pytest.mark.parametrize("kind", ["residual", "foreign"])
 def test_a_bound_stops_only_what_lies_above_it(kind: str, objective: str) -> None:
-    judging, masks = judge(objective, kind=kind), some_masks(trained(kind)).words
+    evaluate_one, masks = judge(objective, kind=kind), some_masks(trained(kind)).words
     n_stopped = 0
     for words in masks:
-        truth = judging(words)
+        truth = evaluate_one(words)
         assert truth.complete
         assert truth.n_seen == N_IMAGES
         exact = score(truth, objective)
         for bound in (0.0, 0.01, 0.3 * exact, 0.99 * exact, exact, 1.01 * exact, 1.0, math.inf):
-            found = judging(words, bound)
+            found = evaluate_one(words, bound)
             if found.complete:
                 assert found == truth
             else:
@@ -84,28 +86,28 @@ def test_a_bound_stops_only_what_lies_above_it(kind: str, objective: str) -> Non
 
 
 def test_a_candidate_far_above_its_bound_is_stopped_after_one_batch() -> None:
-    judging = judge(batch_size=20)
+    evaluate_one = judge(batch_size=20)
     nothing = np.zeros_like(some_masks(trained("residual")).words[0])
-    assert judging(nothing, 0.05).n_seen == 20
+    assert evaluate_one(nothing, 0.05).n_seen == 20
 
 
 def test_the_last_batch_is_never_looked_at_for_nothing() -> None:
-    # Stopping after all images have been seen saves nothing, and would hide that the verdict is exact.
-    judging = judge(batch_size=N_IMAGES)
-    assert all(judging(words, 0.0).complete for words in some_masks(trained("residual")).words)
+    # Stopping after all images have been seen saves nothing, and would hide that the score is exact.
+    evaluate_one = judge(batch_size=N_IMAGES)
+    assert all(evaluate_one(words, 0.0).complete for words in some_masks(trained("residual")).words)
 
 
-def test_verdicts_count_wrong_answers_and_mean_divergence_over_all_images() -> None:
-    judging, mask = judge(), some_masks(trained("residual"))
-    verdict = judging(mask.words[5])
+def test_evaluations_count_wrong_answers_and_mean_divergence_over_all_images() -> None:
+    evaluate_one, mask = judge(), some_masks(trained("residual"))
+    evaluation = evaluate_one(mask.words[5])
     with torch.inference_mode():
-        judging.network.prepare(torch.from_numpy(mask.unpack(5)))
-        logits = torch.cat([judging.network.answer(batch) for batch in judging.images.split(16)])
-    assert verdict.error == int((logits.argmax(1) != judging.labels).sum()) / N_IMAGES
-    dense = judging.dense_log_probabilities
+        evaluate_one.network.prepare(torch.from_numpy(mask.unpack(5)))
+        logits = torch.cat([evaluate_one.network.answer(batch) for batch in evaluate_one.images.split(16)])
+    assert evaluation.error == int((logits.argmax(1) != evaluate_one.labels).sum()) / N_IMAGES
+    dense = evaluate_one.dense_log_probabilities
     kl = (dense.exp() * (dense - logits.double().log_softmax(1))).sum(1).mean().item()
     # Float64 sums in another order.
-    assert verdict.divergence == pytest.approx(1 - math.exp(-kl), rel=1e-12)
+    assert evaluation.divergence == pytest.approx(1 - math.exp(-kl), rel=1e-12)
 
 
 @pytest.mark.parametrize("objective", ["error", "divergence"])
@@ -128,7 +130,7 @@ def test_the_evaluator_has_the_hardest_images_first(objective: str) -> None:
     evaluate.n_images_seen = 0
     evaluate.bounded(masks, np.array([0.5 * exact]))
     assert evaluate.n_images_seen <= 0.6 * 300
-    given_order = Judge(
+    given_order = CandidateEvaluator(
         evaluate.network,
         placed(images),
         labels,
@@ -164,34 +166,34 @@ def test_where_memory_runs_out_batches_are_halved_with_a_warning(
     error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     words = some_masks(trained("residual")).words[4]
-    judging = judge(batch_size=100)
+    evaluate_one = judge(batch_size=100)
     expected = judge(batch_size=25)(words)
-    scarce = Scarce(judging.network, 30, error)
-    monkeypatch.setattr(judging.network, "answer", scarce)
+    scarce = Scarce(evaluate_one.network, 30, error)
+    monkeypatch.setattr(evaluate_one.network, "answer", scarce)
     with caplog.at_level(logging.WARNING, "paretoprune"):
-        assert judging(words) == expected
+        assert evaluate_one(words) == expected
     told = "memory ran out; judging the candidate again in batches of {} images"
     assert caplog.messages == [told.format(n) for n in (50, 25)]
     assert scarce.sizes == [100, 50] + 8 * [25]
     # The next candidate begins anew, so that all are judged alike wherever there is memory.
-    assert judging.batch_size == 100
+    assert evaluate_one.batch_size == 100
 
 
 def test_memory_that_does_not_suffice_for_one_image_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    judging = judge(batch_size=4)
-    monkeypatch.setattr(judging.network, "answer", Scarce(judging.network, 0, RuntimeError(NO_MEMORY)))
+    evaluate_one = judge(batch_size=4)
+    monkeypatch.setattr(evaluate_one.network, "answer", Scarce(evaluate_one.network, 0, RuntimeError(NO_MEMORY)))
     with pytest.raises(RuntimeError, match="not enough memory"):
-        judging(some_masks(trained("residual")).words[4])
+        evaluate_one(some_masks(trained("residual")).words[4])
 
 
 def test_other_errors_are_nobody_s_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    judging = judge()
-    scarce = Scarce(judging.network, 0, RuntimeError("something else"))
-    monkeypatch.setattr(judging.network, "answer", scarce)
+    evaluate_one = judge()
+    scarce = Scarce(evaluate_one.network, 0, RuntimeError("something else"))
+    monkeypatch.setattr(evaluate_one.network, "answer", scarce)
     with pytest.raises(RuntimeError, match="something else"):
-        judging(some_masks(trained("residual")).words[4])
+        evaluate_one(some_masks(trained("residual")).words[4])
     assert len(scarce.sizes) == 1
-    assert judging.batch_size == 16
+    assert evaluate_one.batch_size == 16
 
 
 def test_lack_of_memory_is_told_from_other_errors() -> None:
