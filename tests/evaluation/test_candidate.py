@@ -126,7 +126,7 @@ def test_the_evaluator_has_the_hardest_images_first(objective: str) -> None:
     assert not torch.equal(ordered_labels, labels)
     # What a bad network gets wrong comes early: under a tight bound it is stopped sooner than in the given order.
     masks = PackedMasks(some_masks(network).words[5:6], evaluate.layout.n_weights)
-    exact = float(evaluate(masks)[0, 0])
+    exact = float(evaluate(masks)[0])
     evaluate.n_images_seen = 0
     evaluate.bounded(masks, np.array([0.5 * exact]))
     assert evaluate.n_images_seen <= 0.6 * 300

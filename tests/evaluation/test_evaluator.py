@@ -55,7 +55,7 @@ def test_the_evaluator_agrees_with_a_naive_loop_over_single_networks(kind: str, 
         kl = (dense.exp() * (dense - logits.log_softmax(1).double())).sum(1).mean()
         # float32 logits of size ten are good to about 1e-6, and 1 - exp(-x) is no steeper than 1.
         assert scores.divergence[i] == pytest.approx(1 - math.exp(-kl), abs=1e-4)
-    assert np.array_equal(evaluate(masks), np.column_stack([scores.error, masks.density]))
+    assert np.array_equal(evaluate(masks), scores.error)
 
 
 @pytest.mark.parametrize("repair", REPAIRS)
@@ -119,9 +119,9 @@ def test_the_full_mask_gets_the_dense_network_s_objectives() -> None:
     assert evaluate.n_classes == 10
 
 
-def test_no_masks_give_no_objectives() -> None:
+def test_no_masks_give_no_losses() -> None:
     evaluate = evaluator(trained("residual"))
-    assert evaluate(PackedMasks.empty(evaluate.layout.n_weights)).shape == (0, 2)
+    assert evaluate(PackedMasks.empty(evaluate.layout.n_weights)).shape == (0,)
 
 
 def test_the_size_of_batches_does_not_change_what_is_found() -> None:
@@ -211,7 +211,7 @@ def test_neither_workers_nor_kept_activations_nor_the_order_change_a_bit(
                 assert evaluate.prefixes.hits > 10
             # One candidate is judged in this process, none at all in no process.
             assert np.array_equal(evaluate(masks.select([6])), expected[[6]])
-            assert evaluate(masks.select([])).shape == (0, 2)
+            assert evaluate(masks.select([])).shape == (0,)
     assert multiprocessing.active_children() == []
 
 
@@ -227,17 +227,16 @@ def test_under_bounds_complete_candidates_get_the_same_and_others_a_lower_bound(
     settings: list[dict[str, Any]] = [{}, {"workers": 2, "prefix_cache_mb": 6}]
     for options in settings:
         with evaluator(network, objective=objective, batch_size=32, **options) as evaluate:
-            for bounds in (exact[:, 0], 0.5 * exact[:, 0], rng.random(len(masks))):
+            for bounds in (exact, 0.5 * exact, rng.random(len(masks))):
                 found, complete = evaluate.bounded(masks, bounds)
                 assert complete.dtype == bool
                 assert np.array_equal(found[complete], exact[complete])
-                assert np.array_equal(found[:, 1], exact[:, 1])
-                assert np.all(found[~complete, 0] > bounds[~complete])
+                assert np.all(found[~complete] > bounds[~complete])
                 # Sums of fewer terms may round otherwise in the last of sixteen places.
-                assert np.all(found[~complete, 0] <= exact[~complete, 0] + 1e-12)
-                assert np.all(complete[bounds >= exact[:, 0]])
+                assert np.all(found[~complete] <= exact[~complete] + 1e-12)
+                assert np.all(complete[bounds >= exact])
             assert np.array_equal(evaluate(masks), exact)
-            assert not evaluate.bounded(masks, 0.5 * exact[:, 0])[1].all()
+            assert not evaluate.bounded(masks, 0.5 * exact)[1].all()
 
 
 def test_a_bound_saves_looking_at_images() -> None:
@@ -297,7 +296,7 @@ def test_a_worker_that_is_killed_changes_nothing(caplog: pytest.LogCaptureFixtur
     assert "a worker died (signal SIGKILL)" in caplog.text
 
 
-def test_candidates_that_answer_nan_get_the_worst_objectives() -> None:
+def test_candidates_that_answer_nan_get_the_worst_loss() -> None:
     network = made(architectures.Plain)
     layout = WeightUnits.of(network)
 
@@ -320,8 +319,8 @@ def test_candidates_that_answer_nan_get_the_worst_objectives() -> None:
             evaluate = evaluator(Fragile(), "none", objective=objective, batch_size=batch_size)
             assert evaluate.is_fused
             found, complete = evaluate.bounded(PackedMasks.pack(masks), np.full(2, math.inf))
-            assert found[0, 0] < 1
-            assert found[1, 0] == 1
+            assert found[0] < 1
+            assert found[1] == 1
             assert complete.all()
 
 
