@@ -9,7 +9,7 @@ FILES := $(wildcard $(shell git ls-files --cached --others --exclude-standard 2>
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo figures bench rooms modules test quick lint format lock clean
+.PHONY: help demo figures bench rooms modules schema test quick lint format lock clean
 
 help:
 	@echo "make demo     run the whole chain on handwritten digits (config.yaml)"
@@ -19,6 +19,7 @@ help:
 	@echo "make quick    the tests of masks, search and configuration, which take no networks"
 	@echo "make rooms    draw the packages and their imports, into docs/rooms.svg"
 	@echo "make modules  list the modules behind each step again, into tests/workflow/modules_of_steps.yaml"
+	@echo "make schema   write the schema of the configuration and docs/configuration.md from the settings"
 	@echo "make format   format the code"
 	@echo "make lock     resolve the dependencies of pyproject.toml again"
 	@echo "make clean    remove .venv and caches, never results"
@@ -43,6 +44,10 @@ rooms: .venv/dev.stamp
 modules: .venv/dev.stamp
 	PYTHONPATH=workflow/scripts $(BIN)/python tests/list_modules.py
 	@echo "The list is tests/workflow/modules_of_steps.yaml"
+
+schema: .venv/run.stamp
+	PYTHONPATH=workflow/scripts $(BIN)/python -m paretoprune.workflow.schema
+	@echo "The schema is workflow/schemas/config.schema.yaml, the table docs/configuration.md"
 
 # Runs again only when a file of the project has changed since everything passed; .venv/bin/pytest always runs.
 test: .venv/test.stamp

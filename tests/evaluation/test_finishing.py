@@ -239,7 +239,7 @@ def test_of_a_finished_network_and_one_with_weights_chosen_anew_the_better_stays
     assert np.array_equal(layout.n_kept(found), layout.n_kept(masks))
 
 
-@pytest.mark.parametrize("changed", [{"repair": "batchnorm"}, {"repair": "reconstruct", "refine": False}])
+@pytest.mark.parametrize("changed", [{"repair": "batchnorm"}, {"repair": "reconstruct", "sequential_refit": False}])
 def test_nothing_is_chosen_anew_where_networks_are_not_refined(changed: dict[str, Any]) -> None:
     network = trained("residual")
     masks = some_masks(network)

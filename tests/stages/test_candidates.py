@@ -16,7 +16,7 @@ from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.architectures import Architecture
 from paretoprune.settings import Compute, Judging, Searching
-from paretoprune.stages.candidates import candidate_evaluator, make_problem
+from paretoprune.stages.candidates import Setup
 
 NETWORK = Architecture("resnet8", 3, 1, {"base_width": 2}).build(0).eval()
 UNITS = WeightUnits.of(NETWORK, ["conv1.weight"])
@@ -24,7 +24,7 @@ SETTINGS: dict[str, Any] = {
     "repair": "none",
     "repair_images": 3,
     "damping": 0.02,
-    "refine": False,
+    "sequential_refit": False,
     "objective": "divergence",
     "precision": "float32",
     "batch_size": 4,
@@ -46,7 +46,7 @@ def task(n_calibration: int = 20) -> Task:
 
 def make_evaluator(n_calibration: int = 20, workers: int = 1, **changed: Any) -> PopulationEvaluator:
     settings = SETTINGS | changed | {"workers": workers}
-    return candidate_evaluator(task(n_calibration), Searching.of(settings), Compute.of(settings))
+    return Setup(task(n_calibration), Searching.of(settings), Compute.of(settings)).evaluator()
 
 
 def some_masks() -> PackedMasks:
@@ -64,7 +64,7 @@ def test_an_evaluator_follows_the_settings() -> None:
 def test_an_evaluator_repairs_by_the_settings() -> None:
     """Each one decides what comes out, and what comes out is what the evaluator makes of it by itself."""
     found = []
-    for changed in ({}, {"repair_images": 20}, {"damping": 1.0}, {"refine": True}):
+    for changed in ({}, {"repair_images": 20}, {"damping": 1.0}, {"sequential_refit": True}):
         chosen = SETTINGS | {"repair": "reconstruct"} | changed
         evaluate = make_evaluator(**chosen)
         settings = Judging.of(chosen), Compute.of(chosen)
@@ -100,9 +100,11 @@ def test_repair_is_done_on_the_calibration_images() -> None:
 
 
 def test_a_problem_has_the_costs_of_the_settings() -> None:
-    problem = make_problem(task(), make_evaluator(), Searching.of(SETTINGS | {"costs": ["macs", "bytes"]}))
+    setup = Setup(task(), Searching.of(SETTINGS | {"costs": ["macs", "bytes"]}), Compute())
+    problem = setup.problem(make_evaluator())
     assert problem.objectives == ("error", "macs", "bytes")
     costs = problem.costs_of(some_masks())
     assert costs.shape == (3, 2)
     assert np.all((costs > 0.1) & (costs < 0.95))
-    assert make_problem(task(), make_evaluator(), Searching.of(SETTINGS)).objectives == ("error", "density")
+    plain = Setup(task(), Searching.of(SETTINGS), Compute())
+    assert plain.problem(make_evaluator()).objectives == ("error", "density")

@@ -26,7 +26,7 @@ from paretoprune.search.recorder import SearchResult, read_history
 from paretoprune.search.sweep import sweep_allocation
 from paretoprune.search.thresholds import search_thresholds
 from paretoprune.settings import Compute, Judging, Phase1, Phase2, Publishing, Searching
-from paretoprune.stages.candidates import candidate_evaluator, make_problem
+from paretoprune.stages.candidates import Setup
 from paretoprune.stages.publish import publish
 from paretoprune.workflow.search_inputs import read_task, write_published
 from small_networks import digits
@@ -40,7 +40,7 @@ SETTINGS: dict[str, Any] = {
     "candidate_images": None,
     "repair_images": 12,
     "damping": 0.02,
-    "refine": True,
+    "sequential_refit": True,
     "empty_layers": "allow",
     "objective": "divergence",
     "precision": "bfloat16",
@@ -68,10 +68,15 @@ def inputs(tmp_path: Path) -> dict[str, str]:
     return {key: str(tmp_path / name) for key, name in names.items()}
 
 
-def make_search_evaluator(inputs: dict[str, str], **changed: Any) -> PopulationEvaluator:
+def make_setup(inputs: dict[str, str], **changed: Any) -> Setup:
     """As a step that searches makes it."""
     settings = SETTINGS | changed
-    return candidate_evaluator(read_task(inputs), Searching.of(settings), Compute.of(settings))
+    return Setup(read_task(inputs), Searching.of(settings), Compute.of(settings))
+
+
+def make_search_evaluator(inputs: dict[str, str], **changed: Any) -> PopulationEvaluator:
+    """As a step that searches makes it."""
+    return make_setup(inputs, **changed).evaluator()
 
 
 def by_hand(
@@ -157,11 +162,9 @@ def published(
     inputs: dict[str, str], folder: Path, found: SearchResult, **changed: Any
 ) -> tuple[Front, list[dict[str, Tensor]]]:
     """The front and the networks that a step publishes."""
-    settings = SETTINGS | changed
-    compute = Compute.of(settings)
     outputs = {"masks": "masks.npz", "networks": "networks.safetensors", "history": "history.csv"}
     outputs = {key: str(folder / "out" / name) for key, name in outputs.items()}
-    front = publish(found.front, read_task(inputs), Searching.of(settings), Publishing.of(settings), compute)
+    front = publish(found.front, make_setup(inputs, **changed), Publishing.of(SETTINGS | changed))
     write_published(front, found.history, outputs)
     assert read_history(outputs["history"]) == found.history
     return Front.load(outputs["masks"]), load_networks(outputs["networks"])
@@ -181,7 +184,7 @@ def a_search(masks: PackedMasks) -> SearchResult:
         {"repair": "none"},
         {"repair": "batchnorm", "search_repair": "none"},
         {"repair": "reconstruct"},
-        {"repair": "reconstruct", "refine": False, "search_repair": "batchnorm"},
+        {"repair": "reconstruct", "sequential_refit": False, "search_repair": "batchnorm"},
     ],
 )
 def test_a_front_is_thinned_and_then_its_networks_are_finished_and_measured(
@@ -192,12 +195,13 @@ def test_a_front_is_thinned_and_then_its_networks_are_finished_and_measured(
     front, states = published(inputs, tmp_path, found, precision=precision, front_size=5, **changed)
     # By hand: five members are chosen by what the search says of them, and only then is anything built.
     thinned = found.front.thinned(5)
-    made: dict[str, Any] = {"repair": "batchnorm", "refine": True} | {
+    made: dict[str, Any] = {"repair": "batchnorm", "sequential_refit": True} | {
         k: v for k, v in changed.items() if k != "search_repair"
     }
     _, exact = by_hand(inputs, "float32", **made)
     tried = [(mask, exact.build(mask)) for mask in map(thinned.masks.unpack, range(5))]
-    anew = exact.reselect(thinned.masks) if made["repair"] == "reconstruct" and made["refine"] else thinned.masks
+    refits = made["repair"] == "reconstruct" and made["sequential_refit"]
+    anew = exact.reselect(thinned.masks) if refits else thinned.masks
     tried = [
         min(pair, (mask, exact.build(mask)), key=lambda p: exact.measure(p[1])[1])
         for pair, mask in zip(tried, map(anew.unpack, range(5)), strict=True)
@@ -268,13 +272,14 @@ def test_publishing_does_not_depend_on_the_number_of_processes(inputs: dict[str,
 def test_masks_with_an_empty_layer_may_be_published_unless_they_are_forbidden(inputs: dict[str, str]) -> None:
     task, evaluate = read_task(inputs), make_search_evaluator(inputs)
     units = task.units
+    allowing, forbidding = (Setup(task, Searching(empty_layers=choice), Compute()) for choice in ("allow", "forbid"))
     rows = np.ones((4, units.n_units), dtype=bool)
     rows[1, units.offsets[2] : units.offsets[3]] = False
     rows[2, units.offsets[2] : units.offsets[3] - 1] = False  # one weight is left
     rows[3] = False
     masks = PackedMasks.pack(rows)
-    assert make_problem(task, evaluate, Searching(empty_layers="allow")).is_feasible is None
-    is_feasible = make_problem(task, evaluate, Searching(empty_layers="forbid")).is_feasible
+    assert allowing.problem(evaluate).is_feasible is None
+    is_feasible = forbidding.problem(evaluate).is_feasible
     assert is_feasible is not None
     assert is_feasible(masks).tolist() == [True, False, True, False]
     assert is_feasible(masks.select(np.array([], dtype=np.int64))).shape == (0,)
@@ -287,10 +292,11 @@ def test_no_published_mask_has_an_empty_layer_where_that_is_forbidden(
     """The sparsest masks that are tried keep nothing of the smallest layers."""
 
     def found(empty_layers: str) -> Front:
-        task, settings = read_task(inputs), {"empty_layers": empty_layers, "repair": "none"}
-        units = task.units
+        settings = {"empty_layers": empty_layers, "repair": "none"}
+        setup = make_setup(inputs, **settings)
+        units = setup.task.units
         random, effort = np.random.default_rng(0).random(units.n_units), Effort(40, 10, 0)
-        problem = make_problem(task, make_search_evaluator(inputs, **settings), Searching.of(SETTINGS | settings))
+        problem = setup.problem(setup.evaluator())
         counts = [np.floor(density * units.sizes).astype(int) for density in (0.001, 0.01, 0.1, 0.5)]
         if search == "sweep":
             judged = sweep_allocation(problem, random, counts)

@@ -4,33 +4,22 @@ import copy
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import FrozenInstanceError, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from paretoprune.networks.costs import COSTS
+from paretoprune.repair.registry import REPAIR_REFITS
 from paretoprune.search import sparse_ea as sparse
 from paretoprune.search.algorithms import ALGORITHMS
-from paretoprune.settings import (
-    SPARSE_ALGORITHMS,
-    Anchors,
-    Budget,
-    Densities,
-    Flat,
-    Phase1,
-    Phase2,
-    Publishing,
-    Searching,
-    Settings,
-)
+from paretoprune.settings import SPARSE_ALGORITHMS, ComparedMethod
 from paretoprune.workflow import configuration
-from paretoprune.workflow.configuration import ConfigurationError, check_configuration, merge, method_settings
+from paretoprune.workflow.configuration import ConfigurationError, check_configuration, merge, method_of, with_new_names
+from paretoprune.workflow.schema import configuration_schema
 
 ROOT = Path(__file__).parents[2]
-SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text(encoding="utf-8"))
+SCHEMA = configuration_schema()
 DEFAULT = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
 EXPERIMENTS = sorted([*(ROOT / "experiments").glob("*.yaml"), ROOT / "tests" / "tiny.yaml"])
 
@@ -45,6 +34,11 @@ def problems(override: Mapping[str, Any], base: Mapping[str, Any] = DEFAULT) -> 
         assert all(line.startswith("  - ") for line in lines)
         return [line.removeprefix("  - ") for line in lines]
     return []
+
+
+def of_method(name: str = "two_phase_nsga2", **change: Any) -> ComparedMethod:
+    """A method of the default configuration with some settings changed."""
+    return method_of(merge(DEFAULT, {"method_settings": {name: change}}), name)
 
 
 def only_problem(override: Mapping[str, Any], base: Mapping[str, Any] = DEFAULT) -> str:
@@ -179,7 +173,16 @@ def test_keys_that_are_no_text_are_named_as_well() -> None:
         ({"search": {"repair_images": 0}}, "search.repair_images", "0"),
         ({"search": {"damping": 0}}, "search.damping", "0"),
         ({"search": {"damping": 1.5}}, "search.damping", "1.5"),
-        ({"search": {"refine": 1}}, "search.refine", "1"),
+        ({"search": {"sequential_refit": 1}}, "search.sequential_refit", "1"),
+        ({"search": {"objectives": ["loss", "density"]}}, "search.objectives.0", "'loss'"),
+        ({"search": {"objectives": ["error", "watts"]}}, "search.objectives.1", "'watts'"),
+        ({"search": {"objectives": ["error", "divergence"]}}, "search.objectives.1", "'divergence'"),
+        ({"search": {"objectives": ["density", "macs"]}}, "search.objectives.0", "'density'"),
+        ({"search": {"objectives": ["error"]}}, "search.objectives", "['error']"),
+        ({"search": {"objectives": ["error", "macs", "macs"]}}, "search.objectives", "['error', 'macs', 'macs']"),
+        ({"search": {"objectives": ["error", "macs", "bytes", "density"]}}, "search.objectives", "'bytes'"),
+        ({"search": {"objectives": "error"}}, "search.objectives", "'error'"),
+        ({"search": {"densities": {"size": 1}}}, "search.densities.size", "1"),
         ({"search": {"empty_layers": "never"}}, "search.empty_layers", "'never'"),
         ({"search": {"front_size": 1}}, "search.front_size", "1"),
         ({"search": {"sparsities": [0.5, 90]}}, "search.sparsities.1", "90"),
@@ -363,16 +366,16 @@ def test_the_configuration_counts_groups_as_the_search_does(evaluations: int, sh
 
 def test_only_the_flat_search_knows_sparse_algorithms() -> None:
     assert "'mskea' is not one of" in only_problem({"search": {"phase2": {"algorithm": "mskea"}}})
-    flat = SCHEMA["$defs"]["search"]["flat"]["properties"]["algorithm"]["enum"]
+    flat = SCHEMA["properties"]["search"]["properties"]["flat"]["properties"]["algorithm"]["enum"]
     assert flat == [*ALGORITHMS, *SPARSE_ALGORITHMS]
-    assert SCHEMA["$defs"]["algorithm"]["enum"] == list(ALGORITHMS)
 
 
-def test_the_share_for_scores_is_passed_to_algorithms_that_have_scores_only() -> None:
+def test_algorithms_that_have_no_scores_do_not_depend_on_the_share_for_them() -> None:
     for name, has in (("flat_nsga2", False), ("sparse_ea", True), ("mskea", True)):
-        settings = configuration.flat_settings(method_settings(DEFAULT, name))
-        assert ("score_share" in settings) is has
-        assert settings["algorithm"] == ("nsga2" if name == "flat_nsga2" else name)
+        step = of_method(name, flat={"score_share": 0.123}).flat_step
+        assert (step.flat.score_share == 0.123) is has
+        assert (step == of_method(name).flat_step) is not has
+        assert step.flat.algorithm == ("nsga2" if name == "flat_nsga2" else name)
 
 
 def test_phase_1_must_get_enough_for_its_starts_and_a_population() -> None:
@@ -453,19 +456,22 @@ def test_other_kinds_of_methods_take_no_notice_of_what_two_phases_need() -> None
     assert problems(merge(merge(common, flat), bare)) == []
 
 
-def test_repairs_of_a_method_are_those_of_its_search_and_of_its_networks() -> None:
-    for settings, expected in (
-        ({"repair": "batchnorm", "search_repair": None}, {"batchnorm"}),
-        ({"repair": "batchnorm", "search_repair": "batchnorm"}, {"batchnorm"}),
-        ({"repair": "reconstruct", "search_repair": "none"}, {"reconstruct", "none"}),
+def test_a_method_re_fits_where_its_search_or_its_networks_are() -> None:
+    for settings, expected, in_search in (
+        ({"repair": "batchnorm", "search_repair": None}, False, False),
+        ({"repair": "batchnorm", "search_repair": "batchnorm"}, False, False),
+        ({"repair": "reconstruct", "search_repair": None}, True, True),
+        ({"repair": "reconstruct", "search_repair": "none"}, True, False),
+        ({"repair": "none", "search_repair": "reconstruct"}, True, True),
     ):
-        assert configuration.repairs_of(settings) == expected
+        method = of_method(**settings)
+        assert (configuration.refits(method), REPAIR_REFITS[method.repair_in_search]) == (expected, in_search)
 
 
 def test_a_guide_by_re_fits_is_no_score() -> None:
-    settings = merge(method_settings(DEFAULT, "two_phase_nsga2"), {"phase2": {"guides": ["elimination", "refit"]}})
-    assert configuration.score_guides(settings) == ["elimination"]
-    assert configuration.phase2_settings(settings)["guides"] == ["elimination", "refit"]
+    found = of_method(phase2={"guides": ["elimination", "refit"]}).corridor_step.phase2
+    assert (found.scores, found.follows_refits) == (["elimination"], True)
+    assert of_method().corridor_step.phase2.follows_refits is False
 
 
 # Seeds
@@ -548,7 +554,7 @@ def test_methods_that_share_phase_1_must_agree_on_it(difference: dict[str, Any])
         {"phase2": {"adaptive": False}},
         {"phase2": {"algorithm": "moead", "guides": ["lamp"], "softness": 0.1}},
         {"front_size": None},
-        {"ladder": {"size": 3}},
+        {"densities": {"size": 3}},
     ],
 )
 def test_methods_that_share_phase_1_may_differ_in_what_follows(difference: dict[str, Any]) -> None:
@@ -556,8 +562,47 @@ def test_methods_that_share_phase_1_may_differ_in_what_follows(difference: dict[
 
 
 def test_a_method_may_not_minimise_something_else_than_the_others() -> None:
-    problem = only_problem(method("other", kind="flat", objective="divergence"))
-    assert "hypervolumes on different objectives cannot be compared; set search.objective" in problem
+    for settings in ({"objective": "divergence"}, {"objectives": ["divergence", "density"]}):
+        problem = only_problem(method("other", kind="flat", **settings))
+        assert "hypervolumes on different objectives cannot be compared; set search.objectives" in problem
+
+
+# Old names
+
+
+def test_old_names_of_settings_go_on_working_and_go_before_what_they_are_laid_over() -> None:
+    old = {
+        "search": {"refine": False, "objective": "error", "ladder": {"size": 7}},
+        "method_settings": {"lamp": {"ladder": {"lowest": 0.1}, "refine": True}},
+    }
+    given = merge(DEFAULT, old)
+    before = copy.deepcopy(given)
+    config = with_new_names(given)
+    assert given == before
+    assert config == merge(
+        DEFAULT,
+        {
+            "search": {"sequential_refit": False, "objectives": ["error", "density"], "densities": {"size": 7}},
+            "method_settings": {"lamp": {"densities": {"lowest": 0.1}, "sequential_refit": True}},
+        },
+    )
+    assert problems(old) == []
+    assert with_new_names(config) == config
+
+
+def test_values_under_old_names_are_checked_as_those_under_new_ones() -> None:
+    assert only_problem({"search": {"refine": 1}}).startswith("search.sequential_refit: 1 is not of type 'boolean'")
+    assert only_problem({"search": {"objective": "loss"}}).startswith("search.objectives.0: 'loss'")
+    assert "densities.lowest must be smaller" in problems({"search": {"ladder": {"lowest": 0.95}}})[0]
+    assert only_problem({"search": {"ladder": 3}}).startswith("search.densities: 3 is not of type 'object'")
+
+
+@pytest.mark.parametrize("broken", [{"search": None}, {"method_settings": [1]}, {"method_settings": {"lamp": "x"}}])
+def test_a_configuration_of_the_wrong_shape_keeps_it_for_the_check(broken: dict[str, Any]) -> None:
+    assert with_new_names(broken) == broken
+    (part,) = broken
+    assert all(line.startswith(part) for line in problems(broken))
+    assert problems(broken)
 
 
 # Files
@@ -680,11 +725,16 @@ def test_checking_leaves_the_configuration_as_it_was() -> None:
 
 
 def test_a_methods_own_settings_go_before_the_common_ones() -> None:
-    settings = method_settings(DEFAULT, "two_phase_moead")
-    assert settings["phase2"] == {**DEFAULT["search"]["phase2"], "algorithm": "moead"}
-    assert settings["population"] == DEFAULT["search"]["population"]
-    assert not {"kind", "phase1_from"} & settings.keys()
-    assert method_settings(DEFAULT, "lamp")["importance"] == "lamp"
+    method = method_of(DEFAULT, "two_phase_moead")
+    assert method.phase2.plain() == {**DEFAULT["search"]["phase2"], "algorithm": "moead"}
+    assert method.population == DEFAULT["search"]["population"]
+    assert (method.kind, method.phase1_from) == ("two_phase", "two_phase_nsga2")
+    assert method_of(DEFAULT, "lamp").importance == "lamp"
+
+
+def test_scores_of_phase_1_are_those_of_its_thresholds_and_of_its_starts() -> None:
+    method = of_method(importance="fisher", phase1={"starts": ["lamp", "uniform", "elimination"]})
+    assert configuration.phase1_scores(method) == ["fisher", "lamp", "magnitude", "elimination"]
 
 
 def test_methods_are_found_by_kind_and_by_their_source_of_phase_1() -> None:
@@ -697,21 +747,18 @@ def test_methods_are_found_by_kind_and_by_their_source_of_phase_1() -> None:
 @pytest.mark.parametrize("evaluations", [600, 601, 155])
 @pytest.mark.parametrize("share", [0.3, 0.5, 1, 1.0])
 def test_both_phases_share_the_evaluations_without_a_remainder(evaluations: int, share: float) -> None:
-    settings = merge(
-        method_settings(DEFAULT, "two_phase_nsga2"), {"evaluations": evaluations, "phase1": {"share": share}}
-    )
-    first = configuration.phase1_settings(settings)["evaluations"]
+    method = of_method(evaluations=evaluations, phase1={"share": share})
+    first = method.threshold_step.evaluations
     assert first == round(share * evaluations)
-    found = configuration.phase2_settings(settings)
-    second = Budget(found["evaluations"], found["share"]).phase2(first)
-    assert first + second == evaluations == configuration.flat_settings(settings)["evaluations"]
+    second = method.corridor_step.budget.phase2(spent=first)
+    assert first + second == evaluations == method.flat_step.evaluations
 
 
 @pytest.mark.parametrize(
     ("change", "affected"),
     [
-        ({"anchors": {"heavy_tolerance": 0.5}}, set()),
-        ({"anchors": {"corridors": 0}}, {"phase2"}),
+        ({"anchors": {"heavy_tolerance": 0.5}}, {"anchors"}),
+        ({"anchors": {"corridors": 0}}, {"anchors", "phase2"}),
         ({"phase1": {"share": 1}}, {"phase1", "phase2"}),
         ({"phase1": {"rungs": 24}}, {"phase1"}),
         ({"phase1": {"level_switches": 0.5}}, {"phase1"}),
@@ -722,10 +769,12 @@ def test_both_phases_share_the_evaluations_without_a_remainder(evaluations: int,
         ({"candidate_images": 100}, {"phase1", "phase2", "flat", "allocation"}),
         ({"repair_images": 100}, {"phase1", "phase2", "flat", "allocation"}),
         ({"damping": 0.1}, {"phase1", "phase2", "flat", "allocation"}),
-        ({"refine": False}, {"phase1", "phase2", "flat", "allocation"}),
-        ({"costs": ["macs"]}, {"phase1", "phase2", "flat", "allocation"}),
+        ({"sequential_refit": False}, {"phase1", "phase2", "flat", "allocation"}),
         ({"empty_layers": "forbid"}, {"phase1", "phase2", "flat", "allocation"}),
-        ({"ladder": {"size": 3}}, {"allocation"}),
+        ({"densities": {"size": 3}}, {"allocation"}),
+        ({"importance": "lamp"}, {"phase1", "allocation"}),
+        ({"objectives": ["error", "density"]}, {"phase1", "anchors", "phase2", "flat", "allocation"}),
+        ({"objectives": ["auto", "macs"]}, {"phase1", "phase2", "flat", "allocation"}),
         ({"phase1": {"start_densities": [0.5]}}, {"phase1"}),
         ({"phase2": {"softness": 0.1}}, {"phase2"}),
         ({"phase2": {"guides": ["lamp"]}}, {"phase2"}),
@@ -741,16 +790,29 @@ def test_both_phases_share_the_evaluations_without_a_remainder(evaluations: int,
 )
 def test_a_stage_depends_on_its_own_settings_alone(change: dict[str, Any], affected: set[str]) -> None:
     """Snakemake reruns a step whose parameters change, and only that."""
-    parts = {
-        "phase1": configuration.phase1_settings,
-        "phase2": configuration.phase2_settings,
-        "flat": configuration.flat_settings,
-        "allocation": configuration.allocation_settings,
-    }
-    settings = merge(method_settings(DEFAULT, "two_phase_nsga2"), {"allocation": "uniform"})
-    before, changed = copy.deepcopy(settings), merge(settings, change)
-    assert {name for name, part in parts.items() if part(settings) != part(changed)} == affected
-    assert settings == before
+    common = merge(DEFAULT, {"method_settings": {"two_phase_nsga2": {"allocation": "uniform"}}})
+
+    def steps(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        method = method_of(config, "two_phase_nsga2")
+        return {
+            "phase1": method.threshold_step.plain(),
+            "anchors": method.anchor_step.plain(),
+            "phase2": method.corridor_step.plain(),
+            "flat": method.flat_step.plain(),
+            "allocation": method.allocation_step.plain(),
+        }
+
+    before, after = steps(common), steps(merge(common, {"search": change}))
+    assert {name for name in before if before[name] != after[name]} == affected
+
+
+def test_wanted_sparsities_matter_to_phase_1_where_members_are_chosen_anew_only() -> None:
+    for n_reselected, matter in ((0, False), (4, True)):
+        one, other = (
+            of_method(phase1={"n_reselected": n_reselected}, sparsities=sparsities).threshold_step
+            for sparsities in ([0.5], [0.9])
+        )
+        assert (one != other) is matter
 
 
 @pytest.mark.parametrize(
@@ -765,64 +827,14 @@ def test_a_stage_depends_on_its_own_settings_alone(change: dict[str, Any], affec
 def test_auto_means_divergence_where_a_checkpoint_may_have_seen_the_search_images(
     network: dict[str, Any], memorised: bool
 ) -> None:
-    config = {"networks": {"net": network}, "search": {"objective": "auto"}}
+    config = merge(DEFAULT, {"networks": {"net": network}})
     assert configuration.search_is_memorised(config, "net") is memorised
-    assert configuration.objective(config, "net") == ("divergence" if memorised else "error")
-    assert configuration.objective(config | {"search": {"objective": "error"}}, "net") == "error"
-    assert configuration.objective(config | {"search": {"objective": "divergence"}}, "net") == "divergence"
-
-
-# One place for defaults
-
-
-@pytest.mark.parametrize(
-    ("kind", "section"),
-    [
-        (Searching, ()),
-        (Publishing, ()),
-        (Phase1, ("phase1",)),
-        (Anchors, ("anchors",)),
-        (Phase2, ("phase2",)),
-        (Flat, ("flat",)),
-        (Densities, ("ladder",)),
-    ],
-)
-def test_config_yaml_and_schema_say_what_the_settings_say(kind: type[Settings], section: tuple[str, ...]) -> None:
-    values, schema = DEFAULT["search"], SCHEMA["$defs"]["search"]
-    for name in section:
-        values, schema = values[name], schema[name]["properties"]
-    own = kind().plain()
-    for one in fields(kind):
-        # Resolved by the configuration: `auto` depends on the network.
-        expected = "auto" if one.name == "objective" else own[one.name]
-        assert values[one.name] == expected, one.name
-        said = schema[one.name]
-        assert said.get("description") or "$ref" in said, one.name
-        for rule in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minItems", "maxItems"):
-            if "$ref" not in said and "oneOf" not in said:
-                assert said.get(rule) == one.metadata["rule"].get(rule), (one.name, rule)
-
-
-def test_settings_read_back_what_they_wrote_and_refuse_to_be_changed() -> None:
-    settings = Phase1.of(DEFAULT["search"]["phase1"] | {"rungs": 24, "unknown": 1})
-    assert settings == replace(Phase1(), rungs=24)
-    assert Phase1.of(settings.plain()) == settings
-    with pytest.raises(FrozenInstanceError):
-        settings.rungs = 3  # type: ignore[misc]
-
-
-@pytest.mark.parametrize("total", [10, 11, 601])
-@pytest.mark.parametrize("share", [0.3, 0.5, 1.0])
-def test_what_phase_1_leaves_goes_to_phase_2_if_there_is_one(total: int, share: float) -> None:
-    budget = Budget(total, share)
-    assert budget.phase1 == round(total * share)
-    for spent in (budget.phase1, budget.phase1 - 3):
-        assert budget.phase2(spent) == (0 if share == 1 else total - spent)
-
-
-def test_costs_are_those_that_networks_have_and_hold_for_all_methods() -> None:
-    assert SCHEMA["$defs"]["search"]["costs"]["items"]["enum"] == list(COSTS)
-    assert problems({"search": {"costs": ["macs", "bytes"]}}) == []
-    assert "'watts' is not one of" in only_problem({"search": {"costs": ["watts"]}})
-    found = only_problem({"method_settings": {"lamp": {"costs": ["macs"]}}})
-    assert found.endswith("hypervolumes on different costs cannot be compared; set search.costs")
+    expected = "divergence" if memorised else "error"
+    assert configuration.loss_of(config, "net") == expected
+    assert method_of(config, "lamp", "net").objectives == (expected, "density")
+    assert method_of(config, "lamp").objectives == ("auto", "density")
+    for loss in ("error", "divergence"):
+        named = merge(config, {"search": {"objectives": [loss, "macs", "bytes"]}})
+        assert configuration.loss_of(named, "net") == loss
+        assert configuration.costs_of(named) == ["macs", "bytes"]
+        assert method_of(named, "lamp", "net").objectives == (loss, "macs", "bytes")

@@ -23,7 +23,7 @@ SETTINGS: dict[str, Any] = {
     "repair": "none",
     "repair_images": 3,
     "damping": 0.02,
-    "refine": False,
+    "sequential_refit": False,
     "objective": "divergence",
     "precision": "float32",
     "batch_size": 4,

@@ -23,7 +23,7 @@ rule search_flat:
         runtime=1440,
         gpu=lookup("gpus_per_job", within=config),
     params:
-        settings=lambda wildcards: configuration.flat_settings(settings_of(wildcards)),
+        settings=step_of("flat_step"),
     script:
         "../scripts/search_flat.py"
 
@@ -34,7 +34,7 @@ rule sweep_allocation:
         splits=SPLITS,
         network=DENSE,
         statistics=statistics_of_method,
-        scores=score_files(lambda settings: [settings["importance"]]),
+        scores=score_files(lambda settings: [settings.importance]),
         code=code("sweep_allocation"),
     output:
         masks=f"{METHOD}/masks.npz",
@@ -54,8 +54,6 @@ rule sweep_allocation:
         runtime=240,
         gpu=lookup("gpus_per_job", within=config),
     params:
-        settings=lambda wildcards: configuration.allocation_settings(
-            settings_of(wildcards)
-        ),
+        settings=step_of("allocation_step"),
     script:
         "../scripts/sweep_allocation.py"

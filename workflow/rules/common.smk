@@ -3,20 +3,23 @@
 import sys
 from pathlib import Path
 
-import yaml
-
 ROOT = Path(workflow.basedir)
 SCRIPTS = ROOT / "workflow" / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+from paretoprune.importance.registry import SCORE_NEEDS
 from paretoprune.workflow import configuration
 from paretoprune.workflow.reruns import import_closure
+from paretoprune.workflow.schema import configuration_schema
 
-schema = ROOT / "workflow" / "schemas" / "config.schema.yaml"
 try:
-    configuration.check_configuration(config, yaml.safe_load(schema.read_text()))
+    configuration.check_configuration(config, configuration_schema())
 except configuration.ConfigurationError as error:
     raise WorkflowError(str(error)) from None
+# In place: Snakemake and all rules hold this one dictionary.
+renamed = configuration.with_new_names(config)
+config.clear()
+config.update(renamed)
 
 RESULTS = config["results_directory"]
 IMAGES = f"{RESULTS}/{{dataset}}/data/images.safetensors"
@@ -49,10 +52,13 @@ def any_of(names):
 
 
 def settings_of(wildcards):
-    """The settings of a method, with the objective that its network calls for."""
-    settings = configuration.method_settings(config, wildcards.method)
-    settings["objective"] = configuration.objective(config, wildcards.network)
-    return settings
+    """The settings of a method, with the loss that its network calls for."""
+    return configuration.method_of(config, wildcards.method, wildcards.network)
+
+
+def step_of(name):
+    """A parameter function for the settings that a step depends on, a property of `settings.ComparedMethod`."""
+    return lambda wildcards: getattr(settings_of(wildcards), name).plain()
 
 
 def score_files(names):
@@ -65,14 +71,14 @@ def score_files(names):
 
 def statistics_of_method(wildcards):
     """The layer statistics, for a method that re-fits weights."""
-    refits = "reconstruct" in configuration.repairs_of(settings_of(wildcards))
+    refits = configuration.refits(settings_of(wildcards))
     return [STATISTICS.format(**wildcards)] if refits else []
 
 
 def statistics_of_score(wildcards):
     """The layer statistics, for a score that follows from them."""
-    follows = wildcards.score in ("curvature", "elimination")
-    return [STATISTICS.format(**wildcards)] if follows else []
+    needed = "statistics" in SCORE_NEEDS[wildcards.score]
+    return [STATISTICS.format(**wildcards)] if needed else []
 
 
 def each_method(file, methods):
@@ -135,12 +141,6 @@ def phase1_file(file):
             "method": configuration.phase1_source(config, wildcards.method),
         }
     )
-
-
-def phase1_scores(settings):
-    """The score that thresholds cut, and those that the starting allocations follow."""
-    starts = settings["phase1"]["starts"]
-    return [settings["importance"], *configuration.start_scores(starts)]
 
 
 def finetuning_recipe(wildcards):

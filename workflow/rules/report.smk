@@ -34,8 +34,8 @@ rule write_report:
         runs=[
             run
             | {
-                "objective": configuration.objective(config, run["network"]),
-                "costs": config["search"]["costs"],
+                "objective": configuration.loss_of(config, run["network"]),
+                "costs": configuration.costs_of(config),
                 "seeds": configuration.seeds_of(config, run),
             }
             for run in config["runs"]

@@ -4,7 +4,7 @@ rule search_thresholds:
         splits=SPLITS,
         network=DENSE,
         statistics=statistics_of_method,
-        scores=score_files(phase1_scores),
+        scores=score_files(configuration.phase1_scores),
         code=code("search_thresholds"),
     output:
         front=f"{METHOD}/phase1.npz",
@@ -23,7 +23,7 @@ rule search_thresholds:
         runtime=1440,
         gpu=lookup("gpus_per_job", within=config),
     params:
-        settings=lambda wildcards: configuration.phase1_settings(settings_of(wildcards)),
+        settings=step_of("threshold_step"),
     script:
         "../scripts/search_thresholds.py"
 
@@ -51,8 +51,7 @@ rule choose_anchors:
         runtime=10,
         gpu=0,
     params:
-        anchors=lambda wildcards: settings_of(wildcards)["anchors"],
-        objective=lambda wildcards: settings_of(wildcards)["objective"],
+        settings=step_of("anchor_step"),
     script:
         "../scripts/choose_anchors.py"
 
@@ -63,7 +62,7 @@ rule search_corridor:
         splits=SPLITS,
         network=DENSE,
         statistics=statistics_of_method,
-        scores=score_files(configuration.score_guides),
+        scores=score_files(lambda settings: settings.phase2.scores),
         front=phase1_file("phase1.npz"),
         history=phase1_file("phase1_history.csv"),
         anchors=f"{METHOD}/anchors.npz",
@@ -87,6 +86,6 @@ rule search_corridor:
         gpu=lookup("gpus_per_job", within=config),
         prefix_cache_mb=lookup("prefix_cache_mb", within=config),
     params:
-        settings=lambda wildcards: configuration.phase2_settings(settings_of(wildcards)),
+        settings=step_of("corridor_step"),
     script:
         "../scripts/search_corridor.py"

@@ -5,7 +5,7 @@ from paretoprune.fronts import Front
 from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.checkpoints import DenseNetwork
 from paretoprune.search.corridor import Corridor, describe_corridor
-from paretoprune.settings import Anchors
+from paretoprune.settings import AnchorStep
 from paretoprune.stages.anchors import find_anchors
 from paretoprune.workflow.steps import step
 
@@ -14,8 +14,8 @@ with step(name, snakemake.log[0]) as (log, _):
     front = Front.load(snakemake.input.front)
     metrics = read_json(snakemake.input.metrics)
     dense = DenseNetwork.load(snakemake.input.network)
-    units, settings = WeightUnits.of(dense.network, dense.exclude), Anchors.of(snakemake.params.anchors)
-    dense_loss = 0.0 if snakemake.params.objective == "divergence" else 1 - metrics["accuracy"]["search"]
+    units, settings = WeightUnits.of(dense.network, dense.exclude), AnchorStep.of(snakemake.params.settings)
+    dense_loss = 0.0 if settings.objective == "divergence" else 1 - metrics["accuracy"]["search"]
     chosen = find_anchors(front, dense_loss, metrics["n_classes"], settings)
     anchors = front.select(chosen)
     anchors.save(snakemake.output.anchors)

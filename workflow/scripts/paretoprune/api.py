@@ -19,8 +19,9 @@ from paretoprune.importance.scores import compute_importance, flat_scores
 from paretoprune.masks.units import WeightUnits
 from paretoprune.repair.repairs import repair_named
 from paretoprune.search.problem import Effort
-from paretoprune.settings import LOSSES, REFIT_GUIDE, Anchors, Budget, Compute, Phase1, Phase2, Publishing, Searching
+from paretoprune.settings import LOSSES, REFIT_GUIDE, Anchors, Budget, Phase1, Phase2, Publishing, Searching
 from paretoprune.stages.anchors import find_anchors
+from paretoprune.stages.candidates import Setup
 from paretoprune.stages.phase1 import find_thresholds
 from paretoprune.stages.phase2 import refine_bits
 from paretoprune.stages.publish import publish
@@ -117,7 +118,7 @@ def pareto_prune(
     statistics = collect_statistics(network, units, calibration, seed=seed, device=device) if refits else None
     task = Task(network, units, search.images, search.labels, calibration, statistics)
     searching = Searching(repair=repair, objective=loss, costs=tuple(costs))
-    compute = Compute(device=str(device), workers=workers, prefix_cache_mb=PREFIX_CACHE_MB)
+    compute = searching.compute(str(device), workers, PREFIX_CACHE_MB)
     sample = train.images[order[:N_GRADIENT_IMAGES]], train.labels[order[:N_GRADIENT_IMAGES]]
     followed = [STARTS[name][1] for name in phase1.starts]
     names = dict.fromkeys(name for name in (phase2.guides[0], *followed, *phase2.guides) if name != REFIT_GUIDE)
@@ -130,15 +131,14 @@ def pareto_prune(
             bar.set_postfix(stage=row["stage"], hypervolume=f"{row['hypervolume']:.4f}")
             bar.update(int(str(row["evaluations"])) - bar.n)
 
-        effort = Effort(budget.phase1, population, seed)
-        found = find_thresholds(task, scores, searching, phase1, effort, compute, progress=show)
+        setup = Setup(task, searching, compute, show)
+        found = find_thresholds(setup, scores, phase1, Effort(budget.phase1, population, seed))
         dense_loss = top1_error(predict(network, search.images, BATCH_SIZE), search.labels) if loss == "error" else 0.0
         chosen = find_anchors(found.front, dense_loss, n_classes, anchors)
         effort = Effort(budget.phase2(found.history[-1]["evaluations"]), population, seed)
-        guides = {name: scores[name] for name in phase2.guides if name != REFIT_GUIDE}
-        masks = found.front.masks.select(chosen)
-        found = refine_bits(task, guides, masks, found, searching, phase2, effort, compute, progress=show)
-    return publish(found.front, task, searching, Publishing(), compute)
+        guides = {name: scores[name] for name in phase2.scores}
+        found = refine_bits(setup, guides, found.front.masks.select(chosen), found, phase2, effort)
+    return publish(found.front, setup, Publishing())
 
 
 def _divide(

@@ -1,32 +1,43 @@
 """Every setting of a method, once: its default, what it may be, and what it means.
 
 The JSON schema, the defaults in `config.yaml` and the table in the documentation follow from these classes, or are held
-to them by tests. The rules beside each default are those of JSON schema. Settings are data: nothing here computes.
+to them by tests. The rules beside each default are those of JSON schema. Settings are data: nothing here computes, and
+nothing here needs more than the standard library, so that a configuration can be checked at once.
+
+Steps of the workflow get the slice of a method's settings that they depend on: `ThresholdStep` and what follows it. Any
+other setting may change without running them again.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Self, get_type_hints
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Self, TypeVar, get_type_hints
+
+Part = TypeVar("Part", bound="Settings")
 
 SHARE = {"type": "number", "minimum": 0, "maximum": 1}
 POSITIVE_SHARE = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
-LOSSES = ("error", "divergence")
-# Flat algorithms that judge groups of weights before they start, see `search.sparse_ea`.
-SPARSE_ALGORITHMS = ("sparse_ea", "mskea")
+
 # The guide of Phase 2 that is no score: costs of drops and gains of grows as re-fitted for each candidate.
 REFIT_GUIDE = "refit"
+ALGORITHMS = ("nsga2", "moead")
+# Algorithms of the flat search that judge groups of weights before they start.
+SPARSE_ALGORITHMS = ("sparse_ea", "mskea")
+LOSSES = ("error", "divergence")
+# The loss that suits a network, see `workflow.configuration.loss_of`.
+AUTO = "auto"
+COSTS = ("density", "parameters", "macs", "bytes")
+
+
+def meaning(description: str, **rule: Any) -> dict[str, Any]:
+    """What a field means, and the JSON schema of its values."""
+    return {"description": description, "rule": rule}
 
 
 def setting(default: Any, description: str, **rule: Any) -> Any:
-    """A field with its default, its meaning, and the JSON schema of its values; a list becomes a tuple."""
-    if isinstance(default, list):
-        default = tuple(default)
-    return field(default=default, metadata={"description": description, "rule": rule})
-
-
-def section(kind: type, description: str) -> Any:
-    """A field that is a group of settings."""
-    return field(default_factory=kind, metadata={"description": description})
+    """A field with its default, its meaning, and the JSON schema of its values; a list stands for a tuple."""
+    return field(
+        default=tuple(default) if isinstance(default, list) else default, metadata=meaning(description, **rule)
+    )
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,16 @@ class Settings:
         """Undo `of`: values that JSON and YAML can hold, in the order of the fields."""
         return {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
 
+    def part(self, kind: type[Part], **changed: Any) -> Part:
+        """The settings of another class that these hold too.
+
+        Args:
+            kind: The class. A field that these settings lack has its default.
+            changed: Values that go first.
+        """
+        shared = {one.name: getattr(self, one.name) for one in fields(kind) if hasattr(self, one.name)}
+        return kind(**{**shared, **changed})
+
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Settings):
@@ -65,10 +86,10 @@ def _plain(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Judging(Settings):
-    """How a pruned network is put right, and what is measured of it."""
+class Repairing(Settings):
+    """How a pruned network is put right."""
 
-    repair: str = setting("batchnorm", "what is put right in a candidate before it is judged")
+    repair: str = setting("batchnorm", "what is put right in a candidate before it is judged", names="repairs")
     repair_images: int | None = setting(
         256, "calibration images that batch-norm statistics of a candidate are corrected on", type="integer", minimum=1
     )
@@ -77,19 +98,25 @@ class Judging(Settings):
         "of re-fits: share of the mean diagonal of a layer's curvature that holds weights at the trained ones",
         **POSITIVE_SHARE,
     )
-    refine: bool = setting(
+    sequential_refit: bool = setting(
         True,
         "with repair reconstruct, whether finished networks are re-fitted once more, each layer on inputs from the "
-        "pruned layers before it; with the weights found and with each layer's chosen anew, of which the better "
-        "is kept",
+        "pruned layers before it; with the weights found and with each layer's chosen anew, of which the better is "
+        "kept",
         type="boolean",
     )
+
+
+@dataclass(frozen=True)
+class Judging(Repairing):
+    """How a pruned network is put right, and what is measured of it."""
+
     objective: str = setting("error", "the loss that is minimised", enum=list(LOSSES))
 
 
 @dataclass(frozen=True)
-class Compute(Settings):
-    """What candidates are computed with; results do not depend on processes and memory."""
+class Arithmetic(Settings):
+    """What results of a search may depend on in the last digits."""
 
     precision: str = setting(
         "auto",
@@ -101,6 +128,12 @@ class Compute(Settings):
         "images per forward pass; auto: by their size",
         oneOf=[{"type": "integer", "minimum": 1}, {"const": "auto"}],
     )
+
+
+@dataclass(frozen=True)
+class Compute(Arithmetic):
+    """What candidates are computed with; results do not depend on processes and memory."""
+
     device: str = setting("cpu", "where to compute", type="string")
     workers: int = setting(1, "processes of one thread that candidates are judged with", type="integer", minimum=1)
     prefix_cache_mb: int = setting(
@@ -109,14 +142,13 @@ class Compute(Settings):
 
 
 @dataclass(frozen=True)
-class Searching(Judging):
-    """How candidates are judged during a search, and which may be published.
-
-    What `Judging` says holds for finished networks.
-    """
+class Candidates(Repairing, Arithmetic):
+    """How candidates are put right and judged while searching, and networks when they are finished."""
 
     search_repair: str | None = setting(
-        None, "what is put right while searching, where that is not `repair`; null for the same"
+        None,
+        "what is put right while searching, where that is not `repair`; null for the same",
+        names="search_repairs",
     )
     candidate_images: int | None = setting(
         None,
@@ -127,14 +159,41 @@ class Searching(Judging):
     empty_layers: str = setting(
         "allow", "whether networks with a layer that keeps nothing may be published", enum=["allow", "forbid"]
     )
-    costs: Sequence[str] = setting(
-        ["density"], "what is minimised beside the loss", type="array", minItems=1, maxItems=2
+
+    @property
+    def repair_in_search(self) -> str:
+        """What is put right in candidates."""
+        return self.search_repair or self.repair
+
+
+@dataclass(frozen=True)
+class Publishing(Settings):
+    """Which members of a front are published."""
+
+    front_size: int | None = setting(
+        60, "largest number of members that are published, null for all", type=["integer", "null"], minimum=2
+    )
+    sparsities: Sequence[float] = setting(
+        [0.5, 0.6, 0.7, 0.8, 0.9, 0.95],
+        "the least pruned members beyond these stay when a front is thinned",
+        type="array",
+        uniqueItems=True,
+        items=SHARE,
     )
 
 
 @dataclass(frozen=True)
+class Densities(Settings):
+    """Densities of the methods that do not search, evenly spaced in their logarithm."""
+
+    size: int = setting(40, "number of densities", type="integer", minimum=2)
+    lowest: float = setting(0.02, "smallest density", **POSITIVE_SHARE)
+    highest: float = setting(0.9, "largest density", **POSITIVE_SHARE)
+
+
+@dataclass(frozen=True)
 class Phase1(Settings):
-    """The search over one threshold per group."""
+    """The search over one threshold per layer."""
 
     share: float = setting(0.5, "share of the evaluations that Phase 1 gets; 1 for no Phase 2", **POSITIVE_SHARE)
     rungs: int | None = setting(
@@ -158,6 +217,7 @@ class Phase1(Settings):
         "classical allocations in the first population",
         type="array",
         uniqueItems=True,
+        names="starts",
     )
     start_densities: Sequence[float] = setting(
         [0.8, 0.6, 0.45, 0.35, 0.27, 0.2, 0.15, 0.12, 0.09, 0.07, 0.05, 0.03],
@@ -197,14 +257,25 @@ class Moves(Settings):
 class Phase2(Moves):
     """The search over a bit per corridor weight."""
 
-    algorithm: str = setting("nsga2", "evolutionary algorithm")
+    algorithm: str = setting("nsga2", "evolutionary algorithm", enum=list(ALGORITHMS))
     guides: Sequence[str] = setting(
         ["magnitude", "fisher"],
         "importance scores that moves follow; the first also shapes the first population",
         type="array",
         minItems=1,
         uniqueItems=True,
+        names="guides",
     )
+
+    @property
+    def scores(self) -> list[str]:
+        """The importance scores among the guides."""
+        return [guide for guide in self.guides if guide != REFIT_GUIDE]
+
+    @property
+    def follows_refits(self) -> bool:
+        """Whether moves also follow costs and gains of each candidate as re-fitted."""
+        return REFIT_GUIDE in self.guides
 
 
 @dataclass(frozen=True)
@@ -214,6 +285,7 @@ class Flat(Settings):
     algorithm: str = setting(
         "nsga2",
         "evolutionary algorithm; sparse_ea and mskea first score groups of weights by judging networks without them",
+        enum=[*ALGORITHMS, *SPARSE_ALGORITHMS],
     )
     flip_rate: float = setting(
         0.001,
@@ -229,34 +301,14 @@ class Flat(Settings):
         exclusiveMaximum=1,
     )
 
-
-@dataclass(frozen=True)
-class Densities(Settings):
-    """Densities of the methods that do not search, evenly spaced in their logarithm."""
-
-    size: int = setting(40, "number of densities", type="integer", minimum=2)
-    lowest: float = setting(0.02, "smallest density", **POSITIVE_SHARE)
-    highest: float = setting(0.9, "largest density", **POSITIVE_SHARE)
+    @property
+    def has_scores(self) -> bool:
+        """Whether part of the evaluations goes to scores of groups of weights."""
+        return self.algorithm in SPARSE_ALGORITHMS
 
 
 @dataclass(frozen=True)
-class Publishing(Settings):
-    """Which members of a front are published."""
-
-    front_size: int | None = setting(
-        60, "largest number of members that are published, null for all", type=["integer", "null"], minimum=2
-    )
-    sparsities: Sequence[float] = setting(
-        [0.5, 0.6, 0.7, 0.8, 0.9, 0.95],
-        "the least pruned members beyond these stay when a front is thinned",
-        type="array",
-        uniqueItems=True,
-        items=SHARE,
-    )
-
-
-@dataclass(frozen=True)
-class Budget:
+class Budget(Settings):
     """How many candidates the two phases may judge together, and who gets them.
 
     Attributes:
@@ -279,3 +331,203 @@ class Budget:
             spent: Candidates that Phase 1 has judged.
         """
         return self.total - spent if self.phase1 < self.total else 0
+
+
+@dataclass(frozen=True)
+class Method(Publishing, Candidates):
+    """Everything that one method may have its own value of; what `search` holds in a configuration."""
+
+    importance: str = setting("magnitude", "score whose ranks the thresholds cut", names="scores")
+    objectives: Sequence[str] = setting(
+        [AUTO, "density"],
+        "what is minimised: one loss, then one or two costs; auto: the divergence from the dense network where a "
+        "checkpoint may have seen the search images, the error elsewhere",
+        type="array",
+        minItems=2,
+        maxItems=3,
+        uniqueItems=True,
+        prefixItems=[{"enum": [AUTO, *LOSSES]}],
+        items={"enum": list(COSTS)},
+    )
+    evaluations: int = setting(600, "candidates judged by a search", type="integer", minimum=1)
+    population: int = setting(30, "candidates in a population", type="integer", minimum=4)
+    densities: Densities = field(
+        default_factory=Densities,
+        metadata=meaning("densities of the methods that do not search, evenly spaced in their logarithm"),
+    )
+    phase1: Phase1 = field(default_factory=Phase1, metadata=meaning("the search over one threshold per layer"))
+    anchors: Anchors = field(
+        default_factory=Anchors,
+        metadata=meaning(
+            "the corridor's ends, as shares of the way from the dense network's error to that of guessing"
+        ),
+    )
+    phase2: Phase2 = field(default_factory=Phase2, metadata=meaning("the search over a bit per corridor weight"))
+    flat: Flat = field(default_factory=Flat, metadata=meaning("the search over whole masks in one phase"))
+
+    @property
+    def objective(self) -> str:
+        """The loss; `AUTO` until it is known which network it is for."""
+        return self.objectives[0]
+
+    @property
+    def costs(self) -> Sequence[str]:
+        """What is minimised beside the loss."""
+        return self.objectives[1:]
+
+    @property
+    def budget(self) -> Budget:
+        """How the two phases share the evaluations."""
+        return Budget(self.evaluations, self.phase1.share)
+
+    @property
+    def threshold_step(self) -> "ThresholdStep":
+        """What Phase 1 depends on."""
+        return self.part(
+            ThresholdStep,
+            # What does not matter has its default, so that nothing runs again for its sake.
+            phase1=replace(self.phase1, share=Phase1.share),
+            sparsities=self.sparsities if self.phase1.n_reselected else (),
+            evaluations=self.budget.phase1,
+        )
+
+    @property
+    def anchor_step(self) -> "AnchorStep":
+        """What the choice of anchors depends on."""
+        return self.anchors.part(AnchorStep, objective=self.objective)
+
+    @property
+    def corridor_step(self) -> "CorridorStep":
+        """What Phase 2 depends on, beyond the results of Phase 1."""
+        return self.part(CorridorStep, corridors=self.anchors.corridors)
+
+    @property
+    def flat_step(self) -> "FlatStep":
+        """What a flat search depends on."""
+        flat = self.flat if self.flat.has_scores else replace(self.flat, score_share=Flat.score_share)
+        return self.part(FlatStep, flat=flat)
+
+
+@dataclass(frozen=True)
+class ComparedMethod(Method):
+    """A method as `method_settings` names it."""
+
+    kind: str = field(
+        kw_only=True,
+        metadata=meaning(
+            "two_phase searches thresholds and then the corridor, flat whole masks, allocation does not search",
+            enum=["two_phase", "flat", "allocation"],
+        ),
+    )
+    phase1_from: str | None = setting(None, "the method whose Phase 1 is continued instead of one's own", type="string")
+    allocation: str | None = setting(None, "of kind allocation: how much each layer keeps", names="allocations")
+
+    @property
+    def allocation_step(self) -> "AllocationStep":
+        """What an allocation baseline depends on."""
+        return self.part(AllocationStep)
+
+
+# What each step of the workflow depends on
+
+
+@dataclass(frozen=True)
+class Searching(Judging, Candidates):
+    """What every step that judges candidates depends on.
+
+    Attributes:
+        costs: Names of what is minimised beside the loss.
+    """
+
+    costs: Sequence[str] = ("density",)
+
+    @property
+    def judging(self) -> Judging:
+        """How finished networks are made and judged."""
+        return self.part(Judging)
+
+    @property
+    def search_judging(self) -> Judging:
+        """How candidates are put right and judged."""
+        return self.part(Judging, repair=self.repair_in_search)
+
+    def compute(self, device: str, workers: int = 1, prefix_cache_mb: int = 0) -> Compute:
+        """What candidates are computed with, given what a step was granted."""
+        return self.part(Compute, device=device, workers=workers, prefix_cache_mb=prefix_cache_mb)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThresholdStep(Searching):
+    """What Phase 1 depends on.
+
+    Attributes:
+        importance: Score whose ranks the thresholds cut.
+        phase1: Rungs, switches and starts; its share counts in `evaluations` alone.
+        sparsities: Where members are chosen anew, those that are wanted; otherwise none.
+        evaluations: Candidates of Phase 1.
+        population: Candidates in a population.
+    """
+
+    importance: str
+    phase1: Phase1
+    sparsities: Sequence[float]
+    evaluations: int
+    population: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnchorStep(Anchors):
+    """What the choice of anchors depends on.
+
+    Attributes:
+        objective: The loss, which says what the dense network has of it.
+    """
+
+    objective: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorridorStep(Searching, Publishing):
+    """What Phase 2 depends on, beyond the results of Phase 1.
+
+    Attributes:
+        phase2: Algorithm, guides and moves.
+        corridors: Corridors along the front; 0 searches all masks.
+        budget: What both phases may judge together.
+        population: Candidates in a population.
+    """
+
+    phase2: Phase2
+    corridors: int
+    budget: Budget
+    population: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlatStep(Searching, Publishing):
+    """What a flat search depends on.
+
+    Attributes:
+        flat: Algorithm and moves.
+        evaluations: Candidates.
+        population: Candidates in a population.
+    """
+
+    flat: Flat
+    evaluations: int
+    population: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllocationStep(Searching, Publishing):
+    """What an allocation baseline depends on.
+
+    Attributes:
+        importance: Score whose order decides within a layer.
+        allocation: How much each layer keeps.
+        densities: At which densities.
+    """
+
+    importance: str
+    allocation: str
+    densities: Densities

@@ -64,7 +64,7 @@ class Finisher:
     @property
     def _finishing(self) -> SequentialRefit | None:
         """The sequential refit, where finished networks are to be put through it."""
-        return self._sequential if self._judging.refine else None
+        return self._sequential if self._judging.sequential_refit else None
 
     @cached_property
     def _judged(self) -> JudgedImages:

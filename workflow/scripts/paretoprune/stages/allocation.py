@@ -2,37 +2,23 @@
 
 import numpy as np
 
-from paretoprune.evaluation.task import Task
 from paretoprune.importance.allocation import allocate
-from paretoprune.search.problem import Progress
 from paretoprune.search.recorder import SearchResult
 from paretoprune.search.sweep import sweep_allocation
-from paretoprune.settings import Compute, Densities, Searching
-from paretoprune.stages.candidates import candidate_evaluator, make_problem
+from paretoprune.settings import Densities
+from paretoprune.stages.candidates import Setup
 
 
-def try_allocation(
-    task: Task,
-    scores: np.ndarray,
-    rule: str,
-    searching: Searching,
-    settings: Densities,
-    compute: Compute,
-    *,
-    progress: Progress | None = None,
-) -> SearchResult:
+def try_allocation(setup: Setup, scores: np.ndarray, rule: str, settings: Densities) -> SearchResult:
     """Judge what one score and one rule keep.
 
     Args:
-        task: What is pruned.
+        setup: What is pruned, and how candidates are judged.
         scores: float32 (n_weights,), higher = keep.
         rule: A key of `importance.allocation.ALLOCATIONS`.
-        searching: How candidates are judged.
         settings: The densities.
-        compute: What to compute with.
-        progress: Called with each new history row.
     """
     densities = np.geomspace(settings.lowest, settings.highest, settings.size)
-    counts = [allocate(rule, scores, task.units, density) for density in densities]
-    with candidate_evaluator(task, searching, compute) as evaluate:
-        return sweep_allocation(make_problem(task, evaluate, searching, progress), scores, counts)
+    counts = [allocate(rule, scores, setup.task.units, density) for density in densities]
+    with setup.evaluator() as evaluate:
+        return sweep_allocation(setup.problem(evaluate), scores, counts)

@@ -1,6 +1,6 @@
 """Candidates of a search: how they are judged, what they cost, and which of them may be published."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -10,30 +10,41 @@ from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import Units
 from paretoprune.networks.costs import Priced, make_costs
 from paretoprune.search.problem import Evaluate, Feasible, Problem, Progress
-from paretoprune.settings import Compute, Judging, Searching
+from paretoprune.settings import Compute, Searching
 
 
-def candidate_task(task: Task, settings: Searching) -> Task:
-    """A task with the images that candidates are judged on: the first `candidate_images`, or all."""
-    n = settings.candidate_images
-    return replace(task, images=task.images[:n], labels=task.labels[:n])
+@dataclass(frozen=True)
+class Setup:
+    """What all stages of one search share.
 
+    Attributes:
+        task: What is pruned.
+        searching: How candidates and finished networks are put right and judged.
+        compute: What to compute with.
+        progress: Called with each new history row.
+    """
 
-def candidate_judging(settings: Searching) -> Judging:
-    """How candidates are put right and judged: with the repair of the search, where it has one of its own."""
-    return Judging.of(settings.plain() | {"repair": settings.search_repair or settings.repair})
+    task: Task
+    searching: Searching
+    compute: Compute
+    progress: Progress | None = None
 
+    @property
+    def candidate_task(self) -> Task:
+        """The task with the images that candidates are judged on: the first `candidate_images`, or all."""
+        n = self.searching.candidate_images
+        return replace(self.task, images=self.task.images[:n], labels=self.task.labels[:n])
 
-def candidate_evaluator(task: Task, settings: Searching, compute: Compute) -> PopulationEvaluator:
-    """Judges candidates."""
-    return PopulationEvaluator(candidate_task(task, settings), candidate_judging(settings), compute)
+    def evaluator(self) -> PopulationEvaluator:
+        """Judges candidates, with the repair of the search where it has one of its own."""
+        return PopulationEvaluator(self.candidate_task, self.searching.search_judging, self.compute)
 
-
-def make_problem(task: Task, evaluate: Evaluate, settings: Searching, progress: Progress | None = None) -> Problem:
-    """The search problem of a task: an evaluator's loss, the costs, and which masks may be published."""
-    feasible = no_group_is_empty(task.units) if settings.empty_layers == "forbid" else None
-    costs = make_costs(settings.costs, Priced(task.network, task.units, task.images[:1]))
-    return Problem(task.units, evaluate, costs, feasible, progress)
+    def problem(self, evaluate: Evaluate) -> Problem:
+        """The search problem: an evaluator's loss, the costs, and which masks may be published."""
+        task, searching = self.task, self.searching
+        feasible = no_group_is_empty(task.units) if searching.empty_layers == "forbid" else None
+        costs = make_costs(searching.costs, Priced(task.network, task.units, task.images[:1]))
+        return Problem(task.units, evaluate, costs, feasible, self.progress)
 
 
 def no_group_is_empty(units: Units) -> Feasible:

@@ -3,12 +3,12 @@
 import numpy as np
 
 from paretoprune.evaluation.finishing import Finisher
-from paretoprune.evaluation.task import Task
 from paretoprune.fronts import Front, non_dominated
-from paretoprune.settings import Compute, Publishing, Searching
+from paretoprune.settings import Publishing
+from paretoprune.stages.candidates import Setup
 
 
-def publish(front: Front, task: Task, searching: Searching, publishing: Publishing, compute: Compute) -> Front:
+def publish(front: Front, setup: Setup, publishing: Publishing) -> Front:
     """Thin a front, finish its networks, and measure them.
 
     `front_size` members stay, among them the best ones beyond each of `sparsities`.
@@ -20,10 +20,8 @@ def publish(front: Front, task: Task, searching: Searching, publishing: Publishi
 
     Args:
         front: What a search has found.
-        task: What is pruned.
-        searching: How networks are put right and measured.
+        setup: What is pruned, and how networks are put right and measured.
         publishing: Which members stay.
-        compute: Device and processes.
 
     Returns:
         The front with its finished networks; members whose weights were chosen anew are of stage `reselected`.
@@ -34,12 +32,12 @@ def publish(front: Front, task: Task, searching: Searching, publishing: Publishi
     if not len(front):
         raise ValueError(
             "expected at least one network to publish, found none: each that was tried has a layer that keeps nothing; "
-            "set `empty_layers: allow`, or raise `evaluations` or, for an allocation, `ladder.highest`"
+            "set `empty_layers: allow`, or raise `evaluations` or, for an allocation, `densities.highest`"
         )
     front = front.thinned(publishing.front_size, publishing.sparsities)
-    masks, states, scores = Finisher(task, searching, compute).finish(front.masks, reselect=True)
-    objectives = np.column_stack([scores.objective(searching.objective), front.costs])
+    masks, states, scores = Finisher(setup.task, setup.searching, setup.compute).finish(front.masks, reselect=True)
+    objectives = np.column_stack([scores.objective(setup.searching.objective), front.costs])
     same = np.all(masks.words == front.masks.words, axis=1)
     stages = [stage if kept else "reselected" for stage, kept in zip(front.stages, same, strict=True)]
-    judged = Front(masks, objectives, stages, front.names, task.network, states)
+    judged = Front(masks, objectives, stages, front.names, setup.task.network, states)
     return judged.select(non_dominated(judged.objectives))

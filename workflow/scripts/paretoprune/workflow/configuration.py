@@ -3,19 +3,21 @@
 import copy
 import difflib
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 
 from paretoprune.importance.allocation import STARTS
-from paretoprune.settings import REFIT_GUIDE, SPARSE_ALGORITHMS, Budget, Compute, Searching
+from paretoprune.repair.registry import REPAIR_REFITS
+from paretoprune.search.sparse_ea import n_groups_within
+from paretoprune.settings import AUTO, REFIT_GUIDE, ComparedMethod
 
 Config = Mapping[str, Any]
-# Settings that say which members of a front are published.
-PUBLISHING = ("front_size", "sparsities")
+# Keys of `search` and of the entries of `method_settings` by their old names, which go on working.
+RENAMED = {"ladder": "densities", "refine": "sequential_refit", "objective": "objectives"}
 
 
 class ConfigurationError(ValueError):
@@ -26,12 +28,13 @@ def check_configuration(config: Config, schema: Config) -> None:
     """Check a configuration against its schema, its own cross-references and the files it names.
 
     Args:
-        config: The merged configuration.
-        schema: The JSON schema.
+        config: The merged configuration; old names of keys are taken for the new ones.
+        schema: The JSON schema, from `workflow.schema.configuration_schema`.
 
     Raises:
         ConfigurationError: With one line for each problem, what was found and what to do about it.
     """
+    config = with_new_names(config)
     validator = jsonschema.Draft202012Validator(schema)
     problems = [line for error in validator.iter_errors(config) for line in _describe(error)]
     # References are only worth following in a configuration whose shape is right.
@@ -39,6 +42,21 @@ def check_configuration(config: Config, schema: Config) -> None:
     if problems:
         lines = "".join(f"\n  - {problem}" for problem in dict.fromkeys(problems))
         raise ConfigurationError(f"the configuration has {len(dict.fromkeys(problems))} problem(s):{lines}")
+
+
+def with_new_names(config: Config) -> dict[str, Any]:
+    """A copy of a configuration in which keys under old names have their new ones, see `RENAMED`.
+
+    Where both are there, the old one goes first: a user's file is laid over `config.yaml`, which has the new one.
+    """
+    renamed = copy.deepcopy(dict(config))
+    methods = renamed.get("method_settings")
+    for settings in (renamed.get("search"), *(methods.values() if isinstance(methods, dict) else ())):
+        if isinstance(settings, dict):
+            for old in RENAMED.keys() & settings.keys():
+                new, value = RENAMED[old], settings.pop(old)
+                settings.update(merge(settings, {new: [value, "density"] if old == "objective" else value}))
+    return renamed
 
 
 def _describe(error: jsonschema.ValidationError) -> Iterator[str]:
@@ -90,73 +108,81 @@ def _broken_references(config: Config) -> Iterator[str]:
 
 
 def _broken_method(config: Config, name: str) -> Iterator[str]:
-    settings = config["method_settings"]
-    own = settings[name]
-    if own["kind"] == "allocation" and "allocation" not in own:
+    own, method = config["method_settings"][name], method_of(config, name)
+    if method.kind == "allocation" and method.allocation is None:
         yield f"method_settings.{name}: a method of kind 'allocation' needs `allocation`, the rule"
-    if "objective" in own:
-        yield f"method_settings.{name}: hypervolumes on different objectives cannot be compared; set search.objective"
-    if "costs" in own:
-        yield f"method_settings.{name}: hypervolumes on different costs cannot be compared; set search.costs"
-    merged = method_settings(config, name)
-    if merged["ladder"]["lowest"] >= merged["ladder"]["highest"]:
-        yield f"method_settings.{name}: ladder.lowest must be smaller than ladder.highest"
-    if own["kind"] != "allocation":
-        smallest = merged["population"] * (1 if own["kind"] == "flat" else 4)
-        if merged["evaluations"] < smallest:
-            yield (
-                f"method_settings.{name}: evaluations is {merged['evaluations']}, expected at least {smallest} for a "
-                f"population of {merged['population']}; raise `evaluations` or lower `population`"
-            )
-    if own["kind"] == "flat" and merged["flat"]["algorithm"] in SPARSE_ALGORITHMS:
-        # As `search.sparse_ea.n_groups_within` has it, which takes numpy to import.
-        groups = max(2, int(merged["flat"]["score_share"] * merged["evaluations"]))
-        if merged["evaluations"] < groups + merged["population"]:
-            yield (
-                f"method_settings.{name}: evaluations is {merged['evaluations']}, expected at least "
-                f"{groups + merged['population']} ({groups} groups of weights to score and a population of "
-                f"{merged['population']}); raise `evaluations`, or lower `population` or `flat.score_share`"
-            )
-    source = own.get("phase1_from")
-    if own["kind"] == "two_phase":
-        phase1 = merged["phase1"]
-        starts = len(phase1["starts"]) * len(phase1["start_densities"])
-        needed = starts + merged["population"] + phase1["n_reselected"]
-        if budget_of(merged).phase1 < needed:
-            yield (
-                f"method_settings.{name}: Phase 1 gets {budget_of(merged).phase1} evaluations, expected at least "
-                f"{needed} ({starts} starting allocations, a population of {merged['population']} and "
-                f"{phase1['n_reselected']} members chosen anew); raise "
-                "`evaluations` or `phase1.share`, or start from fewer densities"
-            )
-        if phase1["share"] < 1 and budget_of(merged).phase1 >= merged["evaluations"]:
-            yield f"method_settings.{name}: phase1.share leaves Phase 2 no evaluations; lower it, or 1 for none at all"
-        yield from _broken_refitting(merged, name)
-        if merged["anchors"]["light_tolerance"] >= merged["anchors"]["heavy_tolerance"]:
+    if "objectives" in own:
+        yield f"method_settings.{name}: hypervolumes on different objectives cannot be compared; set search.objectives"
+    if method.densities.lowest >= method.densities.highest:
+        yield f"method_settings.{name}: densities.lowest must be smaller than densities.highest"
+    if method.kind != "allocation":
+        yield from _broken_effort(method, name)
+    if method.kind == "two_phase":
+        yield from _broken_phases(method, name)
+        yield from _broken_refitting(method, name)
+        if method.anchors.light_tolerance >= method.anchors.heavy_tolerance:
             yield f"method_settings.{name}: anchors.light_tolerance must be smaller than anchors.heavy_tolerance"
-    if source is None:
-        return
-    if own["kind"] != "two_phase" or settings.get(source, {}).get("kind") != "two_phase":
+    if method.phase1_from is not None:
+        yield from _broken_source(config, method, name)
+
+
+def _broken_effort(method: ComparedMethod, name: str) -> Iterator[str]:
+    """Too few candidates for a search."""
+    smallest = method.population * (1 if method.kind == "flat" else 4)
+    if method.evaluations < smallest:
+        yield (
+            f"method_settings.{name}: evaluations is {method.evaluations}, expected at least {smallest} for a "
+            f"population of {method.population}; raise `evaluations` or lower `population`"
+        )
+    if method.kind == "flat" and method.flat.has_scores:
+        groups = n_groups_within(method.evaluations, method.flat.score_share)
+        if method.evaluations < groups + method.population:
+            yield (
+                f"method_settings.{name}: evaluations is {method.evaluations}, expected at least "
+                f"{groups + method.population} ({groups} groups of weights to score and a population of "
+                f"{method.population}); raise `evaluations`, or lower `population` or `flat.score_share`"
+            )
+
+
+def _broken_phases(method: ComparedMethod, name: str) -> Iterator[str]:
+    """Too few candidates for one of the two phases."""
+    phase1, budget = method.phase1, method.budget
+    starts = len(phase1.starts) * len(phase1.start_densities)
+    needed = starts + method.population + phase1.n_reselected
+    if budget.phase1 < needed:
+        yield (
+            f"method_settings.{name}: Phase 1 gets {budget.phase1} evaluations, expected at least "
+            f"{needed} ({starts} starting allocations, a population of {method.population} and "
+            f"{phase1.n_reselected} members chosen anew); raise "
+            "`evaluations` or `phase1.share`, or start from fewer densities"
+        )
+    if phase1.share < 1 and budget.phase1 >= budget.total:
+        yield f"method_settings.{name}: phase1.share leaves Phase 2 no evaluations; lower it, or 1 for none at all"
+
+
+def _broken_refitting(method: ComparedMethod, name: str) -> Iterator[str]:
+    """What only makes sense where candidates are re-fitted."""
+    refits = REPAIR_REFITS[method.repair_in_search]
+    if method.phase2.follows_refits and not refits:
+        yield f"method_settings.{name}: guide '{REFIT_GUIDE}' needs repair reconstruct during the search; remove it"
+    if method.phase2.guides[0] == REFIT_GUIDE:
+        yield f"method_settings.{name}: the first guide shapes the first population and must be a score; reorder them"
+    if method.phase1.n_reselected and not refits:
+        yield f"method_settings.{name}: phase1.n_reselected needs repair reconstruct during the search; set it to 0"
+
+
+def _broken_source(config: Config, method: ComparedMethod, name: str) -> Iterator[str]:
+    """Phase 1 from a method that has none, or another one."""
+    settings, source = config["method_settings"], phase1_source(config, name)
+    if method.kind != "two_phase" or settings.get(source, {}).get("kind") != "two_phase":
         yield f"method_settings.{name}: phase1_from joins methods of kind two_phase; '{source}' or '{name}' is none"
     elif settings[source].get("phase1_from"):
         yield f"method_settings.{name}: phase1_from names '{source}', which takes its own Phase 1 from elsewhere"
-    elif phase1_settings(merged) != phase1_settings(method_settings(config, source)):
+    elif method.threshold_step != method_of(config, source).threshold_step:
         yield (
             f"method_settings.{name}: phase1_from takes Phase 1 from '{source}', but the two differ in settings that "
             "Phase 1 depends on; make them equal or remove phase1_from"
         )
-
-
-def _broken_refitting(merged: Config, name: str) -> Iterator[str]:
-    """What only makes sense where candidates are re-fitted."""
-    refits = (merged["search_repair"] or merged["repair"]) == "reconstruct"
-    guides = merged["phase2"]["guides"]
-    if REFIT_GUIDE in guides and not refits:
-        yield f"method_settings.{name}: guide '{REFIT_GUIDE}' needs repair reconstruct during the search; remove it"
-    if guides[0] == REFIT_GUIDE:
-        yield f"method_settings.{name}: the first guide shapes the first population and must be a score; reorder them"
-    if merged["phase1"]["n_reselected"] and not refits:
-        yield f"method_settings.{name}: phase1.n_reselected needs repair reconstruct during the search; set it to 0"
 
 
 def _missing_files(config: Config) -> Iterator[str]:
@@ -202,10 +228,16 @@ def folder_state(folder: Path) -> str:
     return hashlib.blake2b(states.encode(), digest_size=16).hexdigest()
 
 
-def method_settings(config: Config, name: str) -> dict[str, Any]:
-    """Everything that holds for one method: the common `search` settings with the method's own laid over them."""
-    own = {k: v for k, v in config["method_settings"][name].items() if k not in ("kind", "phase1_from")}
-    return merge(config["search"], own)
+def method_of(config: Config, name: str, network: str | None = None) -> ComparedMethod:
+    """Everything that holds for one method: the common `search` settings with the method's own laid over them.
+
+    Args:
+        config: The configuration, under new names.
+        name: The method.
+        network: Whose loss `auto` stands for; None to leave it open.
+    """
+    method = ComparedMethod.of(merge(config["search"], config["method_settings"][name]))
+    return method if network is None else replace(method, objectives=(loss_of(config, network), *method.costs))
 
 
 def methods_of_kind(config: Config, kind: str) -> list[str]:
@@ -223,45 +255,14 @@ def phase1_source(config: Config, name: str) -> str:
     return config["method_settings"][name].get("phase1_from") or name
 
 
-def budget_of(settings: Config) -> Budget:
-    """How a method's evaluations are divided."""
-    return Budget(settings["evaluations"], settings["phase1"]["share"])
+def phase1_scores(method: ComparedMethod) -> list[str]:
+    """The score that thresholds cut, and those that the starting allocations follow."""
+    return [method.importance, *(STARTS[name][1] for name in method.phase1.starts)]
 
 
-def phase1_settings(settings: Config) -> dict[str, Any]:
-    """The part of a method's settings that its Phase 1 depends on."""
-    own = dict(settings["phase1"])
-    own.pop("share")
-    return {
-        **searching_settings(settings),
-        **own,
-        "importance": settings["importance"],
-        # Nothing else in Phase 1 asks for them, and it need not run again for their sake.
-        "sparsities": settings["sparsities"] if own["n_reselected"] else [],
-        "evaluations": budget_of(settings).phase1,
-        "population": settings["population"],
-    }
-
-
-def searching_settings(settings: Config) -> dict[str, Any]:
-    """The part of a method's settings that says how candidates and finished networks are made and judged."""
-    names = [one.name for kind in (Searching, Compute) for one in fields(kind)]
-    return {name: settings[name] for name in names if name in settings}
-
-
-def repairs_of(settings: Config) -> set[str]:
-    """The repairs that a method uses, during the search and afterwards."""
-    return {settings["repair"], settings["search_repair"] or settings["repair"]}
-
-
-def start_scores(starts: Sequence[str]) -> list[str]:
-    """The scores that classical allocations follow."""
-    return [STARTS[name][1] for name in starts]
-
-
-def score_guides(settings: Config) -> list[str]:
-    """The importance scores among Phase 2's guides; `refit` is worked out for each candidate."""
-    return [guide for guide in settings["phase2"]["guides"] if guide != REFIT_GUIDE]
+def refits(method: ComparedMethod) -> bool:
+    """Whether weights are chosen anew, of candidates or of finished networks, for which layer statistics are needed."""
+    return REPAIR_REFITS[method.repair_in_search] or REPAIR_REFITS[method.repair]
 
 
 def search_is_memorised(config: Config, network: str) -> bool:
@@ -270,40 +271,14 @@ def search_is_memorised(config: Config, network: str) -> bool:
     return own["checkpoint"] is not None and not own.get("search_held_out", False)
 
 
-def objective(config: Config, network: str) -> str:
-    """What is minimised; behind `auto` the divergence where the search images are memorised, the error elsewhere."""
-    if config["search"]["objective"] != "auto":
-        return str(config["search"]["objective"])
+def loss_of(config: Config, network: str) -> str:
+    """The loss; behind `auto` the divergence where the search images are memorised, the error elsewhere."""
+    loss = str(config["search"]["objectives"][0])
+    if loss != AUTO:
+        return loss
     return "divergence" if search_is_memorised(config, network) else "error"
 
 
-def phase2_settings(settings: Config) -> dict[str, Any]:
-    """The part of a method's settings that its Phase 2 depends on, beyond the results of Phase 1."""
-    return {
-        **searching_settings(settings),
-        **{key: settings[key] for key in PUBLISHING},
-        **settings["phase2"],
-        "corridors": settings["anchors"]["corridors"],
-        "evaluations": settings["evaluations"],
-        "share": settings["phase1"]["share"],
-        "population": settings["population"],
-    }
-
-
-def flat_settings(settings: Config) -> dict[str, Any]:
-    """The part of a method's settings that a flat search depends on."""
-    own = dict(settings["flat"])
-    if own["algorithm"] not in SPARSE_ALGORITHMS:
-        del own["score_share"]
-    return {
-        **searching_settings(settings),
-        **{key: settings[key] for key in PUBLISHING},
-        **own,
-        **{key: settings[key] for key in ("evaluations", "population")},
-    }
-
-
-def allocation_settings(settings: Config) -> dict[str, Any]:
-    """The part of a method's settings that an allocation baseline depends on."""
-    own = ("importance", "allocation", "ladder", *PUBLISHING)
-    return {**searching_settings(settings), **{key: settings[key] for key in own}}
+def costs_of(config: Config) -> list[str]:
+    """What is minimised beside the loss."""
+    return list(config["search"]["objectives"][1:])

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from paretoprune.evaluation.task import Task
 from paretoprune.files import write_csv
@@ -16,7 +15,6 @@ from paretoprune.importance.scores import flat_scores
 from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.checkpoints import DenseNetwork, save_networks
 from paretoprune.search.recorder import HISTORY_COLUMNS
-from paretoprune.settings import Compute
 from paretoprune.tensors import load_tensors
 from paretoprune.workflow.inputs import read_splits
 
@@ -27,12 +25,6 @@ def read_task(inputs: Mapping[str, Any]) -> Task:
     search, calibration = read_splits(inputs["images"], inputs["splits"], dense, "search", "calibration")
     units = WeightUnits.of(dense.network, dense.exclude)
     return Task(dense.network, units, search.images, search.labels, calibration.images, read_statistics(inputs))
-
-
-def granted(settings: Mapping[str, Any], device: torch.device, threads: int, prefix_cache_mb: int = 0) -> Compute:
-    """What to compute with: by the settings, on the device and in the threads that a step was granted."""
-    given = {"device": str(device), "workers": threads, "prefix_cache_mb": prefix_cache_mb}
-    return Compute.of({**settings, **given})
 
 
 def read_scores(files: Sequence[str], units: WeightUnits) -> dict[str, np.ndarray]:
