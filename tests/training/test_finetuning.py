@@ -1,6 +1,7 @@
 """Fine-tuning: which members are chosen, that their masks hold, and what is written about them."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from paretoprune.fronts import Front
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import WeightUnits
 from paretoprune.settings import Compute, Judging
-from paretoprune.training.finetuning import FINETUNED_COLUMNS, choose_members, finetune_members
+from paretoprune.training.finetuning import FINETUNED_COLUMNS, FinetuneData, choose_members, finetune_members
 from paretoprune.training.loop import Recipe
 from safetensors.torch import load_file
 from small_networks import digits, magnitude_mask, states_equal, trained
@@ -78,20 +79,17 @@ def test_a_sparsity_in_percent_is_refused() -> None:
 def finetune(folder: Path, network: nn.Module, **changed: Any) -> tuple[Front, list[dict[str, Any]]]:
     judged = judge(network, part(1000, 1300))
     front = front_of(judged, network)
-    options: dict[str, Any] = {"sparsities": [0.9, 0.8], "with_knee": True, "seed": 0}
+    options: dict[str, Any] = {"sparsities": [0.9, 0.8], "with_knee": True, "seed": 0} | changed
+    states = Finisher(task_of(network, part(1000, 1300)), Judging(), Compute()).finish(front.masks)[1]
     rows = finetune_members(
-        front,
-        Finisher(task_of(network, part(1000, 1300)), Judging(), Compute()).finish(front.masks)[1],
+        replace(front, dense=network, states=states),
         judged.layout,
-        network,
-        part(0, 1000),
-        part(1000, 1300),
-        part(1300, 1797),
+        FinetuneData(part(0, 1000), part(1000, 1300), part(1300, 1797)),
         Recipe(epochs=2, batch_size=50, learning_rate=0.02, distillation=0.7),
-        device=torch.device("cpu"),
+        choose_members(front, options["sparsities"], options["with_knee"]),
+        seed=options["seed"],
         folder=folder,
         log=LOG,
-        **(options | changed),
     )
     return front, rows
 
@@ -152,3 +150,12 @@ def test_without_targets_there_are_no_rows_and_an_empty_folder(tmp_path: Path) -
     _, rows = finetune(tmp_path / "folder", trained("residual"), sparsities=[], with_knee=False)
     assert rows == []
     assert list((tmp_path / "folder").iterdir()) == []
+
+
+def test_a_front_without_networks_is_refused(tmp_path: Path) -> None:
+    front = front_with([0.8, 0.2], [0.05, 0.2])
+    network, data = trained("residual"), FinetuneData(part(0, 100), part(100, 200), part(200, 300))
+    with pytest.raises(ValueError, match="expected a front with its networks, found masks alone"):
+        finetune_members(
+            front, WeightUnits.of(network), data, Recipe(epochs=1), {0: "knee"}, seed=0, folder=tmp_path, log=LOG
+        )

@@ -163,6 +163,10 @@ class LabelledImages:
         chosen = torch.from_numpy(indices)
         return cls(normalise(image_set.images[chosen], mean, std), image_set.labels[chosen])
 
+    def to(self, device: str | torch.device) -> "LabelledImages":
+        """The same images on a device."""
+        return LabelledImages(self.images.to(device), self.labels.to(device))
+
     def first(self, n: int | None) -> "LabelledImages":
         """The first `n` images, all of them for None or where there are fewer."""
         return LabelledImages(self.images[:n], self.labels[:n])

@@ -92,7 +92,7 @@ def prepare_dense(
                     100 * row["train_error"],
                 )
 
-        module, _ = train(module, data, recipe, seed=seed, device=device, resume=Path(resume), progress=show)
+        module, _ = train(module, data.to(device), recipe, seed=seed, resume=Path(resume), progress=show)
     return DenseNetwork(module, architecture, mean, std, tuple(network["exclude"]))
 
 

@@ -2,11 +2,12 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from paretoprune.data.splits import LabelledImages
 from paretoprune.evaluation.metrics import predict, top1_error
@@ -27,6 +28,21 @@ FINETUNED_COLUMNS = (
     "dense_test_error",
 )
 BATCH_SIZE = 256
+
+
+@dataclass(frozen=True)
+class FinetuneData:
+    """Images for fine-tuning, all on one device.
+
+    Attributes:
+        train: Trained on.
+        search: Only measured on.
+        test: Likewise.
+    """
+
+    train: LabelledImages
+    search: LabelledImages
+    test: LabelledImages
 
 
 def choose_members(front: Front, sparsities: Sequence[float], with_knee: bool) -> dict[int, str]:
@@ -50,51 +66,45 @@ def choose_members(front: Front, sparsities: Sequence[float], with_knee: bool) -
 
 def finetune_members(
     front: Front,
-    states: Sequence[Mapping[str, Tensor]],
-    layout: WeightUnits,
-    dense: nn.Module,
-    train_on: LabelledImages,
-    search: LabelledImages,
-    test: LabelledImages,
+    units: WeightUnits,
+    data: FinetuneData,
     recipe: Recipe,
+    chosen: Mapping[int, str],
     *,
-    sparsities: Sequence[float],
-    with_knee: bool,
     seed: int,
-    device: torch.device,
     folder: Path,
     log: logging.Logger,
 ) -> list[dict[str, Any]]:
     """Train the chosen members further, verify their masks, save and measure them.
 
     Args:
-        front: A final front.
-        states: Of its finished networks, from which training starts.
-        layout: Where the prunable weights lie in a mask.
-        dense: The teacher.
-        train_on: Training images.
-        search: Search images; only measured on.
-        test: Test images; only measured on.
+        front: A final front with its dense network, the teacher, and the states of its finished networks, from which
+            training starts.
+        units: Its prunable weights.
+        data: Images; where they lie is where networks are trained and measured.
         recipe: How to train.
-        sparsities: Targets, see `choose_members`.
-        with_knee: Likewise.
+        chosen: Members to their targets, see `choose_members`.
         seed: Fixes the training.
-        device: Where to compute.
         folder: Gets one `member<id>.safetensors` for each member.
         log: Told of every member.
 
     Returns:
         One row a member with the keys `FINETUNED_COLUMNS`.
+
+    Raises:
+        ValueError: The front has no networks.
     """
+    if front.dense is None or front.states is None:
+        raise ValueError("expected a front with its networks, found masks alone; give it `dense` and `states`")
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    dense_test_error = _error(dense, test, device)
-    for member, target in choose_members(front, sparsities, with_knee).items():
+    dense_test_error = _error(front.dense, data.test)
+    for member, target in chosen.items():
         mask = front.masks.unpack(member)
-        masks = {name: torch.from_numpy(part.copy()) for name, part in layout.split(mask).items()}
-        start = with_weights(dense, states[member])
-        before = _error(start, test, device)
-        trained, _ = train(start, train_on, recipe, seed=seed, device=device, masks=masks, teacher=dense)
+        masks = {name: torch.from_numpy(part.copy()) for name, part in units.split(mask).items()}
+        start = with_weights(front.dense, front.states[member])
+        before = _error(start, data.test)
+        trained, _ = train(start, data.train, recipe, seed=seed, masks=masks, teacher=front.dense)
         check_mask(trained, masks)
         save_tensors(folder / f"member{member}.safetensors", trained.state_dict())
         row: dict[str, Any] = {
@@ -102,9 +112,9 @@ def finetune_members(
             "target": target,
             "density": float(front.density[member]),
             "sparsity": float(front.sparsity[member]),
-            "search_top1_error": _error(trained, search, device),
+            "search_top1_error": _error(trained, data.search),
             "test_error_pruned": before,
-            "test_error": _error(trained, test, device),
+            "test_error": _error(trained, data.test),
             "dense_test_error": dense_test_error,
         }
         rows.append(row)
@@ -116,8 +126,9 @@ def finetune_members(
     return rows
 
 
-def _error(network: nn.Module, judged: LabelledImages, device: torch.device) -> float:
+def _error(network: nn.Module, measured: LabelledImages) -> float:
     """Top-1 error of a finished network."""
-    error = top1_error(predict(network.to(device), judged.images.to(device), BATCH_SIZE), judged.labels.to(device))
+    answers = predict(network.to(measured.images.device), measured.images, BATCH_SIZE)
+    error = top1_error(answers, measured.labels)
     network.to("cpu")
     return error

@@ -109,7 +109,6 @@ def train(
     recipe: Recipe,
     *,
     seed: int,
-    device: str | torch.device = "cpu",
     masks: Mapping[str, Tensor] | None = None,
     teacher: nn.Module | None = None,
     resume: Path | None = None,
@@ -122,10 +121,9 @@ def train(
 
     Args:
         network: Start; it is left as it is.
-        data: Training images.
+        data: Training images; where they lie is where the network is trained.
         recipe: How to train.
         seed: Fixes order and augmentation.
-        device: Where to compute.
         masks: Parameter name to bool tensor of its shape: weights that are False are 0 and stay 0.
         teacher: Network to distil from, needed where `recipe.distillation` is above 0.
         resume: File that keeps the state after every epoch; read first when it is there, removed at the end.
@@ -145,100 +143,116 @@ def train(
             f"expected at least two training images and a batch_size of at least 2, which batch norm needs, found "
             f"{len(data)} images and batch_size {recipe.batch_size}"
         )
-    network = to_channels_last(copy.deepcopy(network).to(device).train())
-    if teacher is not None:
-        teacher = to_channels_last(copy.deepcopy(teacher).to(device).eval().requires_grad_(False))
-    parameters = dict(network.named_parameters())
-    kept = {parameters[name]: mask.to(device) for name, mask in (masks or {}).items()}
-    optimiser = torch.optim.SGD(
-        _parameter_groups(network, recipe.weight_decay), lr=0.0, momentum=recipe.momentum, nesterov=recipe.momentum > 0
-    )
-    origin = _origin(network, data, recipe, seed) if resume else ""
-    history = _resume(resume, network, optimiser, origin) if resume else []
-    images, labels = data.images.to(device), data.labels.to(device)
-    mixed = torch.device(device).type == "cuda"
-
-    def apply_masks() -> None:
-        with torch.no_grad():
-            for parameter, mask in kept.items():
-                parameter.masked_fill_(~mask, 0.0)
-
-    apply_masks()
+    trainer = _Trainer(network, data, recipe, seed, masks or {}, teacher)
+    origin = _origin(trainer.network, data, recipe, seed) if resume else ""
+    history = _resume(resume, trainer.network, trainer.optimiser, origin) if resume else []
+    trainer.apply_masks()
     for epoch in range(len(history), recipe.epochs):
         # Dropout draws from the global generators, which are put back afterwards.
-        with torch.random.fork_rng(devices=[device] if mixed else []):
+        with torch.random.fork_rng(devices=[data.images.device] if trainer.mixed else []):
             try:
-                row = _train_epoch(network, optimiser, images, labels, recipe, epoch, seed, apply_masks, teacher)
+                row = trainer.train_epoch(epoch)
             except TrainingDivergedError:
                 if resume:
                     resume.unlink(missing_ok=True)
                 raise
         history.append(row)
         if resume:
-            _save_state(resume, network, optimiser, origin, history)
+            _save_state(resume, trainer.network, trainer.optimiser, origin, history)
         if progress:
             progress(row)
     if resume:
         resume.unlink(missing_ok=True)
-    finished = network.to("cpu").to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    finished = trainer.network.to("cpu").to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return finished.eval(), history
 
 
-def _train_epoch(
-    network: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    images: Tensor,
-    labels: Tensor,
-    recipe: Recipe,
-    epoch: int,
-    seed: int,
-    apply_masks: Callable[[], None],
-    teacher: nn.Module | None,
-) -> dict[str, Any]:
-    """One pass over the images in an order that depends on seed and epoch only; a row of the history."""
-    epoch_seed = seed * 1_000_003 + epoch
-    generator = torch.Generator().manual_seed(epoch_seed)
-    torch.default_generator.manual_seed(epoch_seed)
-    mixed = images.device.type == "cuda"
-    if mixed:
-        torch.cuda.manual_seed(epoch_seed)
-    order = torch.randperm(len(images), generator=generator)
-    batches = [batch for batch in order.split(recipe.batch_size) if len(batch) > 1]  # batch norm needs two
-    total_loss, n_wrong, n_seen, rate = 0.0, 0, 0, 0.0
-    for step, batch in enumerate(batches):
-        # The middle of the step: at its ends the rate would be 0 in the first or in the last one.
-        rate = learning_rate(recipe, epoch + (step + 0.5) / len(batches))
-        for group in optimiser.param_groups:
+class _Trainer:
+    """A copy of a network in training, see `train`.
+
+    Attributes:
+        network: The copy.
+        optimiser: Holds its momenta.
+        mixed: Whether forward passes run in bfloat16.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        data: LabelledImages,
+        recipe: Recipe,
+        seed: int,
+        masks: Mapping[str, Tensor],
+        teacher: nn.Module | None,
+    ) -> None:
+        self._data, self._recipe, self._seed = data, recipe, seed
+        device = data.images.device
+        self.mixed = device.type == "cuda"
+        self.network = to_channels_last(copy.deepcopy(network).to(device).train())
+        self._teacher = teacher
+        if teacher is not None:
+            self._teacher = to_channels_last(copy.deepcopy(teacher).to(device).eval().requires_grad_(False))
+        parameters = dict(self.network.named_parameters())
+        self._kept = {parameters[name]: mask.to(device) for name, mask in masks.items()}
+        groups = _parameter_groups(self.network, recipe.weight_decay)
+        self.optimiser = torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
+
+    def apply_masks(self) -> None:
+        """Put what the masks drop to 0."""
+        with torch.no_grad():
+            for parameter, mask in self._kept.items():
+                parameter.masked_fill_(~mask, 0.0)
+
+    def train_epoch(self, epoch: int) -> dict[str, Any]:
+        """One pass over the images in an order that depends on seed and epoch only; a row of the history."""
+        recipe, images, labels = self._recipe, self._data.images, self._data.labels
+        epoch_seed = self._seed * 1_000_003 + epoch
+        generator = torch.Generator().manual_seed(epoch_seed)
+        torch.default_generator.manual_seed(epoch_seed)
+        if self.mixed:
+            torch.cuda.manual_seed(epoch_seed)
+        order = torch.randperm(len(images), generator=generator)
+        batches = [batch for batch in order.split(recipe.batch_size) if len(batch) > 1]  # batch norm needs two
+        total_loss, n_wrong, n_seen, rate = 0.0, 0, 0, 0.0
+        for step, batch in enumerate(batches):
+            # The middle of the step: at its ends the rate would be 0 in the first or in the last one.
+            rate = learning_rate(recipe, epoch + (step + 0.5) / len(batches))
+            indices = batch.to(images.device)
+            x = augment(images[indices], recipe.crop, recipe.flip, generator)
+            loss, wrong = self._step(x.contiguous(memory_format=torch.channels_last), labels[indices], rate)
+            total_loss += loss * len(batch)
+            if not math.isfinite(total_loss):
+                raise TrainingDivergedError(
+                    f"the loss became {loss} in epoch {epoch + 1} of {recipe.epochs}, step {step + 1}; "
+                    f"lower the learning_rate (now {recipe.learning_rate}), lengthen the warm-up, or check the images"
+                )
+            n_wrong += wrong
+            n_seen += len(batch)
+        return {
+            "epoch": epoch + 1,
+            "learning_rate": rate,
+            "loss": total_loss / n_seen,
+            "train_error": n_wrong / n_seen,
+        }
+
+    def _step(self, x: Tensor, y: Tensor, rate: float) -> tuple[float, int]:
+        """One step of the optimiser, unless the loss is not finite; the loss, and the number of wrong answers."""
+        for group in self.optimiser.param_groups:
             group["lr"] = rate
-        indices = batch.to(images.device)
-        x = augment(images[indices], recipe.crop, recipe.flip, generator)
-        x, y = x.contiguous(memory_format=torch.channels_last), labels[indices]
-        with torch.autocast("cuda", torch.bfloat16, enabled=mixed):
-            logits = network(x)
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.mixed):
+            logits = self.network(x)
             if not isinstance(logits, Tensor):
                 raise ValueError(
                     f"expected a tensor of logits from the network in training, found {type(logits).__name__}; a "
                     "torchvision network with auxiliary heads needs `arguments: {aux_logits: false}`"
                 )
-            loss = _loss(logits.float(), y, x, recipe, teacher)
-        total_loss += float(loss.detach()) * len(batch)
-        if not math.isfinite(total_loss):
-            raise TrainingDivergedError(
-                f"the loss became {float(loss.detach())} in epoch {epoch + 1} of {recipe.epochs}, step {step + 1}; "
-                f"lower the learning_rate (now {recipe.learning_rate}), lengthen the warm-up, or check the images"
-            )
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        apply_masks()
-        n_wrong += int((logits.argmax(dim=1) != y).sum())
-        n_seen += len(batch)
-    return {
-        "epoch": epoch + 1,
-        "learning_rate": rate,
-        "loss": total_loss / n_seen,
-        "train_error": n_wrong / n_seen,
-    }
+            loss = _loss(logits.float(), y, x, self._recipe, self._teacher)
+        if math.isfinite(float(loss.detach())):
+            self.optimiser.zero_grad()
+            loss.backward()
+            self.optimiser.step()
+            self.apply_masks()
+        return float(loss.detach()), int((logits.argmax(dim=1) != y).sum())
 
 
 def _loss(logits: Tensor, labels: Tensor, images: Tensor, recipe: Recipe, teacher: nn.Module | None) -> Tensor:
