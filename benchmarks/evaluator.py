@@ -14,7 +14,7 @@ from paretoprune.evaluation.task import Task
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.architectures import to_channels_last
-from paretoprune.settings import Compute, Judging
+from paretoprune.settings import Compute, Evaluating
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -120,7 +120,7 @@ def _measure(depth: int, images: Tensor, labels: Tensor, repeats: int, data: Pat
     mask = np.random.default_rng(0).random(layout.n_weights) < DENSITY
     packed = PackedMasks.pack(mask)
     task = Task(network, layout, images, labels, images[:0])
-    ours = PopulationEvaluator(task, Judging(repair="none"), Compute())
+    ours = PopulationEvaluator(task, Evaluating(repair="none"), Compute())
     usual, tuned = (EagerLoop(network, layout, images, tuned=tuned) for tuned in (False, True))
     convolutions = bare_convolutions(network, images[:1], BARE_BATCH, dtype)
     rates: list[float] = []
@@ -157,14 +157,16 @@ def _measure(depth: int, images: Tensor, labels: Tensor, repeats: int, data: Pat
 
 
 def measure_workers(depth: int, n_images: int, n_candidates: int, repeats: int, data: Path | None) -> dict[str, Any]:
-    """How much faster two worker processes judge a population than one process."""
+    """How much faster two worker processes evaluate a population than one process."""
     torch.set_num_threads(1)
     images, labels = images_and_labels(n_images, data)
     network = resnet(depth, data)
     layout = WeightUnits.of(network)
     masks = PackedMasks.pack(np.random.default_rng(0).random((n_candidates, layout.n_weights)) < DENSITY)
     task = Task(network, layout, images, labels, images[:0])
-    evaluators = {f"workers_{n}": PopulationEvaluator(task, Judging(repair="none"), Compute(workers=n)) for n in (1, 2)}
+    evaluators = {
+        f"workers_{n}": PopulationEvaluator(task, Evaluating(repair="none"), Compute(workers=n)) for n in (1, 2)
+    }
     found = side_by_side({name: partial(evaluate, masks) for name, evaluate in evaluators.items()}, repeats)
     for evaluator in evaluators.values():
         evaluator.close()

@@ -1,7 +1,7 @@
 """The plain implementation that the whole search is measured against: what one writes first.
 
-Every candidate is a deep copy of the network with its weights multiplied by the mask, judged in full by torch's eager
-float32 in large batches, one after the other in one process; Phase 2's populations are booleans (n, n_weights) in
+Every candidate is a deep copy of the network with its weights multiplied by the mask, evaluated in full by torch's
+eager float32 in large batches, one after the other in one process; Phase 2's populations are booleans (n, n_weights) in
 pymoo's NSGA-II with its default duplicate elimination. The method is the same down to the draws: with an evaluator that
 gives the same objectives, both implementations find the same front (`tests/test_benchmarks.py`).
 """
@@ -40,7 +40,7 @@ class PlainEvaluator:
     Args:
         network: The trained dense network.
         layout: Where its prunable weights lie in a mask.
-        images: Images to judge on, float32 (n, c, h, w).
+        images: Images to evaluate on, float32 (n, c, h, w).
         labels: int64 (n,).
         repair: `none` or `batchnorm`.
         calibration_images: Images for the repair.

@@ -9,7 +9,7 @@ from paretoprune.evaluation.evaluator import PopulationEvaluator
 from paretoprune.evaluation.task import Task
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import WeightUnits
-from paretoprune.settings import Compute, Judging
+from paretoprune.settings import Compute, Evaluating
 
 from benchmarks.engine import Case, measure_all
 from benchmarks.evaluator import DENSITY
@@ -29,7 +29,7 @@ def _candidate(depth: int, n_images: int, data: Path | None) -> float:
     network = resnet(depth, data)
     layout = WeightUnits.of(network)
     task = Task(network, layout, images[:n_images], labels[:n_images], images[n_images:])
-    evaluate = PopulationEvaluator(task, Judging(repair_images=None), Compute())
+    evaluate = PopulationEvaluator(task, Evaluating(repair_images=None), Compute())
     mask = PackedMasks.pack(np.random.default_rng(0).random(layout.n_weights) < DENSITY)
     return side_by_side({"candidate": lambda: evaluate(mask)}, 3)["candidate"]
 

@@ -27,7 +27,7 @@ from paretoprune.search.phase2 import search_corridor
 from paretoprune.search.problem import Effort, Evaluate, Problem
 from paretoprune.search.recorder import SearchResult
 from paretoprune.search.thresholds import search_thresholds
-from paretoprune.settings import Compute, Judging, Phase1, Phase2
+from paretoprune.settings import Compute, Evaluating, Phase1, Phase2
 
 from benchmarks import plain
 from benchmarks.inputs import data_directory, images_and_labels, resnet
@@ -66,10 +66,10 @@ def both_phases(
     return found, [middle - start, time.perf_counter() - middle]
 
 
-def judge_again(front: Front, evaluate: Evaluate) -> Front:
-    """The same masks judged by another evaluator, without those that others now dominate."""
-    judged = Front(front.masks, np.column_stack([evaluate(front.masks), front.density]), front.stages)
-    return Front.empty(front.masks.n_units).merge(judged)
+def evaluate_again(front: Front, evaluate: Evaluate) -> Front:
+    """The same masks evaluated by another evaluator, without those that others now dominate."""
+    evaluated = Front(front.masks, np.column_stack([evaluate(front.masks), front.density]), front.stages)
+    return Front.empty(front.masks.n_units).merge(evaluated)
 
 
 def measure(
@@ -88,19 +88,19 @@ def measure(
     """Search once with each implementation.
 
     The time of each starts with the dense network in memory and ends with a front of at most `population` members,
-    judged in float32.
+    evaluated in float32.
 
     Args:
         depth: Of the ResNet.
         population: Candidates in a population.
         generations: Generations of both phases together.
-        n_images: Images that candidates are judged on.
+        n_images: Images that candidates are evaluated on.
         n_calibration: Images that they are repaired on.
         seed: Of the search.
         workers: Processes of ours, and threads of the plain implementation.
         data: Folder of trained networks and real images, or None.
-        n_plain: Do not run the plain search but judge this many candidates of ours in its way, one by one, and take the
-            time that all of them would have needed.
+        n_plain: Do not run the plain search but evaluate this many candidates of ours in its way, one by one, and take
+            the time that all of them would have needed.
         precision: That ours searches in.
 
     Returns:
@@ -114,17 +114,17 @@ def measure(
     sample = images[:N_GRADIENT_IMAGES], labels[:N_GRADIENT_IMAGES]
     scores = {name: flat_scores(compute_importance(name, network, layout, *sample, seed), layout) for name in SCORES}
     effort = Effort(population * generations, population, seed)
-    judging = Judging(repair="batchnorm", repair_images=None, objective="divergence")
+    evaluating = Evaluating(repair="batchnorm", repair_images=None, objective="divergence")
     compute = Compute(precision=precision, workers=workers, prefix_cache_mb=PREFIX_CACHE_MB)
 
     start = time.perf_counter()
     task = Task(network, layout, images, labels, calibration)
-    evaluate = PopulationEvaluator(task, judging, compute)
+    evaluate = PopulationEvaluator(task, evaluating, compute)
     prepared = time.perf_counter() - start
     ours, phases = both_phases(Problem(layout, evaluate), search_corridor, scores, effort)
     evaluate.close()
-    exact = PopulationEvaluator(task, judging, replace(compute, precision="float32", prefix_cache_mb=0))
-    front = judge_again(ours.front, exact).thinned(population)
+    exact = PopulationEvaluator(task, evaluating, replace(compute, precision="float32", prefix_cache_mb=0))
+    front = evaluate_again(ours.front, exact).thinned(population)
     exact.close()
     seconds_ours = time.perf_counter() - start
 
@@ -135,11 +135,11 @@ def measure(
         layout,
         images,
         labels,
-        repair=judging.repair,
+        repair=evaluating.repair,
         calibration_images=calibration,
-        objective=judging.objective,
+        objective=evaluating.objective,
     )
-    hypervolume = judge_again(front, usual).hypervolume()
+    hypervolume = evaluate_again(front, usual).hypervolume()
     row: dict[str, Any] = {
         "depth": depth,
         **asdict(effort),
@@ -156,7 +156,7 @@ def measure(
         "hypervolume_ours": round(hypervolume, 5),
         "plain": "run" if n_plain is None else f"extrapolated from {n_plain} candidates",
     }
-    start = time.perf_counter()  # the plain evaluator has judged before, so it is warm
+    start = time.perf_counter()  # the plain evaluator has evaluated before, so it is warm
     if n_plain is None:
         theirs, _ = both_phases(Problem(layout, usual), plain.search_corridor, scores, effort)
         seconds_plain = time.perf_counter() - start
@@ -181,7 +181,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--precision", default="auto", help="that ours searches in")
-    parser.add_argument("--plain-sample", type=int, help="judge so many candidates the plain way instead of searching")
+    parser.add_argument(
+        "--plain-sample", type=int, help="evaluate so many candidates the plain way instead of searching"
+    )
     arguments = parser.parse_args()
     row = measure(
         depth=arguments.depth,

@@ -19,7 +19,7 @@ OURS, SORTED, FLAT, PYMOO = "two phases", "sorted by the score", "NSGA-II, sprea
 
 
 def compare(problem: Problem, score: np.ndarray, effort: Effort) -> dict[str, SearchResult]:
-    """The two-phase method and what it is compared with, by name, ours first; each judges as many masks."""
+    """The two-phase method and what it is compared with, by name, ours first; each evaluates as many masks."""
     return {
         OURS: search(problem, score, effort),
         SORTED: by_score_alone(problem, score, effort),

@@ -41,7 +41,7 @@ def draw_samples(n_features: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 class NearestCentroid:
     """Nearest centroid of standardised features, for many choices of features at once.
 
-    Each feature has a vote that does not depend on the others, so a choice of features is judged by adding votes.
+    Each feature has a vote that does not depend on the others, so a choice of features is evaluated by adding votes.
 
     Attributes:
         votes: float32 (n_samples, n_features), above 0 for class 1.

@@ -13,31 +13,31 @@ from paretoprune.importance.layer_statistics import LayerStatistics
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import WeightUnits
 from paretoprune.repair.refit import Refit
-from paretoprune.settings import Compute, Judging
+from paretoprune.settings import Compute, Evaluating
 from small_networks import calibration, digits, some_masks
 from torch import Tensor, nn
 
-N_JUDGED = 300
+N_EVALUATED = 300
 SHARED = pytest.mark.skipif(not can_fork(), reason="worker processes are forked, which only Linux does well")
 
 
-def judged() -> tuple[Tensor, Tensor]:
-    """Images and labels that small networks are judged on."""
+def search_split() -> tuple[Tensor, Tensor]:
+    """Images and labels that small networks are evaluated on."""
     images, labels = digits()
-    return images[1000 : 1000 + N_JUDGED], labels[1000 : 1000 + N_JUDGED]
+    return images[1000 : 1000 + N_EVALUATED], labels[1000 : 1000 + N_EVALUATED]
 
 
 def task_of(
     network: nn.Module, statistics: Mapping[str, LayerStatistics] | None = None, exclude: Sequence[str] = ()
 ) -> Task:
     """A network with the images of the tests."""
-    return Task(network, WeightUnits.of(network, exclude), *judged(), calibration(), statistics)
+    return Task(network, WeightUnits.of(network, exclude), *search_split(), calibration(), statistics)
 
 
-def settings_of(repair: str, options: Mapping[str, Any]) -> tuple[Judging, Compute]:
+def settings_of(repair: str, options: Mapping[str, Any]) -> tuple[Evaluating, Compute]:
     """Settings by their names, in float32 and batches of 64 images where nothing else is said."""
     chosen = {"repair": repair, "repair_images": None, "precision": "float32", "batch_size": 64, **options}
-    return Judging.of(chosen), Compute.of(chosen)
+    return Evaluating.of(chosen), Compute.of(chosen)
 
 
 def evaluator(

@@ -37,10 +37,10 @@ class Analytic:
         self.importance = rng.exponential(size=layout.n_weights) * np.repeat([1.0, 2.0, 0.5], layout.sizes)
         # What a search is told is only roughly what matters.
         self.scores = self.importance * np.exp(0.5 * rng.standard_normal(layout.n_weights))
-        self.judged = PackedMasks.empty(layout.n_weights)
+        self.seen = PackedMasks.empty(layout.n_weights)
 
     def __call__(self, masks: PackedMasks) -> np.ndarray:
-        self.judged = self.judged.concatenate(masks)
+        self.seen = self.seen.concatenate(masks)
         errors = []
         for i in range(len(masks)):
             kept = self.layout.split(self.importance * masks.unpack(i)).values()
@@ -52,7 +52,7 @@ class Analytic:
         return np.column_stack([self(masks), masks.density]).reshape(-1, 2)
 
     def booleans(self) -> np.ndarray:
-        return np.array([self.judged.unpack(i) for i in range(len(self.judged))])
+        return np.array([self.seen.unpack(i) for i in range(len(self.seen))])
 
 
 def starts_of(evaluate: Analytic) -> list[np.ndarray]:

@@ -24,7 +24,7 @@ from paretoprune.importance.scores import compute_importance
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.costs import Priced, make_costs
-from paretoprune.settings import Compute, Judging
+from paretoprune.settings import Compute, Evaluating
 from paretoprune.stages import candidates
 from small_networks import digits, magnitude_mask, n_hooks, numpy_state, states_equal, trained
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ def test_the_front_is_no_worse_than_the_classical_allocations() -> None:
     front, network, (images, labels) = pruned(), trained("foreign"), part(1000, 1200)
     layout = WeightUnits.of(network)
     task = Task(network, layout, images, labels, part(0, 400)[0])
-    judge = PopulationEvaluator(task, Judging(repair_images=None), Compute())
+    evaluate = PopulationEvaluator(task, Evaluating(repair_images=None), Compute())
     parameters = dict(network.named_parameters())
     sizes = np.abs(layout.flatten({name: parameters[name].detach().numpy() for name in layout.names}))
     for density in (0.8, 0.5, 0.2):
@@ -88,7 +88,7 @@ def test_the_front_is_no_worse_than_the_classical_allocations() -> None:
         everywhere[np.argsort(-sizes, kind="stable")[:n_keep]] = True
         for mask in (everywhere, magnitude_mask(network, layout, density)):
             masks = PackedMasks.pack(mask)
-            error, found = judge(masks)[0], masks.density[0]
+            error, found = evaluate(masks)[0], masks.density[0]
             # One weight a layer for rounding, one image of 200 for calibration images in another order.
             able = front.density <= found + layout.n_groups / layout.n_weights
             assert front.error[able].min() <= error + 1.01 / 200
@@ -114,7 +114,7 @@ def test_every_network_has_the_promised_sparsity_and_error() -> None:
         parameters = dict(network.named_parameters())
         n_kept = sum(int(torch.count_nonzero(parameters[name])) for name in layout.names)
         assert 1 - n_kept / layout.n_weights == pytest.approx(front.sparsity[i], abs=1e-12)
-        # The judge runs in another memory layout: one image of 200 on the edge may turn.
+        # The evaluator runs in another memory layout: one image of 200 on the edge may turn.
         assert top1_error(predict(network, images, 50), labels) == pytest.approx(front.error[i], abs=1.01 / 200)
 
 
@@ -177,10 +177,10 @@ def test_images_that_are_held_out_are_used_for_nothing_else(monkeypatch: pytest.
     given: dict[str, set[float]] = {}
 
     class Recording(PopulationEvaluator):
-        def __init__(self, task: Task, judging: Judging, compute: Compute) -> None:
+        def __init__(self, task: Task, evaluating: Evaluating, compute: Compute) -> None:
             given["search"] = set(task.images[:, 0, 0, 0].tolist())
             given["calibration"] = set(task.calibration[:, 0, 0, 0].tolist())
-            super().__init__(task, judging, compute)
+            super().__init__(task, evaluating, compute)
 
     def recording(score: str, network: nn.Module, layout: WeightUnits, images: Tensor, *rest: Any) -> dict[str, Tensor]:
         given[score] = set(images[:, 0, 0, 0].tolist())
@@ -205,7 +205,7 @@ def test_the_smallest_share_held_out_has_an_image_of_every_class() -> None:
     np.testing.assert_allclose(front.error * 10, np.rint(front.error * 10), rtol=0, atol=1e-9)
 
 
-def test_without_repair_the_bare_masks_are_judged() -> None:
+def test_without_repair_the_bare_masks_are_evaluated() -> None:
     front = prune(repair="none")
     network, original = front.network(0), trained("foreign")
     assert torch.equal(network.get_buffer("line_norm.running_mean"), original.get_buffer("line_norm.running_mean"))
@@ -233,20 +233,20 @@ def test_with_progress_a_bar_shows_all_evaluations(capfd: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(("repair", "evaluations"), [("batchnorm", 70), ("reconstruct", 75)])
-def test_as_many_networks_are_judged_as_asked_for(
+def test_as_many_networks_are_evaluated_as_asked_for(
     repair: str, evaluations: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judged: list[int] = []
+    evaluated: list[int] = []
 
     class Counting(PopulationEvaluator):
         # The final front is finished and measured once more, which is no part of the search.
         def bounded(self, masks: PackedMasks, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            judged.append(len(masks))
+            evaluated.append(len(masks))
             return super().bounded(masks, bounds)
 
     monkeypatch.setattr(candidates, "PopulationEvaluator", Counting)
     prune(repair=repair, evaluations=evaluations, workers=1)
-    assert sum(judged) == evaluations
+    assert sum(evaluated) == evaluations
 
 
 @pytest.mark.skipif(not can_fork(), reason="worker processes are forked, which only Linux does well")
@@ -263,16 +263,16 @@ def by_hand(repair: str) -> Finisher:
     images, (search_images, search_labels) = part(0, 400)[0], part(1000, 1200)
     calibration = images[np.random.default_rng(0).permutation(len(images))]
     task = Task(trained("foreign"), WeightUnits.of(trained("foreign")), search_images, search_labels, calibration)
-    return Finisher(task, Judging(repair=repair), Compute())
+    return Finisher(task, Evaluating(repair=repair), Compute())
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_final_front_is_judged_in_float32(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_final_front_is_evaluated_in_float32(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[str] = []
 
     class Rough(PopulationEvaluator):
-        def __init__(self, task: Task, judging: Judging, compute: Compute) -> None:
-            super().__init__(task, judging, replace(compute, precision=precision))
+        def __init__(self, task: Task, evaluating: Evaluating, compute: Compute) -> None:
+            super().__init__(task, evaluating, replace(compute, precision=precision))
             chosen.append(self.precision)
 
     monkeypatch.setattr(candidates, "PopulationEvaluator", Rough)
@@ -345,7 +345,7 @@ def test_the_error_of_a_re_fitted_member_is_that_of_its_network() -> None:
         network = front.network(i)
         assert not network.training
         assert n_hooks(network) == 0
-        # The judge runs in another memory layout: one image of 200 on the edge may turn.
+        # The evaluator runs in another memory layout: one image of 200 on the edge may turn.
         assert top1_error(predict(network, images, 64), labels) == pytest.approx(front.error[i], abs=1.01 / 200)
         assert front.density[i] == front.masks.density[i]
         for name, mask in layout.split(front.masks.unpack(i)).items():

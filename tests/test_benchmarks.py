@@ -16,7 +16,7 @@ from paretoprune.search.corridor import Corridor, choose_anchors
 from paretoprune.search.phase2 import search_corridor
 from paretoprune.search.problem import Effort, Problem
 from paretoprune.search.thresholds import search_thresholds
-from paretoprune.settings import Compute, Judging, Phase1, Phase2
+from paretoprune.settings import Compute, Evaluating, Phase1, Phase2
 from small_networks import digits, magnitude_mask, trained
 from torch import nn
 
@@ -68,8 +68,8 @@ def test_the_plain_evaluator_and_ours_agree(repair: str, objective: str) -> None
     arguments: dict[str, Any] = {"repair": repair, "calibration_images": images[:100], "objective": objective}
     theirs = plain.PlainEvaluator(network, layout, images[1000:1200], labels[1000:1200], **arguments)
     task = Task(network, layout, images[1000:1200], labels[1000:1200], images[:100])
-    judging = Judging(repair=repair, repair_images=None, objective=objective)
-    ours = PopulationEvaluator(task, judging, Compute(precision="float32"))
+    evaluating = Evaluating(repair=repair, repair_images=None, objective=objective)
+    ours = PopulationEvaluator(task, evaluating, Compute(precision="float32"))
     # One image of 200 on the edge between two classes; the divergence is continuous.
     np.testing.assert_allclose(ours(masks), theirs(masks), rtol=0, atol=0.0051 if objective == "error" else 1e-3)
 

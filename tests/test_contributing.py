@@ -124,12 +124,12 @@ def test_a_repair() -> None:
 
 
 @needs("paretoprune.repair.repairs", "paretoprune.evaluation.task")
-def test_candidates_are_judged_under_a_repair_that_was_added() -> None:
+def test_candidates_are_evaluated_under_a_repair_that_was_added() -> None:
     add("A repair")
     from paretoprune.evaluation.evaluator import PopulationEvaluator
     from paretoprune.evaluation.task import Task
     from paretoprune.masks.units import WeightUnits
-    from paretoprune.settings import Compute, Judging
+    from paretoprune.settings import Compute, Evaluating
 
     network, (images, labels) = trained("residual"), digits()
     units = WeightUnits.of(network)
@@ -137,7 +137,7 @@ def test_candidates_are_judged_under_a_repair_that_was_added() -> None:
     rng = np.random.default_rng(0)
     masks = PackedMasks.pack(rng.random((2, units.n_weights)) < 0.9)
     losses = [
-        PopulationEvaluator(task, Judging(repair=repair), Compute(precision="float32"))(masks)
+        PopulationEvaluator(task, Evaluating(repair=repair), Compute(precision="float32"))(masks)
         for repair in ("none", "fresh")
     ]
     assert np.all(losses[1] < losses[0])

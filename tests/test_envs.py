@@ -16,11 +16,6 @@ CONDA_NAMES = {
     "matplotlib": "matplotlib-base",
     "xxhash": "python-xxhash",
 }
-    "moocore": "python-moocore",
-    "torch": "pytorch",
-    "matplotlib": "matplotlib-base",
-    "xxhash": "python-xxhash",
-}
 
 PIN = re.compile(r"^(?P<name>[a-z0-9-]+)(?:\[[a-z0-9,-]+\])?==(?P<version>[^ ;\\]+)(?: ; (?P<marker>[^\\]+?))? *\\?$")
 

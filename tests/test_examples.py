@@ -51,13 +51,13 @@ def test_feature_selection(seed: int) -> None:
 
 def test_votes_are_the_nearest_centroid_of_scikit_learn() -> None:
     features, classes = feature_selection.draw_samples(200, 0)
-    judge, _ = feature_selection.run(200, Effort(evaluations=80, population=8, seed=0))
+    evaluate, _ = feature_selection.run(200, Effort(evaluations=80, population=8, seed=0))
     n_train = feature_selection.N_TRAIN
     scaled = features / features[:n_train].std(axis=0)
     chosen = np.random.default_rng(0).random(200) < 0.1
     peer = NearestCentroid().fit(scaled[:n_train][:, chosen], classes[:n_train])
-    expected = (peer.predict(scaled[-feature_selection.N_TEST :][:, chosen]) != judge.classes).mean()
-    assert judge.error(PackedMasks.pack(chosen))[0] == pytest.approx(expected, abs=1e-3)
+    expected = (peer.predict(scaled[-feature_selection.N_TEST :][:, chosen]) != evaluate.classes).mean()
+    assert evaluate.error(PackedMasks.pack(chosen))[0] == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_table_says_how_far_ours_is_above_the_others() -> None:

@@ -23,9 +23,9 @@ from paretoprune.settings import (
     ComparedMethod,
     Compute,
     CorridorStep,
+    Evaluating,
     Flat,
     FlatStep,
-    Judging,
     Method,
     Moves,
     Phase1,
@@ -66,7 +66,7 @@ def test_settings_come_from_plain_values_and_what_is_missing_has_its_default() -
     assert Method.of({}) == Method()
 
 
-@pytest.mark.parametrize("kind", [Judging, Compute, Publishing, Method, Phase1, Phase2, Flat])
+@pytest.mark.parametrize("kind", [Evaluating, Compute, Publishing, Method, Phase1, Phase2, Flat])
 def test_plain_values_are_lists_and_mappings_that_lead_back(kind: type[Settings]) -> None:
     plain = kind().plain()
     assert kind.of(plain) == kind()
@@ -83,14 +83,14 @@ def test_what_a_step_depends_on_reaches_its_script_as_plain_values(i: int) -> No
 
 def test_settings_cannot_be_changed() -> None:
     with pytest.raises(FrozenInstanceError):
-        Judging().repair = "none"  # type: ignore[misc]
+        Evaluating().repair = "none"  # type: ignore[misc]
 
 
 def test_a_part_has_the_values_that_both_hold_and_defaults_for_the_rest() -> None:
     phase2 = Phase2(softness=0.3, algorithm="moead")
     assert phase2.part(Moves) == Moves(softness=0.3)
     assert phase2.part(Moves, adaptive=False) == Moves(softness=0.3, adaptive=False)
-    assert Judging(damping=0.2).part(Compute) == Compute()
+    assert Evaluating(damping=0.2).part(Compute) == Compute()
 
 
 # What the parts of a method say
@@ -104,8 +104,8 @@ def test_candidates_are_put_right_by_the_repair_of_the_search_and_networks_by_th
     repair: str, search_repair: str | None, in_search: str
 ) -> None:
     step = compared(repair=repair, search_repair=search_repair, objectives=("divergence", "macs")).flat_step
-    assert step.judging == Judging(repair=repair, objective="divergence")
-    assert step.search_judging == Judging(repair=in_search, objective="divergence")
+    assert step.evaluating == Evaluating(repair=repair, objective="divergence")
+    assert step.search_evaluating == Evaluating(repair=in_search, objective="divergence")
     assert step.costs == ("macs",)
 
 

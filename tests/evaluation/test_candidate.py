@@ -1,4 +1,4 @@
-"""Judging one candidate: what a bound may and may not change, the order of images, and running out of memory."""
+"""Evaluating one candidate: what a bound may and may not change, the order of images, and running out of memory."""
 
 import logging
 import math
@@ -32,7 +32,7 @@ def placed(images: Tensor) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def judge(
+def evaluator_of(
     objective: str = "error", batch_size: int = 16, kind: str = "residual", repair: str = "none"
 ) -> CandidateEvaluator:
     network, (images, labels) = trained(kind), digits()
@@ -62,7 +62,7 @@ def score(evaluation: Evaluation, objective: str) -> float:
 @pytest.mark.parametrize("objective", ["error", "divergence"])
 @pytest.mark.parametrize("kind", ["residual", "foreign"])
 def test_a_bound_stops_only_what_lies_above_it(kind: str, objective: str) -> None:
-    evaluate_one, masks = judge(objective, kind=kind), some_masks(trained(kind)).words
+    evaluate_one, masks = evaluator_of(objective, kind=kind), some_masks(trained(kind)).words
     n_stopped = 0
     for words in masks:
         truth = evaluate_one(words)
@@ -86,19 +86,19 @@ def test_a_bound_stops_only_what_lies_above_it(kind: str, objective: str) -> Non
 
 
 def test_a_candidate_far_above_its_bound_is_stopped_after_one_batch() -> None:
-    evaluate_one = judge(batch_size=20)
+    evaluate_one = evaluator_of(batch_size=20)
     nothing = np.zeros_like(some_masks(trained("residual")).words[0])
     assert evaluate_one(nothing, 0.05).n_seen == 20
 
 
 def test_the_last_batch_is_never_looked_at_for_nothing() -> None:
     # Stopping after all images have been seen saves nothing, and would hide that the score is exact.
-    evaluate_one = judge(batch_size=N_IMAGES)
+    evaluate_one = evaluator_of(batch_size=N_IMAGES)
     assert all(evaluate_one(words, 0.0).complete for words in some_masks(trained("residual")).words)
 
 
 def test_evaluations_count_wrong_answers_and_mean_divergence_over_all_images() -> None:
-    evaluate_one, mask = judge(), some_masks(trained("residual"))
+    evaluate_one, mask = evaluator_of(), some_masks(trained("residual"))
     evaluation = evaluate_one(mask.words[5])
     with torch.inference_mode():
         evaluate_one.network.prepare(torch.from_numpy(mask.unpack(5)))
@@ -115,7 +115,7 @@ def test_the_evaluator_has_the_hardest_images_first(objective: str) -> None:
     network, (images, labels) = trained("residual"), digits()
     images, labels = images[1000:1300], labels[1000:1300]
     evaluate = evaluator(network, "none", objective=objective, batch_size=10)
-    ordered, ordered_labels = evaluate.judged.images, evaluate.judged.labels
+    ordered, ordered_labels = evaluate.ordered.images, evaluate.ordered.labels
     # The same images with the same labels in another order.
     found = {
         (tuple(image.flatten().tolist()), label) for image, label in zip(ordered, ordered_labels.tolist(), strict=True)
@@ -134,7 +134,7 @@ def test_the_evaluator_has_the_hardest_images_first(objective: str) -> None:
         evaluate.network,
         placed(images),
         labels,
-        evaluate.judged.dense_log_probabilities[[find(ordered, image) for image in images]],
+        evaluate.ordered.dense_log_probabilities[[find(ordered, image) for image in images]],
         objective=objective,
         batch_size=10,
         prefixes=evaluate.prefixes,
@@ -166,28 +166,28 @@ def test_where_memory_runs_out_batches_are_halved_with_a_warning(
     error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     words = some_masks(trained("residual")).words[4]
-    evaluate_one = judge(batch_size=100)
-    expected = judge(batch_size=25)(words)
+    evaluate_one = evaluator_of(batch_size=100)
+    expected = evaluator_of(batch_size=25)(words)
     scarce = Scarce(evaluate_one.network, 30, error)
     monkeypatch.setattr(evaluate_one.network, "answer", scarce)
     with caplog.at_level(logging.WARNING, "paretoprune"):
         assert evaluate_one(words) == expected
-    told = "memory ran out; judging the candidate again in batches of {} images"
+    told = "memory ran out; evaluating the candidate again in batches of {} images"
     assert caplog.messages == [told.format(n) for n in (50, 25)]
     assert scarce.sizes == [100, 50] + 8 * [25]
-    # The next candidate begins anew, so that all are judged alike wherever there is memory.
+    # The next candidate begins anew, so that all are evaluated alike wherever there is memory.
     assert evaluate_one.batch_size == 100
 
 
 def test_memory_that_does_not_suffice_for_one_image_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluate_one = judge(batch_size=4)
+    evaluate_one = evaluator_of(batch_size=4)
     monkeypatch.setattr(evaluate_one.network, "answer", Scarce(evaluate_one.network, 0, RuntimeError(NO_MEMORY)))
     with pytest.raises(RuntimeError, match="not enough memory"):
         evaluate_one(some_masks(trained("residual")).words[4])
 
 
 def test_other_errors_are_nobody_s_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluate_one = judge()
+    evaluate_one = evaluator_of()
     scarce = Scarce(evaluate_one.network, 0, RuntimeError("something else"))
     monkeypatch.setattr(evaluate_one.network, "answer", scarce)
     with pytest.raises(RuntimeError, match="something else"):

@@ -1,4 +1,4 @@
-"""Whole candidates as one computation: on the CPU step by step, equal to what the judge finds; on a GPU recorded."""
+"""Whole candidates as one computation: step by step on the CPU as the evaluator finds them, recorded on a GPU."""
 
 import logging
 
@@ -38,19 +38,19 @@ def fused(kind: str, repair: str, dtype: torch.dtype = torch.float32) -> tuple[F
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("repair", REPAIRS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_finds_what_the_judge_finds(kind: str, repair: str, dtype: torch.dtype) -> None:
+def test_it_finds_what_the_evaluate_finds(kind: str, repair: str, dtype: torch.dtype) -> None:
     quick, images, labels, dense = fused(kind, repair, dtype)
     masks = some_masks(trained(kind))
     errors, kls = CapturedNetwork(quick, images, 64).losses(masks.words, labels, dense)
     assert errors.shape == kls.shape == (len(masks),)
     nothing = PrefixCache([], quick.layout, N_IMAGES, 0, dtype, 0)
-    judge = CandidateEvaluator(quick, images, labels, dense, objective="error", batch_size=64, prefixes=nothing)
-    evaluations = [judge(words) for words in masks.words]
+    evaluate = CandidateEvaluator(quick, images, labels, dense, objective="error", batch_size=64, prefixes=nothing)
+    evaluations = [evaluate(words) for words in masks.words]
     assert errors.tolist() == [evaluation.error for evaluation in evaluations]
     assert [divergence_of(float(kl)) for kl in kls] == [evaluation.divergence for evaluation in evaluations]
 
 
-def test_masks_that_may_not_be_written_to_can_be_judged() -> None:
+def test_masks_that_may_not_be_written_to_can_be_evaluated() -> None:
     quick, images, labels, dense = fused("residual", "none")
     words = some_masks(trained("residual")).words.copy()
     expected = CapturedNetwork(quick, images, 64).losses(words, labels, dense)
@@ -104,7 +104,7 @@ def test_a_recording_finds_what_the_cpu_finds(
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_every_candidate_is_judged_on_all_images() -> None:
+def test_on_a_gpu_every_candidate_is_evaluated_on_all_images() -> None:
     both = Evaluators("residual", "batchnorm")
     masks = some_masks(both.network)
     found, complete = both.gpu.bounded(masks, np.zeros(len(masks)))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import made
-from evaluators import N_JUDGED, evaluator, judged, unpacked
+from evaluators import N_EVALUATED, evaluator, search_split, unpacked
 from paretoprune.devices import default_batch_size
 from paretoprune.evaluation import compute
 from paretoprune.evaluation.fused import FusedNetwork
@@ -75,7 +75,7 @@ def test_images_in_a_batch_are_as_many_as_fit_a_core_s_caches() -> None:
 
 def naive_objectives(network: nn.Module, masks: PackedMasks, repair: str) -> np.ndarray:
     """Top-1 errors of naive networks."""
-    images, labels = judged()
+    images, labels = search_split()
     return np.array(
         [top1_error(predict(naive_network(network, m, repair), images, 64), labels) for m in unpacked(masks)]
     )
@@ -90,7 +90,7 @@ def naive_objectives(network: nn.Module, masks: PackedMasks, repair: str) -> np.
         (architectures.TwoInputs, "its forward takes 2 arguments instead of one"),
     ],
 )
-def test_a_network_that_cannot_be_traced_is_judged_layer_by_layer_and_the_log_says_why(
+def test_a_network_that_cannot_be_traced_is_evaluated_layer_by_layer_and_the_log_says_why(
     kind: Callable[[], nn.Module], reason: str, repair: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     network = made(kind)
@@ -104,11 +104,11 @@ def test_a_network_that_cannot_be_traced_is_judged_layer_by_layer_and_the_log_sa
     assert all(record.levelno == logging.INFO for record in caplog.records)
     # The untrained networks' answers are close to one another: an image or two on the edge may turn.
     np.testing.assert_allclose(
-        evaluate.score(masks).error, naive_objectives(network, masks, repair), rtol=0, atol=2.01 / N_JUDGED
+        evaluate.score(masks).error, naive_objectives(network, masks, repair), rtol=0, atol=2.01 / N_EVALUATED
     )
 
 
-def test_a_network_that_cannot_be_traced_is_judged_layer_by_layer_in_bfloat16_too() -> None:
+def test_a_network_that_cannot_be_traced_is_evaluated_layer_by_layer_in_bfloat16_too() -> None:
     evaluate = evaluator(made(architectures.Branching), precision="bfloat16")
     assert not evaluate.is_fused
     assert isinstance(evaluate.network, LayerwiseNetwork)
@@ -126,7 +126,7 @@ def test_a_network_that_cannot_be_traced_is_judged_layer_by_layer_in_bfloat16_to
         architectures.OwnNorms,
     ],
 )
-def test_networks_that_mislead_a_tracer_are_judged_right_all_the_same(
+def test_networks_that_mislead_a_tracer_are_evaluated_right_all_the_same(
     kind: Callable[[], nn.Module], repair: str
 ) -> None:
     images, labels = digits()
@@ -140,7 +140,7 @@ def test_networks_that_mislead_a_tracer_are_judged_right_all_the_same(
         module.inplace = True
     masks = some_masks(network)
     found = evaluator(network, repair).score(masks).error
-    np.testing.assert_allclose(found, naive_objectives(network, masks, repair), rtol=0, atol=1.01 / N_JUDGED)
+    np.testing.assert_allclose(found, naive_objectives(network, masks, repair), rtol=0, atol=1.01 / N_EVALUATED)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -162,7 +162,7 @@ def test_a_fast_path_that_answers_otherwise_is_not_used_and_warned_about(
     assert "fused float32 path against float32 layer by layer" in caplog.text
     assert "that is too much, and it is not used" in caplog.text
     # Two ways of computing may differ on an image on the edge.
-    np.testing.assert_allclose(evaluate.score(masks).error, expected, rtol=0, atol=1.01 / N_JUDGED)
+    np.testing.assert_allclose(evaluate.score(masks).error, expected, rtol=0, atol=1.01 / N_EVALUATED)
 
 
 def test_a_fast_path_that_is_wrong_for_pruned_networks_only_is_not_used(
@@ -193,5 +193,5 @@ def test_a_fast_path_that_fails_is_not_used_and_warned_about(
 
 
 @pytest.mark.parametrize("workers", [0, -1])
-def test_at_least_one_process_judges(workers: int) -> None:
+def test_at_least_one_process_evaluates(workers: int) -> None:
     assert evaluator(trained("residual"), workers=workers).n_workers == 1

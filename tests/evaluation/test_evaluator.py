@@ -1,4 +1,4 @@
-"""Judging masks: the evaluator against a naive loop, its purity and its two objectives."""
+"""Evaluating masks: the evaluator against a naive loop, its purity and its two objectives."""
 
 import copy
 import math
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import made
-from evaluators import N_JUDGED, SHARED, evaluator, finisher, judged, many_masks
+from evaluators import N_EVALUATED, SHARED, evaluator, finisher, many_masks, search_split
 from paretoprune.evaluation.fused import FusedNetwork
 from paretoprune.evaluation.layerwise import LayerwiseNetwork
 from paretoprune.evaluation.metrics import predict, top1_error
@@ -40,7 +40,7 @@ RECONSTRUCTED = ("residual", "foreign")
 @pytest.mark.parametrize("repair", REPAIRS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_evaluator_agrees_with_a_naive_loop_over_single_networks(kind: str, repair: str) -> None:
-    network, (images, labels) = trained(kind), judged()
+    network, (images, labels) = trained(kind), search_split()
     masks = some_masks(network)
     evaluate = evaluator(network, repair)
     scores = evaluate.score(masks)
@@ -51,7 +51,7 @@ def test_the_evaluator_agrees_with_a_naive_loop_over_single_networks(kind: str, 
             logits = naive_network(network, masks.unpack(i), repair)(images)
         n_wrong = int((logits.argmax(1) != labels).sum())
         # Sums in another order may turn the answer to one image on the edge between two classes.
-        assert abs(scores.error[i] - n_wrong / N_JUDGED) <= 1.01 / N_JUDGED
+        assert abs(scores.error[i] - n_wrong / N_EVALUATED) <= 1.01 / N_EVALUATED
         kl = (dense.exp() * (dense - logits.log_softmax(1).double())).sum(1).mean()
         # float32 logits of size ten are good to about 1e-6, and 1 - exp(-x) is no steeper than 1.
         assert scores.divergence[i] == pytest.approx(1 - math.exp(-kl), abs=1e-4)
@@ -60,7 +60,7 @@ def test_the_evaluator_agrees_with_a_naive_loop_over_single_networks(kind: str, 
 
 @pytest.mark.parametrize("repair", REPAIRS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_equal_masks_get_equal_objectives_whatever_was_judged_before(kind: str, repair: str) -> None:
+def test_equal_masks_get_equal_objectives_whatever_was_evaluated_before(kind: str, repair: str) -> None:
     network = trained(kind)
     for objective in ("error", "divergence"):
         evaluate = evaluator(network, repair, objective=objective)
@@ -108,12 +108,12 @@ def test_the_given_network_is_left_as_it_is(kind: str) -> None:
 
 
 def test_the_full_mask_gets_the_dense_network_s_objectives() -> None:
-    network, (images, labels) = trained("residual"), judged()
+    network, (images, labels) = trained("residual"), search_split()
     evaluate = evaluator(network)
     full = evaluate.score(PackedMasks.pack(np.ones((1, evaluate.layout.n_weights), dtype=bool)))
     assert evaluate.dense.error[0] == pytest.approx(top1_error(predict(network, images, 64), labels), abs=1.01 / 300)
     assert evaluate.dense.divergence[0] == 0
-    assert full.error[0] == pytest.approx(evaluate.dense.error[0], abs=1.01 / N_JUDGED)
+    assert full.error[0] == pytest.approx(evaluate.dense.error[0], abs=1.01 / N_EVALUATED)
     # Repaired statistics equal the trained ones up to float32 rounding.
     assert full.divergence[0] == pytest.approx(0, abs=1e-6)
     assert evaluate.n_classes == 10
@@ -127,9 +127,9 @@ def test_no_masks_give_no_losses() -> None:
 def test_the_size_of_batches_does_not_change_what_is_found() -> None:
     network = trained("foreign")
     masks = some_masks(network)
-    whole, parts = (evaluator(network, batch_size=size).score(masks) for size in (N_JUDGED, 7))
+    whole, parts = (evaluator(network, batch_size=size).score(masks) for size in (N_EVALUATED, 7))
     # Kernels may sum batches of another size in another order: at most one image on the edge.
-    np.testing.assert_allclose(parts.error, whole.error, rtol=0, atol=1.01 / N_JUDGED)
+    np.testing.assert_allclose(parts.error, whole.error, rtol=0, atol=1.01 / N_EVALUATED)
     np.testing.assert_allclose(parts.divergence, whole.divergence, rtol=0, atol=1e-4)
 
 
@@ -167,7 +167,7 @@ def test_trained_statistics_are_not_rounded_in_bfloat16(kind: str) -> None:
     assert found.item() == torch.tensor(0.1 + 2**-9).item()
 
 
-def test_three_dimensional_convolutions_can_be_judged() -> None:
+def test_three_dimensional_convolutions_can_be_evaluated() -> None:
     class Volume(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -209,7 +209,7 @@ def test_neither_workers_nor_kept_activations_nor_the_order_change_a_bit(
             assert np.array_equal(evaluate(masks.select(order)), expected[order]), options
             if megabytes:
                 assert evaluate.prefixes.hits > 10
-            # One candidate is judged in this process, none at all in no process.
+            # One candidate is evaluated in this process, none at all in no process.
             assert np.array_equal(evaluate(masks.select([6])), expected[[6]])
             assert evaluate(masks.select([])).shape == (0,)
     assert multiprocessing.active_children() == []
@@ -243,11 +243,11 @@ def test_a_bound_saves_looking_at_images() -> None:
     network = trained("residual")
     evaluate, masks = evaluator(network, batch_size=20), some_masks(network)
     evaluate(masks)
-    assert evaluate.n_images_seen == len(masks) * N_JUDGED
+    assert evaluate.n_images_seen == len(masks) * N_EVALUATED
     evaluate.n_images_seen = 0
     _, complete = evaluate.bounded(masks, np.full(len(masks), 0.3))
     assert 0 < complete.sum() < len(masks)
-    assert evaluate.n_images_seen < 0.7 * len(masks) * N_JUDGED
+    assert evaluate.n_images_seen < 0.7 * len(masks) * N_EVALUATED
 
 
 @SHARED
@@ -353,8 +353,8 @@ def re_fitted(network: nn.Module, mask: np.ndarray) -> LayerwiseNetwork:
 
 
 @pytest.mark.parametrize("kind", RECONSTRUCTED)
-def test_with_repair_reconstruct_the_re_fitted_networks_are_judged(kind: str) -> None:
-    network, (images, labels) = trained(kind), judged()
+def test_with_repair_reconstruct_the_re_fitted_networks_are_evaluated(kind: str) -> None:
+    network, (images, labels) = trained(kind), search_split()
     masks = some_masks(network)
     evaluate = evaluator(network, "reconstruct")
     assert evaluate.is_fused
@@ -364,7 +364,7 @@ def test_with_repair_reconstruct_the_re_fitted_networks_are_judged(kind: str) ->
         with torch.inference_mode():
             dense, logits = network(images).double().log_softmax(1), plain.answer(images)
             kl = (dense.exp() * (dense - logits.double().log_softmax(1))).sum(1).mean()
-        assert abs(scores.error[i] - top1_error(logits, labels)) <= 1.01 / N_JUDGED
+        assert abs(scores.error[i] - top1_error(logits, labels)) <= 1.01 / N_EVALUATED
         assert scores.divergence[i] == pytest.approx(1 - math.exp(-kl), abs=2e-3)
     # The full and the empty mask leave nothing to fit; of the others the error falls.
     assert scores.error[2:].mean() < bare.error[2:].mean() - 0.02
@@ -372,7 +372,7 @@ def test_with_repair_reconstruct_the_re_fitted_networks_are_judged(kind: str) ->
 
 @SHARED
 @pytest.mark.parametrize("kind", [*RECONSTRUCTED, "UsedTwice"])
-def test_re_fitted_networks_are_judged_the_same_by_any_process_from_any_activations(kind: str) -> None:
+def test_re_fitted_networks_are_evaluated_the_same_by_any_process_from_any_activations(kind: str) -> None:
     network = trained(kind) if kind in KINDS else made(architectures.ARCHITECTURES[kind])
     masks = many_masks(network)
     with evaluator(network, "reconstruct", objective="divergence") as alone:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import made
-from evaluators import N_JUDGED, SHARED, evaluator, finisher, judged
+from evaluators import N_EVALUATED, SHARED, evaluator, finisher, search_split
 from paretoprune.evaluation.layerwise import LayerwiseNetwork
 from paretoprune.evaluation.metrics import predict, top1_error
 from paretoprune.importance.layer_statistics import collect_statistics
@@ -40,7 +40,7 @@ RECONSTRUCTED = ("residual", "foreign")
 @pytest.mark.parametrize("repair", REPAIRS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_built_networks_answer_as_the_naive_ones(kind: str, repair: str) -> None:
-    network, (images, _) = trained(kind), judged()
+    network, (images, _) = trained(kind), search_split()
     masks = some_masks(network)
     build = finisher(network, repair).build
     for i in range(len(masks)):
@@ -52,8 +52,8 @@ def test_built_networks_answer_as_the_naive_ones(kind: str, repair: str) -> None
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_built_network_has_the_judged_error_and_zeros_exactly_outside_the_mask(kind: str) -> None:
-    network, (images, labels) = trained(kind), judged()
+def test_a_built_network_has_the_evaluated_error_and_zeros_exactly_outside_the_mask(kind: str) -> None:
+    network, (images, labels) = trained(kind), search_split()
     build, layout = finisher(network).build, WeightUnits.of(network)
     masks = some_masks(network)
     errors = evaluator(network).score(masks).error
@@ -67,8 +67,8 @@ def test_a_built_network_has_the_judged_error_and_zeros_exactly_outside_the_mask
         for name, kept in layout.split(masks.unpack(i)).items():
             expected = torch.where(torch.from_numpy(kept), originals[name], torch.zeros(()))
             assert torch.equal(parameters[name], expected), name
-        # The judge runs in another memory layout: one image on the edge may turn.
-        assert abs(top1_error(predict(built, images, 64), labels) - errors[i]) <= 1.01 / N_JUDGED
+        # The evaluator runs in another memory layout: one image on the edge may turn.
+        assert abs(top1_error(predict(built, images, 64), labels) - errors[i]) <= 1.01 / N_EVALUATED
 
 
 def test_weights_that_are_not_prunable_keep_their_trained_values() -> None:
@@ -95,7 +95,7 @@ def test_built_networks_are_independent_of_one_another_and_of_the_evaluator() ->
 
 
 def test_a_built_network_can_be_trained_further() -> None:
-    network, (images, labels) = trained("foreign"), judged()
+    network, (images, labels) = trained("foreign"), search_split()
     built = finisher(network).build(some_masks(network).unpack(5)).train()
     functional.cross_entropy(built(images), labels).backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in built.parameters())
@@ -107,7 +107,7 @@ def test_a_weight_shared_by_two_layers_stays_shared_in_a_built_network() -> None
     assert built.get_parameter("first.weight") is built.get_submodule("second").weight
 
 
-def test_networks_are_built_in_float32_whatever_they_are_judged_in() -> None:
+def test_networks_are_built_in_float32_whatever_they_are_evaluated_in() -> None:
     network = trained("residual")
     mask = some_masks(network).unpack(5)
     exact, rough = (finisher(network, precision=precision).build(mask) for precision in ("float32", "bfloat16"))
@@ -145,7 +145,7 @@ def test_a_network_that_cannot_be_traced_is_re_fitted_and_built_layer_by_layer(
         assert (
             "finished networks keep the weights that each layer was given on the dense network's inputs" in caplog.text
         )
-        np.testing.assert_allclose(scores.error, expected.error, rtol=0, atol=1.01 / N_JUDGED)
+        np.testing.assert_allclose(scores.error, expected.error, rtol=0, atol=1.01 / N_EVALUATED)
         assert finishing.reselect(masks) is masks
     state = re_fitted(network, masks.unpack(5)).network.state_dict()
     for key, value in state.items():
@@ -165,7 +165,7 @@ def test_layers_that_are_excluded_keep_their_weights_when_networks_are_finished(
 @pytest.mark.parametrize("repair", ["none", "batchnorm", "reconstruct"])
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=SHARED)])
 def test_finished_networks_are_the_built_ones_and_measured_by_hand(repair: str, workers: int) -> None:
-    network, (images, labels) = trained("foreign"), judged()
+    network, (images, labels) = trained("foreign"), search_split()
     masks = some_masks(network).select([0, 3, 5, 7])
     with torch.inference_mode():
         dense = network(images).double().log_softmax(1)
@@ -183,7 +183,7 @@ def test_finished_networks_are_the_built_ones_and_measured_by_hand(repair: str, 
             with torch.inference_mode():
                 logits = one(images)
             kl = (dense.exp() * (dense - logits.double().log_softmax(1))).sum(1).mean()
-            assert scores.error[i] == pytest.approx(top1_error(logits, labels), abs=1.01 / N_JUDGED)
+            assert scores.error[i] == pytest.approx(top1_error(logits, labels), abs=1.01 / N_EVALUATED)
             assert scores.divergence[i] == pytest.approx(1 - math.exp(-kl), abs=1e-4)
             for name, kept in evaluate.layout.split(masks.unpack(i)).items():
                 assert not bool(state[name][~torch.from_numpy(kept)].any())
@@ -246,7 +246,7 @@ def test_nothing_is_chosen_anew_where_networks_are_not_refined(changed: dict[str
     assert np.array_equal(finisher(network, **changed).finish(masks, reselect=True)[0].words, masks.words)
 
 
-def test_finished_networks_answer_more_like_the_dense_one_than_judged_ones() -> None:
+def test_finished_networks_answer_more_like_the_dense_one_than_evaluated_ones() -> None:
     network = trained("residual")
     layout = WeightUnits.of(network)
     masks = PackedMasks.pack(np.array([magnitude_mask(network, layout, density) for density in (0.7, 0.5, 0.3)]))
@@ -256,7 +256,7 @@ def test_finished_networks_answer_more_like_the_dense_one_than_judged_ones() -> 
 
 
 def test_a_re_fitted_network_can_be_trained_further_and_leaves_the_evaluator_as_it_was() -> None:
-    network, (images, labels) = trained("foreign"), judged()
+    network, (images, labels) = trained("foreign"), search_split()
     evaluate, masks = evaluator(network, "reconstruct"), some_masks(network)
     before = evaluate(masks)
     built = finisher(network, "reconstruct", refit=evaluate.refit).build(masks.unpack(5)).train()
@@ -272,7 +272,7 @@ def test_a_re_fitted_network_can_be_trained_further_and_leaves_the_evaluator_as_
 
 
 @pytest.mark.parametrize("kind", RECONSTRUCTED)
-def test_in_bfloat16_re_fitted_networks_are_judged_about_the_same_and_built_alike(kind: str) -> None:
+def test_in_bfloat16_re_fitted_networks_are_evaluated_about_the_same_and_built_alike(kind: str) -> None:
     network = trained(kind)
     layout = WeightUnits.of(network)
     masks = PackedMasks.pack(np.array([magnitude_mask(network, layout, d) for d in (1.0, 0.8, 0.6, 0.4)]))

@@ -39,7 +39,7 @@ def placed(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return images.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def judged(dtype: torch.dtype = torch.float32) -> Tensor:
+def search_images(dtype: torch.dtype = torch.float32) -> Tensor:
     return placed(digits()[0][1000 : 1000 + N_IMAGES], dtype)
 
 
@@ -56,7 +56,7 @@ def fused(
     return FusedNetwork(
         network,
         layout,
-        judged(dtype)[:2],
+        search_images(dtype)[:2],
         repair=repair,
         calibration_images=placed(calibration(), dtype),
         refit=reconstruction_of(network, layout, repair),
@@ -68,7 +68,7 @@ def layerwise(network: nn.Module, repair: str) -> LayerwiseNetwork:
     return LayerwiseNetwork(
         network,
         layout,
-        judged()[:2],
+        search_images()[:2],
         repair=repair,
         calibration_images=placed(calibration()),
         refit=reconstruction_of(network, layout, repair),
@@ -85,7 +85,7 @@ def logits_of(
 
 def spread(network: nn.Module) -> float:
     """How much the dense network's logits differ between images: what errors must be small against."""
-    logits = predict(network, judged(), N_IMAGES)
+    logits = predict(network, search_images(), N_IMAGES)
     return float((logits - logits.mean(0)).square().mean().sqrt())
 
 
@@ -108,11 +108,11 @@ def test_a_fused_network_answers_as_the_naive_pruned_one(name: str, repair: str,
     quick, plain = fused(network, repair, dtype), layerwise(network, repair)
     # Where a mask leaves channels all but constant, repair magnifies what bfloat16 has rounded away.
     for i in range(len(masks)) if dtype == torch.float32 else (0, 2, 3, 4, 5):
-        expected = predict(naive_network(network, masks.unpack(i), repair), judged(), N_IMAGES)
-        found = logits_of(quick, masks.unpack(i), judged(dtype))
+        expected = predict(naive_network(network, masks.unpack(i), repair), search_images(), N_IMAGES)
+        found = logits_of(quick, masks.unpack(i), search_images(dtype))
         assert found.dtype == torch.float32
         # Such channels also keep float32 layer by layer from what the naive loop finds with moments in float64.
-        inherent = float((logits_of(plain, masks.unpack(i), judged()) - expected).abs().max())
+        inherent = float((logits_of(plain, masks.unpack(i), search_images()) - expected).abs().max())
         allowed = tolerance(dtype, repair) * spread(network) + 3 * inherent
         torch.testing.assert_close(found, expected, rtol=0, atol=allowed)
 
@@ -133,14 +133,16 @@ def test_a_fused_network_with_re_fitted_weights_answers_as_layer_by_layer(name: 
     masks, quick, plain = some_masks(network), fused(network, "reconstruct"), layerwise(network, "reconstruct")
     bare = layerwise(network, "batchnorm")
     for i in (5, 0, 1, 3, 4, 7, 5):
-        expected = logits_of(plain, masks.unpack(i), judged())
-        found = logits_of(quick, masks.unpack(i), judged())
+        expected = logits_of(plain, masks.unpack(i), search_images())
+        found = logits_of(quick, masks.unpack(i), search_images())
         # Where a layer keeps no weights, what is normalised is rounding.
         allowed = (10 if i in (1, 7) else 1) * tolerance(torch.float32, "reconstruct") * spread(network)
         torch.testing.assert_close(found, expected, rtol=0, atol=allowed)
         if i in (3, 4, 5):
             # It is not the masked network that both answer as.
-            assert float((logits_of(bare, masks.unpack(i), judged()) - expected).abs().max()) > 0.01 * spread(network)
+            assert float((logits_of(bare, masks.unpack(i), search_images()) - expected).abs().max()) > 0.01 * spread(
+                network
+            )
 
 
 @pytest.mark.parametrize("name", ["residual", "foreign", "BiasAndNorm"])
@@ -148,7 +150,7 @@ def test_in_bfloat16_re_fitted_networks_answer_about_the_same(name: str) -> None
     network = network_of(name)
     quick, plain = fused(network, "reconstruct", torch.bfloat16), layerwise(network, "reconstruct")
     mask = some_masks(network).unpack(4)
-    expected, found = logits_of(plain, mask, judged()), logits_of(quick, mask, judged(torch.bfloat16))
+    expected, found = logits_of(plain, mask, search_images()), logits_of(quick, mask, search_images(torch.bfloat16))
     allowed = tolerance(torch.bfloat16, "reconstruct") * spread(network)
     torch.testing.assert_close(found, expected, rtol=0, atol=allowed)
 
@@ -157,9 +159,9 @@ def test_in_bfloat16_re_fitted_networks_answer_about_the_same(name: str) -> None
 def test_nothing_of_one_re_fitted_mask_is_left_for_the_next(name: str) -> None:
     network = network_of(name)
     masks, quick = some_masks(network), fused(network, "reconstruct")
-    once = [logits_of(quick, masks.unpack(i), judged()) for i in range(len(masks))]
+    once = [logits_of(quick, masks.unpack(i), search_images()) for i in range(len(masks))]
     for i in np.random.default_rng(0).permutation(len(masks)):
-        assert torch.equal(logits_of(quick, masks.unpack(i), judged()), once[i])
+        assert torch.equal(logits_of(quick, masks.unpack(i), search_images()), once[i])
 
 
 @pytest.mark.parametrize("repair", REPAIRS)
@@ -172,9 +174,9 @@ def test_layers_that_are_excluded_stay_dense(name: str, repair: str) -> None:
     assert layout.n_groups < WeightUnits.of(network).n_groups
     quick = fused(network, repair, layout=layout)
     for mask in (np.zeros(layout.n_weights, dtype=bool), magnitude_mask(network, layout, 0.4)):
-        expected = predict(naive_network(network, mask, repair, excluded), judged(), N_IMAGES)
+        expected = predict(naive_network(network, mask, repair, excluded), search_images(), N_IMAGES)
         allowed = tolerance(torch.float32, repair) * spread(network)
-        torch.testing.assert_close(logits_of(quick, mask, judged()), expected, rtol=0, atol=allowed)
+        torch.testing.assert_close(logits_of(quick, mask, search_images()), expected, rtol=0, atol=allowed)
 
 
 # Each of these computes something else if it is rewritten without care; to refuse them is as good as to be right.
@@ -198,9 +200,9 @@ def test_what_is_not_refused_is_right(kind: Callable[[], nn.Module], repair: str
         return
     for i in (3, 5):
         mask = some_masks(network).unpack(i)
-        expected = predict(naive_network(network, mask, repair), judged(), N_IMAGES)
+        expected = predict(naive_network(network, mask, repair), search_images(), N_IMAGES)
         allowed = tolerance(torch.float32, repair) * spread(network)
-        torch.testing.assert_close(logits_of(quick, mask, judged()), expected, rtol=0, atol=allowed)
+        torch.testing.assert_close(logits_of(quick, mask, search_images()), expected, rtol=0, atol=allowed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -209,23 +211,23 @@ def test_what_is_not_refused_is_right(kind: Callable[[], nn.Module], repair: str
 def test_nothing_of_one_mask_is_left_for_the_next(name: str, repair: str, dtype: torch.dtype) -> None:
     network = network_of(name)
     masks, quick = some_masks(network), fused(network, repair, dtype)
-    once = [logits_of(quick, masks.unpack(i), judged(dtype)) for i in range(len(masks))]
+    once = [logits_of(quick, masks.unpack(i), search_images(dtype)) for i in range(len(masks))]
     for i in np.random.default_rng(0).permutation(len(masks)):
-        assert torch.equal(logits_of(quick, masks.unpack(i), judged(dtype)), once[i])
+        assert torch.equal(logits_of(quick, masks.unpack(i), search_images(dtype)), once[i])
     other = fused(network, repair, dtype)
-    assert torch.equal(logits_of(other, masks.unpack(4), judged(dtype)), once[4])
+    assert torch.equal(logits_of(other, masks.unpack(4), search_images(dtype)), once[4])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_neither_the_network_nor_the_images_are_changed(name: str) -> None:
     network, before = network_of(name), network_of(name)
-    images, calibrating = judged(), placed(calibration())
+    images, calibrating = search_images(), placed(calibration())
     quick = FusedNetwork(
         network, WeightUnits.of(network), images[:2], repair="batchnorm", calibration_images=calibrating
     )
     logits_of(quick, some_masks(network).unpack(5), images)
     assert states_equal(network, before)
-    assert torch.equal(images, judged())
+    assert torch.equal(images, search_images())
     assert torch.equal(calibrating, placed(calibration()))
 
 
@@ -236,7 +238,7 @@ def test_a_channel_that_pruning_has_made_constant_gives_the_shift_of_its_norm(dt
     # Biases that bfloat16 does not hold exactly.
     network.get_parameter("0.bias").data.copy_(torch.tensor([0.1, 0.3, -0.7, 1.1]))
     nothing = np.zeros(WeightUnits.of(network).n_weights, dtype=bool)
-    found = logits_of(fused(network, "batchnorm", dtype), nothing, judged(dtype))
+    found = logits_of(fused(network, "batchnorm", dtype), nothing, search_images(dtype))
     # The shift itself may be rounded to eight bits. The deviation of a constant channel counts as sqrt(eps) = 0.003,
     # and float32 sums of thousands of its values are 1e-5 off.
     torch.testing.assert_close(found, network.get_parameter("1.bias").data.expand_as(found), rtol=0.004, atol=5e-3)
@@ -248,8 +250,8 @@ def test_weights_that_are_not_finite_can_be_pruned_away() -> None:
     network.get_parameter("layer1.0.conv1.weight").data[0, 0, 0, 0] = torch.inf
     mask = np.ones(layout.n_weights, dtype=bool)
     mask[layout.offsets[layout.names.index("layer1.0.conv1.weight")]] = False
-    assert bool(logits_of(fused(network, "none"), mask, judged()).isfinite().all())
-    assert not bool(logits_of(fused(network, "none"), np.ones_like(mask), judged()).isfinite().all())
+    assert bool(logits_of(fused(network, "none"), mask, search_images()).isfinite().all())
+    assert not bool(logits_of(fused(network, "none"), np.ones_like(mask), search_images()).isfinite().all())
 
 
 def test_sums_are_written_over_their_shortcut_only_where_nobody_reads_it_again() -> None:
@@ -313,12 +315,12 @@ def test_a_run_from_a_cut_equals_the_whole_run_bit_for_bit(name: str, repair: st
     assert quick.cuts
     for i in (3, 5, 7):
         kept = torch.from_numpy(masks.unpack(i))
-        expected = logits_of(quick, masks.unpack(i), judged(dtype), N_IMAGES)
+        expected = logits_of(quick, masks.unpack(i), search_images(dtype), N_IMAGES)
         rows = {cut: room(cut, N_IMAGES, dtype) for cut in quick.cuts}
         calibrated = {cut: room(cut, 200, dtype) for cut in quick.cuts}
         with torch.inference_mode():
             quick.prepare(kept, keep=calibrated if calibrating is not None else None)
-            assert torch.equal(quick.answer(judged(dtype), keep=rows), expected)
+            assert torch.equal(quick.answer(search_images(dtype), keep=rows), expected)
             copies = [(rows[cut].clone(), calibrated[cut].clone()) for cut in quick.cuts]
             for cut, (row_copy, calibrated_copy) in zip(quick.cuts, copies, strict=True):
                 # Another mask in between, so that nothing can be left over from the whole run.
@@ -351,7 +353,7 @@ def test_activations_at_a_cut_depend_on_the_weights_before_it_only(name: str) ->
             rows = room(cut, N_IMAGES, torch.float32)
             with torch.inference_mode():
                 quick.prepare(torch.from_numpy(mask))
-                quick.answer(judged(), keep={cut: rows})
+                quick.answer(search_images(), keep={cut: rows})
             return rows
 
         expected = kept(mask)
@@ -396,8 +398,8 @@ def test_from_words_to_logits_is_the_same_as_step_by_step(dtype: torch.dtype) ->
     for i in range(len(masks)):
         words = torch.from_numpy(masks.words[i].copy().view(np.int64))
         with torch.inference_mode():
-            found = quick.logits(words, judged(dtype).split(64))
-        assert torch.equal(found, logits_of(quick, masks.unpack(i), judged(dtype), 64))
+            found = quick.logits(words, search_images(dtype).split(64))
+        assert torch.equal(found, logits_of(quick, masks.unpack(i), search_images(dtype), 64))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5"])

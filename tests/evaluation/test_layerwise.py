@@ -20,7 +20,7 @@ REPAIRS = ("none", "batchnorm")
 KINDS = ("residual", "foreign")
 
 
-def judged() -> Tensor:
+def search_images() -> Tensor:
     return digits()[0][1000:1100]
 
 
@@ -43,8 +43,8 @@ def test_it_answers_as_the_naive_pruned_network(kind: str, repair: str) -> None:
     network = trained(kind)
     masks, plain = some_masks(network), layerwise(network, repair)
     for i in range(len(masks)):
-        expected = predict(naive_network(network, masks.unpack(i), repair), judged(), 100)
-        found = logits_of(plain, masks.unpack(i), judged())
+        expected = predict(naive_network(network, masks.unpack(i), repair), search_images(), 100)
+        found = logits_of(plain, masks.unpack(i), search_images())
         # float32 logits of size ten; repair divides by the deviation of channels that hardly vary.
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4 if repair == "none" else 5e-3)
 
@@ -54,16 +54,16 @@ def test_it_answers_as_the_naive_pruned_network(kind: str, repair: str) -> None:
 def test_nothing_of_one_mask_is_left_for_the_next(kind: str, repair: str) -> None:
     network = trained(kind)
     masks, plain = some_masks(network), layerwise(network, repair)
-    once = [logits_of(plain, masks.unpack(i), judged()) for i in range(len(masks))]
+    once = [logits_of(plain, masks.unpack(i), search_images()) for i in range(len(masks))]
     for i in reversed(range(len(masks))):
-        assert torch.equal(logits_of(plain, masks.unpack(i), judged()), once[i])
+        assert torch.equal(logits_of(plain, masks.unpack(i), search_images()), once[i])
 
 
 def test_the_given_network_is_left_as_it_is() -> None:
     network = trained("residual").train()
     before = copy.deepcopy(network)
     plain = layerwise(network, "batchnorm")
-    logits_of(plain, some_masks(network).unpack(5), judged())
+    logits_of(plain, some_masks(network).unpack(5), search_images())
     assert states_equal(network, before)
     assert network.training
 
@@ -78,7 +78,7 @@ def test_in_bfloat16_statistics_are_those_of_training_and_weights_are_rounded_on
             assert original.running_mean is not None
             assert torch.equal(module.running_mean, original.running_mean)
     mask = np.ones(plain.layout.n_weights, dtype=bool)
-    assert logits_of(plain, mask, judged().to(torch.bfloat16)).dtype == torch.float32
+    assert logits_of(plain, mask, search_images().to(torch.bfloat16)).dtype == torch.float32
     weight = plain.network.get_parameter("conv1.weight")
     assert torch.equal(weight, network.get_parameter("conv1.weight").to(torch.bfloat16))
 
@@ -88,7 +88,7 @@ def test_an_infinite_weight_can_be_pruned_away() -> None:
     network.get_parameter("stem.weight").data[0, 0, 0, 0] = torch.inf
     mask = np.ones(WeightUnits.of(network).n_weights, dtype=bool)
     mask[0] = False
-    assert bool(logits_of(layerwise(network, "none"), mask, judged()).isfinite().all())
+    assert bool(logits_of(layerwise(network, "none"), mask, search_images()).isfinite().all())
 
 
 def test_there_is_no_place_to_begin_later() -> None:
@@ -116,7 +116,7 @@ def test_re_fitted_weights_and_biases_take_the_place_of_masked_ones(kind: str) -
     plain, reconstruction = re_fitting(network)
     for i in (5, 0, 1, 3, 7):
         mask = some_masks(network).unpack(i)
-        found = logits_of(plain, mask, judged())
+        found = logits_of(plain, mask, search_images())
         # By hand: the weights and biases in place, nothing pruned any more, then the norms one after the other.
         expected_network = copy.deepcopy(network)
         weights = reconstruction(torch.from_numpy(mask))
@@ -129,9 +129,11 @@ def test_re_fitted_weights_and_biases_take_the_place_of_masked_ones(kind: str) -
         # Laid out alike, or kernels add up in another order, which small variances magnify.
         to_channels_last(expected_network)
         make_repair("batchnorm", network, channels_last(calibration()))(expected_network)
-        torch.testing.assert_close(found, predict(expected_network, channels_last(judged()), 100), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(
+            found, predict(expected_network, channels_last(search_images()), 100), rtol=1e-4, atol=1e-3
+        )
         if i == 0:
-            torch.testing.assert_close(found, predict(network, judged(), 100), rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(found, predict(network, search_images(), 100), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("cache_mb", [0, 64])
@@ -139,6 +141,6 @@ def test_re_fitted_weights_and_biases_take_the_place_of_masked_ones(kind: str) -
 def test_nothing_of_one_re_fitted_mask_is_left_for_the_next(kind: str, cache_mb: int) -> None:
     network = trained(kind)
     masks, (plain, _) = some_masks(network), re_fitting(network, cache_mb)
-    once = [logits_of(plain, masks.unpack(i), judged()) for i in range(len(masks))]
+    once = [logits_of(plain, masks.unpack(i), search_images()) for i in range(len(masks))]
     for i in reversed(range(len(masks))):
-        assert torch.equal(logits_of(plain, masks.unpack(i), judged()), once[i])
+        assert torch.equal(logits_of(plain, masks.unpack(i), search_images()), once[i])

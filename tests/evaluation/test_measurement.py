@@ -63,14 +63,14 @@ def test_an_empty_front_has_no_rows() -> None:
 @pytest.mark.parametrize("n_workers", [1, 2])
 def test_errors_are_those_of_each_network_by_itself_in_any_number_of_processes(n_workers: int) -> None:
     images, labels = digits()
-    judged = LabelledImages(images[1000:1300], labels[1000:1300])
+    evaluated = LabelledImages(images[1000:1300], labels[1000:1300])
     networks = [trained("foreign"), trained("foreign"), trained("foreign")]
     for network, share in zip(networks[1:], (0.5, 0.9), strict=True):
         for parameter in network.parameters():
             parameter.data[torch.rand(parameter.shape, generator=torch.Generator().manual_seed(0)) < share] = 0
     states = [network.state_dict() for network in networks]
-    found = measure_errors(trained("foreign"), states, judged, torch.device("cpu"), n_workers)
-    expected = [top1_error(predict(network, judged.images, 50), judged.labels) for network in networks]
+    found = measure_errors(trained("foreign"), states, evaluated, torch.device("cpu"), n_workers)
+    expected = [top1_error(predict(network, evaluated.images, 50), evaluated.labels) for network in networks]
     assert found.dtype == np.float64
     assert found.tolist() == expected
     assert expected[0] < expected[2]
@@ -78,8 +78,8 @@ def test_errors_are_those_of_each_network_by_itself_in_any_number_of_processes(n
 
 def test_no_networks_have_no_errors() -> None:
     images, labels = digits()
-    judged = LabelledImages(images[:10], labels[:10])
-    assert measure_errors(trained("foreign"), [], judged, torch.device("cpu")).shape == (0,)
+    evaluated = LabelledImages(images[:10], labels[:10])
+    assert measure_errors(trained("foreign"), [], evaluated, torch.device("cpu")).shape == (0,)
 
 
 def test_costs_that_are_not_the_density_have_columns_of_their_own() -> None:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from evaluators import judged
+from evaluators import search_split
 from paretoprune.evaluation.metrics import divergence, predict, top1_error
 from small_networks import (
     trained,
@@ -62,6 +62,6 @@ def test_divergence_grows_with_the_distance_from_the_dense_answers() -> None:
 
 
 def test_predict_leaves_out_no_image_and_keeps_their_order() -> None:
-    network, (images, _) = trained("foreign"), judged()
+    network, (images, _) = trained("foreign"), search_split()
     with torch.no_grad():
         torch.testing.assert_close(predict(network, images, 7), network(images), rtol=1e-4, atol=1e-4)

@@ -44,7 +44,7 @@ def words_of(a: int = 0, b: int = 0, c: int = 0, d: int = 0) -> np.ndarray:
     return pack_rows(mask[None])[0]
 
 
-def judged(kept: PrefixCache, words: np.ndarray, complete: bool = True) -> Plan:
+def evaluated(kept: PrefixCache, words: np.ndarray, complete: bool = True) -> Plan:
     """Plan a candidate and close it at once."""
     plan = kept.plan(words)
     kept.close(plan, complete)
@@ -53,13 +53,13 @@ def judged(kept: PrefixCache, words: np.ndarray, complete: bool = True) -> Plan:
 
 def test_a_candidate_starts_at_the_last_cut_before_which_it_equals_an_earlier_one() -> None:
     kept = cache(4)
-    assert judged(kept, words_of(1, 2, 3, 4)).start is None
+    assert evaluated(kept, words_of(1, 2, 3, 4)).start is None
     # All but the last layer are the same: the second cut.
-    assert judged(kept, words_of(1, 2, 3, 5)).start == (1, 3)
-    again = judged(kept, words_of(1, 2, 9, 4))
+    assert evaluated(kept, words_of(1, 2, 3, 5)).start == (1, 3)
+    again = evaluated(kept, words_of(1, 2, 9, 4))
     assert again.start == (0, 3)
     assert set(again.keep) == {1}
-    assert judged(kept, words_of(7, 2, 3, 4)).start is None
+    assert evaluated(kept, words_of(7, 2, 3, 4)).start is None
     assert (kept.hits, kept.misses) == (2, 2)
 
 
@@ -105,25 +105,25 @@ def test_with_many_candidates_at_work_no_slot_has_two_writers_or_a_writer_and_a_
 
 def test_the_candidate_that_was_of_no_use_the_longest_is_given_up() -> None:
     kept = cache(2)
-    judged(kept, words_of(1, b=1))
-    judged(kept, words_of(2, b=1))
-    assert judged(kept, words_of(1, b=2)).start == (0, 1)
-    judged(kept, words_of(3, b=1))
-    assert judged(kept, words_of(1, b=3)).start == (0, 1)
-    assert judged(kept, words_of(2, b=2)).start is None
+    evaluated(kept, words_of(1, b=1))
+    evaluated(kept, words_of(2, b=1))
+    assert evaluated(kept, words_of(1, b=2)).start == (0, 1)
+    evaluated(kept, words_of(3, b=1))
+    assert evaluated(kept, words_of(1, b=3)).start == (0, 1)
+    assert evaluated(kept, words_of(2, b=2)).start is None
 
 
 def test_activations_that_somebody_reads_are_not_given_up() -> None:
     kept = cache(2)
-    judged(kept, words_of(1))
-    judged(kept, words_of(2))
+    evaluated(kept, words_of(1))
+    evaluated(kept, words_of(2))
     reader = kept.plan(words_of(1, d=1))
     assert reader.start is not None
     for number in range(3, 9):
-        plan = judged(kept, words_of(number))
+        plan = evaluated(kept, words_of(number))
         assert plan.keep.get(reader.start[0]) != reader.start[1]
     kept.close(reader, True)
-    assert judged(kept, words_of(1, d=2)).start == reader.start
+    assert evaluated(kept, words_of(1, d=2)).start == reader.start
 
 
 def test_where_all_slots_are_in_use_a_candidate_keeps_nothing() -> None:
@@ -132,13 +132,13 @@ def test_where_all_slots_are_in_use_a_candidate_keeps_nothing() -> None:
     assert [len(plan.keep) for plan in plans] == [2, 2, 0]
     for plan in plans:
         kept.close(plan, True)
-    assert [judged(kept, words_of(i, d=1)).start is not None for i in range(3)] == [True, True, False]
+    assert [evaluated(kept, words_of(i, d=1)).start is not None for i in range(3)] == [True, True, False]
 
 
 def test_a_candidate_that_was_stopped_leaves_nothing() -> None:
     kept = cache(2)
-    judged(kept, words_of(1), complete=False)
-    assert judged(kept, words_of(1, d=1)).start is None
+    evaluated(kept, words_of(1), complete=False)
+    assert evaluated(kept, words_of(1, d=1)).start is None
 
 
 def test_two_equal_beginnings_at_the_same_time_are_kept_once() -> None:
@@ -148,17 +148,17 @@ def test_two_equal_beginnings_at_the_same_time_are_kept_once() -> None:
     kept.close(first, True)
     kept.close(second, True)
     assert kept.plan(words_of(1, d=2)).start == (1, first.keep[1])
-    assert set(judged(kept, words_of(5)).keep) == {0, 1}
+    assert set(evaluated(kept, words_of(5)).keep) == {0, 1}
 
 
 def test_forgetting_drops_all_activations_and_open_plans() -> None:
     kept = cache(2)
-    judged(kept, words_of(1))
+    evaluated(kept, words_of(1))
     kept.plan(words_of(1, d=1))
     kept.plan(words_of(2))
     kept.forget()
-    assert judged(kept, words_of(1)).start is None
-    assert set(judged(kept, words_of(2)).keep) == {0, 1}
+    assert evaluated(kept, words_of(1)).start is None
+    assert set(evaluated(kept, words_of(2)).keep) == {0, 1}
 
 
 def test_a_budget_for_less_than_two_candidates_keeps_nothing() -> None:
@@ -216,6 +216,6 @@ def test_keys_of_whole_masks_differ_where_and_only_where_layers_before_the_cut_d
     rng = np.random.default_rng(0)
     for _ in range(20):
         first, second = (tuple(rng.integers(0, 2, 4).tolist()) for _ in range(2))
-        keys = [judged(kept, words_of(*layers)).keys for layers in (first, second)]
+        keys = [evaluated(kept, words_of(*layers)).keys for layers in (first, second)]
         assert (keys[0][0] == keys[1][0]) == (first[:1] == second[:1])
         assert (keys[0][1] == keys[1][1]) == (first[:3] == second[:3])

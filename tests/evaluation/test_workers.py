@@ -203,7 +203,9 @@ def test_a_killed_worker_is_replaced_and_its_job_done_again(tmp_path: Path, capl
         pool.run(range(8), arguments, found.__setitem__)
     assert found == {job: 10 * job for job in range(8)}
     assert made == list(range(8))
-    assert caplog.messages == 2 * ["a worker died (signal SIGKILL); it is replaced, and its candidate is judged again"]
+    assert caplog.messages == 2 * [
+        "a worker died (signal SIGKILL); it is replaced, and its candidate is evaluated again"
+    ]
     assert len(set(pool.pids)) == 2
     assert set(pool.pids) != before
     assert run(pool, [1, 2]) == {1: 10, 2: 20}

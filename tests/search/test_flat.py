@@ -23,8 +23,8 @@ from searches import ALGORITHMS, DENSITIES, SPARSE, Analytic, allocation_sweep, 
 @pytest.mark.parametrize("evaluations", [14, 41, 90])
 def test_the_flat_search_spends_its_budget_exactly(algorithm: str, evaluations: int, evaluate: Analytic) -> None:
     result = flat(evaluate, evaluate.layout, algorithm=algorithm, evaluations=evaluations)
-    assert n_distinct(evaluate.judged) == len(evaluate.judged)
-    assert len(evaluate.judged) == result.history[-1]["evaluations"] == evaluations
+    assert n_distinct(evaluate.seen) == len(evaluate.seen)
+    assert len(evaluate.seen) == result.history[-1]["evaluations"] == evaluations
     assert set(result.front.stages) == {"flat"}
 
 
@@ -39,7 +39,7 @@ def test_scores_and_the_first_population_are_paid_for(algorithm: str, evaluate: 
 
 
 @pytest.mark.parametrize("algorithm", SPARSE)
-def test_a_sparse_search_goes_on_from_the_best_it_has_judged(
+def test_a_sparse_search_goes_on_from_the_best_it_has_evaluated(
     algorithm: str, evaluate: Analytic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[list[Genome]] = []
@@ -51,12 +51,12 @@ def test_a_sparse_search_goes_on_from_the_best_it_has_judged(
 
     monkeypatch.setattr(flat_module, "nsga2", watched)
     flat(evaluate, evaluate.layout, algorithm=algorithm, evaluations=90, score_share=0.2)
-    judged = evaluate.judged.select(np.arange(18 + 12))
+    evaluated = evaluate.seen.select(np.arange(18 + 12))
     ((first),) = given
     assert len(first) == 12
     taken = {genome.fingerprint for genome in first}
-    objectives = Analytic(evaluate.layout).objectives(judged)
-    by_rank = [set(judged.select(rank).fingerprints()) for rank in NonDominatedSorting().do(objectives)]
+    objectives = Analytic(evaluate.layout).objectives(evaluated)
+    by_rank = [set(evaluated.select(rank).fingerprints()) for rank in NonDominatedSorting().do(objectives)]
     # Whole ranks as long as they fit, then some of the next one.
     while by_rank and len(by_rank[0]) <= len(taken):
         assert by_rank[0] <= taken
@@ -73,14 +73,14 @@ def test_mskea_learns_from_the_non_dominated_of_each_generation(
     def watched(self: Any, front: list[Genome], spent: float, rng: np.random.Generator) -> None:
         masks = PackedMasks.of_genomes(front, evaluate.layout.n_weights)
         assert (
-            len(Front.empty(masks.n_units).merge(Front(masks, judge.objectives(masks), ["x"] * len(masks))))
+            len(Front.empty(masks.n_units).merge(Front(masks, evaluate.objectives(masks), ["x"] * len(masks))))
             == len(masks)
             > 0
         )
         told.append(spent)
         learn(self, front, spent, rng)
 
-    judge = Analytic(evaluate.layout)
+    evaluate = Analytic(evaluate.layout)
     monkeypatch.setattr(sparse.StagedVariation, "learn", watched)
     result = flat(evaluate, evaluate.layout, algorithm="mskea", evaluations=150, score_share=0.1)
     # Before every generation that spends anything, after the scores and the first population.
@@ -112,7 +112,7 @@ def test_a_budget_without_a_population_beside_the_scores_is_refused(algorithm: s
         flat(evaluate, evaluate.layout, algorithm=algorithm, evaluations=13)
     with pytest.raises(ValueError, match="needs at least 84 evaluations"):
         flat(evaluate, evaluate.layout, algorithm=algorithm, evaluations=80, score_share=0.9)
-    assert len(evaluate.judged) == 0
+    assert len(evaluate.seen) == 0
 
 
 @pytest.mark.parametrize("algorithm", SPARSE)
@@ -120,8 +120,8 @@ def test_a_sparse_search_runs_dry_where_there_are_few_masks(algorithm: str) -> N
     tiny = WeightUnits(("a", "b", "c"), ((3,), (2,), (2,)))
     evaluate = Analytic(tiny)
     flat(evaluate, tiny, algorithm=algorithm, evaluations=500, score_share=0.01)
-    assert n_distinct(evaluate.judged) == len(evaluate.judged) <= 2**7 - 1
-    assert evaluate.judged.n_kept.min() >= 1
+    assert n_distinct(evaluate.seen) == len(evaluate.seen) <= 2**7 - 1
+    assert evaluate.seen.n_kept.min() >= 1
 
 
 @pytest.mark.parametrize("algorithm", SPARSE)
@@ -130,14 +130,14 @@ def test_a_sparse_search_holds_its_population_as_bits(algorithm: str) -> None:
     layout = WeightUnits(("a", "b"), ((100, n // 200), (100, n // 200)))
     masks = population * n / 8
 
-    def judge(masks: PackedMasks) -> np.ndarray:
+    def evaluate(masks: PackedMasks) -> np.ndarray:
         words = np.bitwise_count(masks.words[:, ::100]).sum(axis=1)
         return 1 - words / words.max()
 
     tracemalloc.start()
     try:
         settings: dict[str, Any] = {"evaluations": 1000, "population": population, "score_share": 0.01}
-        flat(judge, layout, algorithm=algorithm, **settings)
+        flat(evaluate, layout, algorithm=algorithm, **settings)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -146,7 +146,7 @@ def test_a_sparse_search_holds_its_population_as_bits(algorithm: str) -> None:
     assert peak < 5 * masks + 80 * n
 
 
-def test_the_allocation_sweep_judges_each_rung_once(evaluate: Analytic) -> None:
+def test_the_allocation_sweep_evaluates_each_rung_once(evaluate: Analytic) -> None:
     result = allocation_sweep(evaluate)
     ranks = ranks_within_groups(evaluate.scores, evaluate.layout)
     expected = [
@@ -160,7 +160,7 @@ def test_the_allocation_sweep_judges_each_rung_once(evaluate: Analytic) -> None:
     assert same(result, allocation_sweep(Analytic(evaluate.layout)))
 
 
-def test_rungs_that_round_to_the_same_counts_are_judged_once(evaluate: Analytic) -> None:
+def test_rungs_that_round_to_the_same_counts_are_evaluated_once(evaluate: Analytic) -> None:
     counts = allocate("uniform", evaluate.scores, evaluate.layout, 0.5)
     result = sweep_allocation(Problem(evaluate.layout, evaluate), evaluate.scores, [counts, counts])
-    assert len(evaluate.judged) == len(result.front) == len(result.history) == 1
+    assert len(evaluate.seen) == len(result.front) == len(result.history) == 1

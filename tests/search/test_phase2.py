@@ -39,16 +39,16 @@ def test_the_evaluator_never_sees_a_mask_outside_the_corridor(
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("evaluations", [5, 12, 41, 90])
-def test_phase_2_spends_its_budget_exactly_and_judges_each_mask_once(
+def test_phase_2_spends_its_budget_exactly_and_evaluates_each_mask_once(
     algorithm: str, evaluations: int, evaluate: Analytic, phase1: SearchResult
 ) -> None:
     corridor = corridor_of(phase1.front, evaluate.layout)
     settings = {"algorithm": algorithm, "evaluations": evaluations}
     result = in_corridor(evaluate, corridor, phase1, [evaluate.scores], **settings)
-    assert n_distinct(evaluate.judged) == len(evaluate.judged)
-    assert not set(evaluate.judged.fingerprints()) & set(phase1.front.masks.fingerprints())
-    assert result.history[-1]["evaluations"] == phase1.history[-1]["evaluations"] + len(evaluate.judged)
-    assert len(evaluate.judged) == evaluations
+    assert n_distinct(evaluate.seen) == len(evaluate.seen)
+    assert not set(evaluate.seen.fingerprints()) & set(phase1.front.masks.fingerprints())
+    assert result.history[-1]["evaluations"] == phase1.history[-1]["evaluations"] + len(evaluate.seen)
+    assert len(evaluate.seen) == evaluations
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -58,10 +58,10 @@ def test_a_corridor_of_a_few_bits_is_searched_until_it_runs_dry(algorithm: str, 
     light[[1, 200, 350]] = True
     masks = PackedMasks.pack(np.array([heavy, light]))
     before = SearchResult(Front(masks, evaluate.objectives(masks), ["phase1"] * 2), [])
-    evaluate.judged = PackedMasks.empty(evaluate.layout.n_weights)
+    evaluate.seen = PackedMasks.empty(evaluate.layout.n_weights)
     corridor = Corridor.between(light, heavy, evaluate.layout)
     in_corridor(evaluate, corridor, before, [evaluate.scores], algorithm=algorithm, evaluations=500)
-    assert n_distinct(evaluate.judged) == len(evaluate.judged) <= 2**3 - 2
+    assert n_distinct(evaluate.seen) == len(evaluate.seen) <= 2**3 - 2
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -103,14 +103,14 @@ def test_without_a_guide_phase_2_is_refused(evaluate: Analytic, phase1: SearchRe
         in_corridor(evaluate, corridor_of(phase1.front, evaluate.layout), phase1, [])
 
 
-def test_an_unknown_algorithm_is_refused_before_anything_is_judged(evaluate: Analytic, phase1: SearchResult) -> None:
+def test_an_unknown_algorithm_is_refused_before_anything_is_evaluated(evaluate: Analytic, phase1: SearchResult) -> None:
     with pytest.raises(ValueError, match="among nsga2, moead, found 'nsga3'"):
         in_corridor(evaluate, corridor_of(phase1.front, evaluate.layout), phase1, [evaluate.scores], algorithm="nsga3")
     with pytest.raises(ValueError, match="among nsga2, moead, found 'mskea'"):
         in_corridor(evaluate, corridor_of(phase1.front, evaluate.layout), phase1, [evaluate.scores], algorithm="mskea")
     with pytest.raises(ValueError, match="among nsga2, moead, sparse_ea, mskea, found 'random'"):
         flat(evaluate, evaluate.layout, algorithm="random")
-    assert len(evaluate.judged) == 0
+    assert len(evaluate.seen) == 0
 
 
 def inside(corridor: Corridor, masks: PackedMasks) -> np.ndarray:
@@ -126,9 +126,9 @@ def test_several_corridors_share_the_budget_exactly_and_are_never_left(
     assert len(corridors) == 3
     settings: dict[str, Any] = {"algorithm": algorithm, "evaluations": evaluations, "population": 24}
     result = in_corridor(evaluate, corridors, phase1, [evaluate.scores], **settings)
-    assert len(evaluate.judged) == n_distinct(evaluate.judged) == evaluations
+    assert len(evaluate.seen) == n_distinct(evaluate.seen) == evaluations
     assert result.history[-1]["evaluations"] == phase1.history[-1]["evaluations"] + evaluations
-    within = np.array([inside(corridor, evaluate.judged) for corridor in corridors])
+    within = np.array([inside(corridor, evaluate.seen) for corridor in corridors])
     assert within.any(axis=0).all()
     assert result.front.hypervolume() >= phase1.front.hypervolume()
     assert_sound(result, evaluate.layout)
@@ -152,7 +152,7 @@ def test_one_corridor_in_a_list_is_that_corridor(evaluate: Analytic, phase1: Sea
 def test_without_a_corridor_everything_is_searched(evaluate: Analytic, phase1: SearchResult) -> None:
     result = in_corridor(evaluate, [Corridor.everything(evaluate.layout)], phase1, [evaluate.importance])
     narrow = corridor_of(phase1.front, evaluate.layout)
-    assert not inside(narrow, evaluate.judged).all()
+    assert not inside(narrow, evaluate.seen).all()
     assert_sound(result, evaluate.layout)
     with pytest.raises(ValueError, match="one importance score as guide and one corridor"):
         in_corridor(evaluate, [], phase1, [evaluate.scores])

@@ -139,14 +139,14 @@ def test_a_large_population_takes_little_more_memory_than_its_bits(algorithm: st
     try:
         chosen, variation = guided(layout, corridor, algorithm, population)
 
-        class Judge:
+        class Evaluate:
             problem = Problem(layout, lambda masks: masks.density)
 
             def __call__(self, masks: PackedMasks) -> tuple[np.ndarray, np.ndarray]:
                 words = np.bitwise_count(masks.words[:, ::1000]).sum(axis=1)
                 return np.column_stack([1 - words / words.max(), masks.density]), words % 2 == 0
 
-        problem = PruningProblem.packed(Judge(), variation.reward)
+        problem = PruningProblem.packed(Evaluate(), variation.reward)
         chosen.setup(problem, termination=NoTermination(), seed=0)
         tracemalloc.reset_peak()
         for _ in range(5):

@@ -26,11 +26,11 @@ def test_the_recorder_answers_from_memory_and_in_order(evaluate: Analytic) -> No
     expected = Analytic(evaluate.layout).objectives(masks)
     np.testing.assert_array_equal(first, expected[[1, 0, 1]])
     np.testing.assert_array_equal(second, expected[[3, 1, 2]])
-    assert sorted(evaluate.judged.fingerprints()) == sorted(masks.fingerprints())
+    assert sorted(evaluate.seen.fingerprints()) == sorted(masks.fingerprints())
     assert (recorder.evaluations, recorder.remaining) == (4, 6)
 
 
-def test_the_recorder_judges_as_many_masks_as_the_budget_pays_for(evaluate: Analytic) -> None:
+def test_the_recorder_evaluates_as_many_masks_as_the_budget_pays_for(evaluate: Analytic) -> None:
     n = evaluate.layout.n_weights
     masks = PackedMasks.pack(np.arange(n) < np.arange(1, 6)[:, None])
     recorder = Recorder(Problem(evaluate.layout, evaluate), budget=3, stage="flat")
@@ -38,7 +38,7 @@ def test_the_recorder_judges_as_many_masks_as_the_budget_pays_for(evaluate: Anal
     with pytest.raises(BudgetSpentError):
         recorder(masks)
     recorder.close_generation()
-    assert len(evaluate.judged) == recorder.evaluations == recorder.result().history[-1]["evaluations"] == 3
+    assert len(evaluate.seen) == recorder.evaluations == recorder.result().history[-1]["evaluations"] == 3
     assert recorder(masks.select([1, 0]))[0].shape == (2, 2)
 
 
@@ -95,7 +95,7 @@ def even(masks: PackedMasks) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["thresholds", "ladder", "corridor", "corridors", "moead", "flat", "allocation"])
-def test_masks_that_are_not_allowed_are_neither_judged_nor_published(name: str, layout: WeightUnits) -> None:
+def test_masks_that_are_not_allowed_are_neither_evaluated_nor_published(name: str, layout: WeightUnits) -> None:
     evaluate = Analytic(layout)
     before = thresholds(evaluate, is_feasible=even)
     corridor = corridor_of(before.front, layout)
@@ -116,21 +116,21 @@ def test_masks_that_are_not_allowed_are_neither_judged_nor_published(name: str, 
     }
     result = searches[name]()
     assert len(result.front) > 0
-    assert even(evaluate.judged).all()
+    assert even(evaluate.seen).all()
     assert even(result.front.masks).all()
 
 
 def test_a_mask_that_is_not_allowed_counts_as_wrong_on_every_image() -> None:
     masks = PackedMasks.pack(np.arange(70) < np.array([[3], [4], [5]]))
-    judged: list[int] = []
+    evaluated: list[int] = []
 
     def evaluate(masks: PackedMasks) -> np.ndarray:
-        judged.extend(masks.n_kept.tolist())
+        evaluated.extend(masks.n_kept.tolist())
         return np.full(len(masks), 0.25)
 
     recorder = Recorder(Problem(SEVENTY, evaluate, is_feasible=even), budget=9, stage="flat")
     objectives, joined = recorder(masks)
-    assert judged == [4]
+    assert evaluated == [4]
     assert objectives.tolist() == [[1.0, 3 / 70], [0.25, 4 / 70], [1.0, 5 / 70]]
     assert joined.tolist() == [False, True, False]
     assert recorder.evaluations == 3
@@ -138,12 +138,12 @@ def test_a_mask_that_is_not_allowed_counts_as_wrong_on_every_image() -> None:
     again, joined = recorder(masks)
     np.testing.assert_array_equal(again, objectives)
     assert not joined.any()
-    assert (judged, recorder.evaluations) == ([4], 3)
+    assert (evaluated, recorder.evaluations) == ([4], 3)
     nowhere = Problem(SEVENTY, evaluate, is_feasible=lambda masks: np.zeros(len(masks), dtype=bool))
     nothing = Recorder(nowhere, budget=9, stage="flat")
     nothing(masks)
     assert len(nothing.front) == 0
-    assert judged == [4]
+    assert evaluated == [4]
 
 
 def test_a_history_reads_back_as_it_was_written(tmp_path: Path, phase1: SearchResult) -> None:
@@ -168,4 +168,4 @@ def test_a_search_of_other_objectives_is_not_continued(evaluate: Analytic, phase
     price = GroupCost("price", evaluate.layout, np.ones(3))
     with pytest.raises(ValueError, match="expected to continue a search of error, price, found one of error, density"):
         Recorder(Problem(evaluate.layout, evaluate, (price,)), budget=9, stage="phase2", before=phase1)
-    assert len(evaluate.judged) == 0
+    assert len(evaluate.seen) == 0

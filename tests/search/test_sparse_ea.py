@@ -101,7 +101,7 @@ def test_a_single_group_is_refused() -> None:
         cut_into_groups(WeightUnits(("a",), ((1, 70),)), 5)
 
 
-def test_a_group_is_judged_by_the_mask_that_lacks_it() -> None:
+def test_a_group_is_evaluated_by_the_mask_that_lacks_it() -> None:
     masks = masks_without_each(np.array([0, 3, 65, 70]))
     expected = np.ones((3, 70), dtype=bool)
     expected[0, :3] = expected[1, 3:65] = expected[2, 65:] = False

@@ -26,7 +26,7 @@ class Plain:
         rng = np.random.default_rng(5)
         self.importance = rng.exponential(size=layout.n_weights)
         self.scores = self.importance * np.exp(rng.standard_normal(layout.n_weights))
-        self.n_images, self.n_seen, self.n_stopped, self.n_judged = n_images, 0, 0, 0
+        self.n_images, self.n_seen, self.n_stopped, self.n_evaluated = n_images, 0, 0, 0
 
     def full(self, masks: PackedMasks) -> np.ndarray:
         kept = np.array([self.importance[masks.unpack(i)].sum() for i in range(len(masks))]) / self.importance.sum()
@@ -34,7 +34,7 @@ class Plain:
         return found
 
     def __call__(self, masks: PackedMasks) -> np.ndarray:
-        self.n_judged += len(masks)
+        self.n_evaluated += len(masks)
         self.n_seen += len(masks) * self.n_images
         return self.full(masks)
 
@@ -51,7 +51,7 @@ class Bounded(Plain):
         lower = np.where(stops, np.minimum(truth, lower + share * np.maximum(truth - lower, 0)), truth)
         losses = np.where(stops, lower, truth)
         self.n_seen += int(np.round(losses / np.maximum(truth, 1e-9) * self.n_images).sum())
-        self.n_judged += len(masks)
+        self.n_evaluated += len(masks)
         self.n_stopped += int(stops.sum())
         assert np.all(losses[stops] > bounds[stops])
         return losses, ~stops
@@ -87,10 +87,10 @@ def test_both_phases_find_the_same_with_and_without_stopping(layout: WeightUnits
     plain, bounded = Plain(layout), Bounded(layout)
     full = both_phases(plain, layout, algorithm, seed)
     assert same(both_phases(bounded, layout, algorithm, seed), full)
-    # It did stop, and saw fewer images although some candidates were judged twice.
+    # It did stop, and saw fewer images although some candidates were evaluated twice.
     assert bounded.n_stopped >= 20
     assert bounded.n_seen < plain.n_seen
-    assert bounded.n_judged - plain.n_judged < 0.3 * bounded.n_stopped
+    assert bounded.n_evaluated - plain.n_evaluated < 0.3 * bounded.n_stopped
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -15,10 +15,10 @@ from searches import N_STARTS, Analytic, assert_sound, n_distinct, starts_of, th
 
 
 @pytest.mark.parametrize("evaluations", [24, 30, 37, 90])
-def test_phase_1_spends_its_budget_exactly_and_judges_each_mask_once(evaluations: int, evaluate: Analytic) -> None:
+def test_phase_1_spends_its_budget_exactly_and_evaluates_each_mask_once(evaluations: int, evaluate: Analytic) -> None:
     result = thresholds(evaluate, evaluations)
-    assert n_distinct(evaluate.judged) == len(evaluate.judged)
-    assert len(evaluate.judged) == result.history[-1]["evaluations"] == evaluations
+    assert n_distinct(evaluate.seen) == len(evaluate.seen)
+    assert len(evaluate.seen) == result.history[-1]["evaluations"] == evaluations
 
 
 def test_phase_1_never_exceeds_its_budget_where_many_thresholds_give_the_same_mask() -> None:
@@ -26,21 +26,21 @@ def test_phase_1_never_exceeds_its_budget_where_many_thresholds_give_the_same_ma
     evaluate = Analytic(tiny)
     # There are 4 * 3 * 3 masks that thresholds can spell.
     result = thresholds(evaluate, 60, starts=[])
-    assert n_distinct(evaluate.judged) == len(evaluate.judged) <= 36
-    assert result.history[-1]["evaluations"] == len(evaluate.judged)
+    assert n_distinct(evaluate.seen) == len(evaluate.seen) <= 36
+    assert result.history[-1]["evaluations"] == len(evaluate.seen)
 
 
 def test_no_starting_allocation_dominates_the_front_of_phase_1(evaluate: Analytic) -> None:
     starts, ranks = starts_of(evaluate), ranks_within_groups(evaluate.scores, evaluate.layout)
     result = thresholds(evaluate)
     masks = np.array([keep_top(ranks, counts, evaluate.layout) for counts in starts])
-    judged = Analytic(evaluate.layout).objectives(PackedMasks.pack(masks))
+    evaluated = Analytic(evaluate.layout).objectives(PackedMasks.pack(masks))
     np.testing.assert_array_equal(evaluate.booleans()[:N_STARTS], masks)
-    for start in judged:
+    for start in evaluated:
         assert any(np.all(member <= start) for member in result.front.objectives)
         assert not any(np.all(start <= member) and np.any(start < member) for member in result.front.objectives)
-    assert result.front.hypervolume() > hypervolume(judged)
-    assert result.history[0]["hypervolume"] == pytest.approx(hypervolume(judged), abs=1e-12)
+    assert result.front.hypervolume() > hypervolume(evaluated)
+    assert result.history[0]["hypervolume"] == pytest.approx(hypervolume(evaluated), abs=1e-12)
 
 
 def test_phase_1_says_which_members_were_there_from_the_start(evaluate: Analytic) -> None:
@@ -53,7 +53,7 @@ def test_phase_1_says_which_members_were_there_from_the_start(evaluate: Analytic
 def test_masks_of_phase_1_keep_the_best_ranked_of_each_layer(evaluate: Analytic) -> None:
     thresholds(evaluate)
     ranks = ranks_within_groups(evaluate.scores, evaluate.layout)
-    for mask, counts in zip(evaluate.booleans(), evaluate.layout.n_kept(evaluate.judged), strict=True):
+    for mask, counts in zip(evaluate.booleans(), evaluate.layout.n_kept(evaluate.seen), strict=True):
         np.testing.assert_array_equal(mask, keep_top(ranks, counts, evaluate.layout))
 
 
@@ -66,7 +66,7 @@ def test_phase_1_works_without_starts(evaluate: Analytic) -> None:
 def test_a_budget_that_does_not_pay_for_the_first_population_is_refused(evaluate: Analytic) -> None:
     with pytest.raises(ValueError, match=r"needs at least 24 evaluations \(12 starting .* 12\), found 23; raise"):
         thresholds(evaluate, 23)
-    assert len(evaluate.judged) == 0
+    assert len(evaluate.seen) == 0
 
 
 def starting_masks(evaluate: Analytic) -> np.ndarray:
@@ -75,14 +75,14 @@ def starting_masks(evaluate: Analytic) -> np.ndarray:
 
 
 @pytest.mark.parametrize("level_switches", [0.0, 0.5, 1.0])
-def test_on_a_ladder_starts_are_judged_as_they_are_and_candidates_use_rungs_only(
+def test_on_a_ladder_starts_are_evaluated_as_they_are_and_candidates_use_rungs_only(
     level_switches: float, evaluate: Analytic
 ) -> None:
     result = thresholds(evaluate, rungs=7, level_switches=level_switches)
     masks, layout = evaluate.booleans(), evaluate.layout
     np.testing.assert_array_equal(masks[:N_STARTS], starting_masks(evaluate))
     rungs = np.rint(ladder_of_densities(7) * layout.sizes[:, None]).astype(int)
-    counts = layout.n_kept(evaluate.judged)[N_STARTS:]
+    counts = layout.n_kept(evaluate.seen)[N_STARTS:]
     assert len(counts) > 0
     for layer in range(layout.n_groups):
         assert set(counts[:, layer]) <= set(rungs[layer])
@@ -90,16 +90,16 @@ def test_on_a_ladder_starts_are_judged_as_they_are_and_candidates_use_rungs_only
     # Without a ladder that is not so.
     free = Analytic(layout)
     thresholds(free)
-    assert not set(layout.n_kept(free.judged)[N_STARTS:, 1]) <= set(rungs[1])
-    assert result.history[-1]["evaluations"] == len(evaluate.judged) == n_distinct(evaluate.judged) == 90
+    assert not set(layout.n_kept(free.seen)[N_STARTS:, 1]) <= set(rungs[1])
+    assert result.history[-1]["evaluations"] == len(evaluate.seen) == n_distinct(evaluate.seen) == 90
     assert_sound(result, layout)
 
 
-def test_what_a_ladder_needs_is_told_before_anything_is_judged(evaluate: Analytic) -> None:
+def test_what_a_ladder_needs_is_told_before_anything_is_evaluated(evaluate: Analytic) -> None:
     told: list[PackedMasks] = []
 
     def precompute(masks: PackedMasks) -> None:
-        assert len(evaluate.judged) == 0
+        assert len(evaluate.seen) == 0
         told.append(masks)
 
     thresholds(evaluate, rungs=5, precompute=precompute)
@@ -146,7 +146,7 @@ def test_level_switches_vary_the_share_asked_for_and_keep_the_total() -> None:
 
 @pytest.mark.parametrize("rungs", [None, 7])
 @pytest.mark.parametrize("n_reselected", [0, 1, 5])
-def test_members_chosen_anew_are_judged_within_the_budget(
+def test_members_chosen_anew_are_evaluated_within_the_budget(
     n_reselected: int, rungs: int | None, evaluate: Analytic
 ) -> None:
     given: list[PackedMasks] = []
@@ -159,7 +159,7 @@ def test_members_chosen_anew_are_judged_within_the_budget(
         return PackedMasks.pack_each(rows, masks.n_units)
 
     result = thresholds(evaluate, 60, rungs=rungs, n_reselected=n_reselected, reselect=better)
-    assert len(evaluate.judged) == n_distinct(evaluate.judged) == result.history[-1]["evaluations"] == 60
+    assert len(evaluate.seen) == n_distinct(evaluate.seen) == result.history[-1]["evaluations"] == 60
     assert_sound(result, evaluate.layout)
     if not n_reselected:
         assert given == []
@@ -187,15 +187,15 @@ def test_the_best_members_beyond_given_sparsities_are_chosen_anew(evaluate: Anal
 
 def test_members_that_come_back_as_they_were_cost_nothing(evaluate: Analytic) -> None:
     result = thresholds(evaluate, 60, n_reselected=5, reselect=lambda masks: masks)
-    assert len(evaluate.judged) == result.history[-1]["evaluations"] == 55
+    assert len(evaluate.seen) == result.history[-1]["evaluations"] == 55
     # Nothing to choose them anew with: the budget is the search's.
-    assert len(Analytic(evaluate.layout).judged) == 0
+    assert len(Analytic(evaluate.layout).seen) == 0
     other = Analytic(evaluate.layout)
     thresholds(other, 60, n_reselected=5)
-    assert len(other.judged) == 60
+    assert len(other.seen) == 60
 
 
 def test_the_budget_must_pay_for_members_chosen_anew_too(evaluate: Analytic) -> None:
     with pytest.raises(ValueError, match=r"at least 27 evaluations .* a population of 12 and 3 members chosen anew\)"):
         thresholds(evaluate, 26, n_reselected=3, reselect=lambda masks: masks)
-    assert len(evaluate.judged) == 0
+    assert len(evaluate.seen) == 0

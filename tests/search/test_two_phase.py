@@ -24,10 +24,10 @@ class Profit:
         self.weights = rng.uniform(1, 10, UNITS.n_units)
         self.profits = rng.uniform(1, 10, UNITS.n_units)
         self.estimates = self.profits * rng.lognormal(0, 0.5, UNITS.n_units)
-        self.n_judged = 0
+        self.n_evaluated = 0
 
     def __call__(self, masks: PackedMasks) -> np.ndarray:
-        self.n_judged += len(masks)
+        self.n_evaluated += len(masks)
         kept = np.array([self.profits[masks.unpack(i)].sum() for i in range(len(masks))])
         return np.asarray(1 - kept / self.profits.sum())
 
@@ -51,7 +51,7 @@ def test_the_budget_is_spent_exactly(n_costs: int, share: float) -> None:
     profit = Profit()
     phase1 = Phase1(share=share, start_densities=(0.5, 0.2))
     result = search(profit.problem(n_costs), profit.estimates, EFFORT, phase1=phase1)
-    assert profit.n_judged == result.history[-1]["evaluations"] == EFFORT.evaluations
+    assert profit.n_evaluated == result.history[-1]["evaluations"] == EFFORT.evaluations
     at_phase1 = [row["evaluations"] for row in result.history if row["stage"] != "phase2"]
     assert at_phase1[-1] == round(share * EFFORT.evaluations)
 

@@ -1,4 +1,4 @@
-"""Candidates of a search: judged, repaired and computed by the settings."""
+"""Candidates of a search: evaluated, repaired and computed by the settings."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from paretoprune.evaluation.workers import can_fork
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.architectures import Architecture
-from paretoprune.settings import Compute, Judging, Searching
+from paretoprune.settings import Compute, Evaluating, Searching
 from paretoprune.stages.candidates import Setup
 
 NETWORK = Architecture("resnet8", 3, 1, {"base_width": 2}).build(0).eval()
@@ -36,12 +36,12 @@ def images() -> ImageSet:
     return ImageSet(pixels, torch.arange(30) % 3, torch.zeros(30, dtype=torch.bool), ("a", "b", "c"))
 
 
-def judged(n: int = 20) -> LabelledImages:
+def evaluated(n: int = 20) -> LabelledImages:
     return LabelledImages.of(images(), np.arange(n), (0.5,), (0.25,))
 
 
 def task(n_calibration: int = 20) -> Task:
-    return Task(NETWORK, UNITS, judged().images, judged().labels, judged(n_calibration).images)
+    return Task(NETWORK, UNITS, evaluated().images, evaluated().labels, evaluated(n_calibration).images)
 
 
 def make_evaluator(n_calibration: int = 20, workers: int = 1, **changed: Any) -> PopulationEvaluator:
@@ -67,7 +67,7 @@ def test_an_evaluator_repairs_by_the_settings() -> None:
     for changed in ({}, {"repair_images": 20}, {"damping": 1.0}, {"sequential_refit": True}):
         chosen = SETTINGS | {"repair": "reconstruct"} | changed
         evaluate = make_evaluator(**chosen)
-        settings = Judging.of(chosen), Compute.of(chosen)
+        settings = Evaluating.of(chosen), Compute.of(chosen)
         assert np.array_equal(evaluate(some_masks()), PopulationEvaluator(task(), *settings)(some_masks()))
         found.append(Finisher(task(), *settings).finish(some_masks())[2].divergence.tolist())
     assert len({tuple(row) for row in found}) == 4
@@ -81,12 +81,12 @@ def test_an_evaluator_computes_in_what_it_is_told() -> None:
 def test_an_evaluator_chooses_the_size_of_batches_itself_if_it_may() -> None:
     automatic = make_evaluator(batch_size="auto")
     mask = PackedMasks.pack(np.ones((1, UNITS.n_units), dtype=bool))
-    assert automatic.batch_size == default_batch_size(judged().images, torch.device("cpu"))
+    assert automatic.batch_size == default_batch_size(evaluated().images, torch.device("cpu"))
     assert make_evaluator().batch_size == 4
     assert automatic.score(mask).error[0] == automatic.dense.error[0]
 
 
-def test_an_evaluator_judges_in_as_many_processes_as_it_is_given() -> None:
+def test_an_evaluator_evaluates_in_as_many_processes_as_it_is_given() -> None:
     if not can_fork():
         pytest.skip("worker processes are forked, which only Linux does well")
     with make_evaluator(workers=2) as evaluate:

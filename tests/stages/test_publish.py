@@ -1,4 +1,4 @@
-"""What steps that search share: their judge, scores from files, progress in about ten lines, and what they publish."""
+"""What steps that search share: their evaluator, scores from files, progress in ten lines, and what they publish."""
 
 import multiprocessing
 from pathlib import Path
@@ -25,7 +25,7 @@ from paretoprune.search.problem import Effort
 from paretoprune.search.recorder import SearchResult, read_history
 from paretoprune.search.sweep import sweep_allocation
 from paretoprune.search.thresholds import search_thresholds
-from paretoprune.settings import Compute, Judging, Phase1, Phase2, Publishing, Searching
+from paretoprune.settings import Compute, Evaluating, Phase1, Phase2, Publishing, Searching
 from paretoprune.stages.candidates import Setup
 from paretoprune.stages.publish import publish
 from paretoprune.workflow.search_inputs import read_task, write_published
@@ -93,8 +93,8 @@ def by_hand(
     )
     units = WeightUnits.of(network, ["conv1.weight"])
     task = Task(network, units, search.images, search.labels, calibration.images, statistics)
-    judging = Judging(repair=repair, repair_images=12, damping=0.02, objective="divergence", **changed)
-    settings = judging, Compute(precision=precision, batch_size=16)
+    evaluating = Evaluating(repair=repair, repair_images=12, damping=0.02, objective="divergence", **changed)
+    settings = evaluating, Compute(precision=precision, batch_size=16)
     return PopulationEvaluator(task, *settings), Finisher(task, *settings)
 
 
@@ -104,18 +104,18 @@ def some_masks(n: int = 6) -> PackedMasks:
     return PackedMasks.pack(random < np.linspace(0.1, 0.9, n)[:, None])
 
 
-def test_a_search_is_judged_on_the_search_split_by_the_settings(inputs: dict[str, str]) -> None:
+def test_a_search_is_evaluated_on_the_search_split_by_the_settings(inputs: dict[str, str]) -> None:
     evaluate = make_search_evaluator(inputs)
     assert np.array_equal(evaluate(some_masks()), by_hand(inputs, "bfloat16")[0](some_masks()))
 
 
-def test_candidates_are_judged_on_the_first_search_images_and_finished_networks_on_all(
+def test_candidates_are_evaluated_on_the_first_search_images_and_finished_networks_on_all(
     inputs: dict[str, str], tmp_path: Path
 ) -> None:
     few = {"candidate_images": 11}
     evaluate = make_search_evaluator(inputs, **few, precision="float32")
     whole = make_search_evaluator(inputs, precision="float32")
-    assert len(evaluate.judged.images) == 11
+    assert len(evaluate.ordered.images) == 11
     assert np.array_equal(whole(some_masks()), by_hand(inputs, "float32")[0](some_masks()))
     assert not np.array_equal(evaluate(some_masks()), whole(some_masks()))
     front, _ = published(inputs, tmp_path, a_search(some_masks()), front_size=None, precision="float32", **few)
@@ -123,7 +123,7 @@ def test_candidates_are_judged_on_the_first_search_images_and_finished_networks_
     assert set(front.objectives[:, 0]) <= set(finisher.finish(some_masks())[2].divergence)
 
 
-def test_a_setting_can_be_changed_for_one_judge(inputs: dict[str, str]) -> None:
+def test_a_setting_can_be_changed_for_one_evaluate(inputs: dict[str, str]) -> None:
     evaluate = make_search_evaluator(inputs, precision="float32")
     assert np.array_equal(evaluate(some_masks()), by_hand(inputs, "float32")[0](some_masks()))
 
@@ -171,7 +171,7 @@ def published(
 
 
 def a_search(masks: PackedMasks) -> SearchResult:
-    """One that has judged its masks wrongly, so that each is on its front."""
+    """One that has evaluated its masks wrongly, so that each is on its front."""
     wrong = np.column_stack([np.linspace(0.9, 0.1, len(masks)), masks.density])
     return SearchResult(Front(masks, wrong, [f"stage{i}" for i in range(len(masks))]), HISTORY)
 
@@ -238,12 +238,12 @@ def test_published_networks_keep_to_their_masks_and_have_the_published_error(
     inputs: dict[str, str], tmp_path: Path
 ) -> None:
     front, states = published(inputs, tmp_path, a_search(some_masks()), repair="reconstruct", objective="error")
-    judge, _ = by_hand(inputs, "float32")
+    evaluate, _ = by_hand(inputs, "float32")
     splits = Splits.load(inputs["splits"])
     search = LabelledImages.of(ImageSet.load(inputs["images"]), splits.search, (0.5,), (0.25,))
     for i, state in enumerate(states):
         network, trained = with_weights(dense().network, state), dense().network
-        for name, part in judge.layout.split(front.masks.unpack(i)).items():
+        for name, part in evaluate.layout.split(front.masks.unpack(i)).items():
             kept = torch.from_numpy(part)
             weights, before = network.get_parameter(name), trained.get_parameter(name)
             assert not bool(weights[~kept].any())
@@ -299,13 +299,13 @@ def test_no_published_mask_has_an_empty_layer_where_that_is_forbidden(
         problem = setup.problem(setup.evaluator())
         counts = [np.floor(density * units.sizes).astype(int) for density in (0.001, 0.01, 0.1, 0.5)]
         if search == "sweep":
-            judged = sweep_allocation(problem, random, counts)
+            evaluated = sweep_allocation(problem, random, counts)
         else:
-            judged = search_thresholds(problem, random, counts, Phase1(), effort)
+            evaluated = search_thresholds(problem, random, counts, Phase1(), effort)
             if search == "corridor":
                 moves = Phase2(softness=0.5, first_rate=0.3, crossover_probability=0.5)
-                judged = search_corridor(problem, [Corridor.everything(units)], [random], judged, moves, effort)
-        front, states = published(inputs, tmp_path / empty_layers, judged, **settings, front_size=None)
+                evaluated = search_corridor(problem, [Corridor.everything(units)], [random], evaluated, moves, effort)
+        front, states = published(inputs, tmp_path / empty_layers, evaluated, **settings, front_size=None)
         assert len(states) == len(front) >= 1
         return front
 

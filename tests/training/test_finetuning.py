@@ -16,7 +16,7 @@ from paretoprune.evaluation.task import Task
 from paretoprune.fronts import Front
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import WeightUnits
-from paretoprune.settings import Compute, Judging
+from paretoprune.settings import Compute, Evaluating
 from paretoprune.training.finetuning import FINETUNED_COLUMNS, FinetuneData, choose_members, finetune_members
 from paretoprune.training.loop import Recipe
 from safetensors.torch import load_file
@@ -36,8 +36,8 @@ def task_of(network: nn.Module, data: LabelledImages) -> Task:
     return Task(network, WeightUnits.of(network), data.images, data.labels, part(0, 200).images)
 
 
-def judge(network: nn.Module, data: LabelledImages) -> PopulationEvaluator:
-    return PopulationEvaluator(task_of(network, data), Judging(), Compute(precision="float32"))
+def evaluator_of(network: nn.Module, data: LabelledImages) -> PopulationEvaluator:
+    return PopulationEvaluator(task_of(network, data), Evaluating(), Compute(precision="float32"))
 
 
 def front_of(evaluate: PopulationEvaluator, network: nn.Module) -> Front:
@@ -77,13 +77,13 @@ def test_a_sparsity_in_percent_is_refused() -> None:
 
 
 def finetune(folder: Path, network: nn.Module, **changed: Any) -> tuple[Front, list[dict[str, Any]]]:
-    judged = judge(network, part(1000, 1300))
-    front = front_of(judged, network)
+    evaluated = evaluator_of(network, part(1000, 1300))
+    front = front_of(evaluated, network)
     options: dict[str, Any] = {"sparsities": [0.9, 0.8], "with_knee": True, "seed": 0} | changed
-    states = Finisher(task_of(network, part(1000, 1300)), Judging(), Compute()).finish(front.masks)[1]
+    states = Finisher(task_of(network, part(1000, 1300)), Evaluating(), Compute()).finish(front.masks)[1]
     rows = finetune_members(
         replace(front, dense=network, states=states),
-        judged.layout,
+        evaluated.layout,
         FinetuneData(part(0, 1000), part(1000, 1300), part(1300, 1797)),
         Recipe(epochs=2, batch_size=50, learning_rate=0.02, distillation=0.7),
         choose_members(front, options["sparsities"], options["with_knee"]),
@@ -108,7 +108,7 @@ def test_chosen_members_are_trained_with_their_masks_and_measured(
     files = sorted(file.name for file in (tmp_path / "new" / "folder").iterdir())
     assert files == sorted(f"member{i}.safetensors" for i in chosen)
     test, search, layout = part(1300, 1797), part(1000, 1300), WeightUnits.of(network)
-    evaluate = judge(network, test)
+    evaluate = evaluator_of(network, test)
     for row in rows:
         i = row["id"]
         assert tuple(row) == FINETUNED_COLUMNS

@@ -123,13 +123,13 @@ def test_splits_are_read_in_the_order_asked_for_and_normalised_for_the_network(t
     assert read_splits(*files, dense()) == []
 
 
-def judged() -> LabelledImages:
+def evaluated() -> LabelledImages:
     return LabelledImages.of(images(), np.arange(20), (0.5,), (0.25,))
 
 
 def test_statistics_are_read_whatever_snakemake_makes_of_their_input(tmp_path: Path) -> None:
     layout = WeightUnits.of(dense().network, ["conv1.weight"])
-    collected = collect_statistics(dense().network, layout, judged().images, seed=0, positions=4)
+    collected = collect_statistics(dense().network, layout, evaluated().images, seed=0, positions=4)
     file = str(tmp_path / "statistics.safetensors")
     save_statistics(file, collected)
     for inputs in ({"statistics": file}, {"statistics": [file]}):

@@ -126,7 +126,7 @@ def test_networks_of_a_method_that_re_fits_are_those_that_were_measured(finished
         dense.network.load_state_dict(state)
         for part, column in ((search, "search_error"), (test, "test_error")):
             found = top1_error(predict(dense.network, part.images, 64), part.labels)
-            # The judge runs in another memory layout: one image of 400 on the edge may turn.
+            # The evaluator runs in another memory layout: one image of 400 on the edge may turn.
             assert found == pytest.approx(float(row[column]), abs=1.01 / 400)
         for name, kept in layout.split(front.masks.unpack(i)).items():
             assert not state[name].numpy()[~kept].any()

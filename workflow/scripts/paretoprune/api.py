@@ -70,17 +70,17 @@ def pareto_prune(
         network: A trained classifier: images (n, c, h, w) to logits (n, n_classes).
         images: float (n, c, h, w), normalised as the network expects them; best those it was trained on.
         labels: int (n,), class indices.
-        search_images: Images to judge candidates on, which the network was not trained on; without them a fifth of
+        search_images: Images to evaluate candidates on, which the network was not trained on; without them a fifth of
             `images` (at most 2,000) is held out.
         search_labels: Their labels; given exactly when `search_images` is.
-        repair: What is put right in each candidate before it is judged: `batchnorm` corrects batch-norm statistics,
+        repair: What is put right in each candidate before it is evaluated: `batchnorm` corrects batch-norm statistics,
             `reconstruct` re-fits the kept weights in closed form first (and the finished networks once more, layer by
             layer), `none` nothing.
-        evaluations: Candidates to judge.
+        evaluations: Candidates to evaluate.
         seed: Fixes every draw; equal calls on one machine give equal fronts.
         device: Where to compute; by default a GPU where there is one.
-        workers: Processes to judge candidates with on a CPU; by default one for each core. The front does not depend on
-            it.
+        workers: Processes to evaluate candidates with on a CPU; by default one for each core. The front does not
+            depend on it.
         progress: Whether to show a progress bar.
         objectives: What is minimised: a loss (`error`, or `divergence` from the dense network's answers) and one or two
             costs (`density`, `parameters`, `macs`, `bytes`), each relative to the dense network.

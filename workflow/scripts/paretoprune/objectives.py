@@ -1,7 +1,7 @@
 """Objectives, all of them minimised: one measured loss, and costs that follow from a mask alone.
 
 The *loss* (error, divergence) needs an evaluator. A *cost* (density, parameters, ...) is exact, cheap and known before
-anything is judged, so that judging a candidate may stop as soon as its loss is certain to be of no use.
+anything is evaluated, so that evaluating a candidate may stop as soon as its loss is certain to be of no use.
 """
 
 from collections.abc import Sequence

@@ -20,7 +20,7 @@ POSITIVE_SHARE = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
 # The guide of Phase 2 that is no score: costs of drops and gains of grows as re-fitted for each candidate.
 REFIT_GUIDE = "refit"
 ALGORITHMS = ("nsga2", "moead")
-# Algorithms of the flat search that judge groups of weights before they start.
+# Algorithms of the flat search that evaluate groups of weights before they start.
 SPARSE_ALGORITHMS = ("sparse_ea", "mskea")
 LOSSES = ("error", "divergence")
 # The loss that suits a network, see `workflow.configuration.loss_of`.
@@ -89,7 +89,7 @@ def _plain(value: Any) -> Any:
 class Repairing(Settings):
     """How a pruned network is put right."""
 
-    repair: str = setting("batchnorm", "what is put right in a candidate before it is judged", names="repairs")
+    repair: str = setting("batchnorm", "what is put right in a candidate before it is evaluated", names="repairs")
     repair_images: int | None = setting(
         256, "calibration images that batch-norm statistics of a candidate are corrected on", type="integer", minimum=1
     )
@@ -108,7 +108,7 @@ class Repairing(Settings):
 
 
 @dataclass(frozen=True)
-class Judging(Repairing):
+class Evaluating(Repairing):
     """How a pruned network is put right, and what is measured of it."""
 
     objective: str = setting("error", "the loss that is minimised", enum=list(LOSSES))
@@ -135,7 +135,7 @@ class Compute(Arithmetic):
     """What candidates are computed with; results do not depend on processes and memory."""
 
     device: str = setting("cpu", "where to compute", type="string")
-    workers: int = setting(1, "processes of one thread that candidates are judged with", type="integer", minimum=1)
+    workers: int = setting(1, "processes of one thread that candidates are evaluated with", type="integer", minimum=1)
     prefix_cache_mb: int = setting(
         0, "memory (MB) for activations that later candidates continue from", type="integer", minimum=0
     )
@@ -143,7 +143,7 @@ class Compute(Arithmetic):
 
 @dataclass(frozen=True)
 class Candidates(Repairing, Arithmetic):
-    """How candidates are put right and judged while searching, and networks when they are finished."""
+    """How candidates are put right and evaluated while searching, and networks when they are finished."""
 
     search_repair: str | None = setting(
         None,
@@ -152,7 +152,7 @@ class Candidates(Repairing, Arithmetic):
     )
     candidate_images: int | None = setting(
         None,
-        "search images that candidates are judged on, null for all; published networks are judged on all of them",
+        "search images that candidates are evaluated on, null for all; published networks are evaluated on all of them",
         type=["integer", "null"],
         minimum=1,
     )
@@ -284,7 +284,7 @@ class Flat(Settings):
 
     algorithm: str = setting(
         "nsga2",
-        "evolutionary algorithm; sparse_ea and mskea first score groups of weights by judging networks without them",
+        "evolutionary algorithm; sparse_ea and mskea first score groups of weights by evaluating networks without them",
         enum=[*ALGORITHMS, *SPARSE_ALGORITHMS],
     )
     flip_rate: float = setting(
@@ -309,7 +309,7 @@ class Flat(Settings):
 
 @dataclass(frozen=True)
 class Budget(Settings):
-    """How many candidates the two phases may judge together, and who gets them.
+    """How many candidates the two phases may evaluate together, and who gets them.
 
     Attributes:
         total: Candidates of both phases.
@@ -328,7 +328,7 @@ class Budget(Settings):
         """Candidates of Phase 2: its own, and those that Phase 1 left, as a small front fills no reselection.
 
         Args:
-            spent: Candidates that Phase 1 has judged.
+            spent: Candidates that Phase 1 has evaluated.
         """
         return self.total - spent if self.phase1 < self.total else 0
 
@@ -349,7 +349,7 @@ class Method(Publishing, Candidates):
         prefixItems=[{"enum": [AUTO, *LOSSES]}],
         items={"enum": list(COSTS)},
     )
-    evaluations: int = setting(600, "candidates judged by a search", type="integer", minimum=1)
+    evaluations: int = setting(600, "candidates evaluated by a search", type="integer", minimum=1)
     population: int = setting(30, "candidates in a population", type="integer", minimum=4)
     densities: Densities = field(
         default_factory=Densities,
@@ -432,8 +432,8 @@ class ComparedMethod(Method):
 
 
 @dataclass(frozen=True)
-class Searching(Judging, Candidates):
-    """What every step that judges candidates depends on.
+class Searching(Evaluating, Candidates):
+    """What every step that evaluates candidates depends on.
 
     Attributes:
         costs: Names of what is minimised beside the loss.
@@ -442,14 +442,14 @@ class Searching(Judging, Candidates):
     costs: Sequence[str] = ("density",)
 
     @property
-    def judging(self) -> Judging:
-        """How finished networks are made and judged."""
-        return self.part(Judging)
+    def evaluating(self) -> Evaluating:
+        """How finished networks are made and evaluated."""
+        return self.part(Evaluating)
 
     @property
-    def search_judging(self) -> Judging:
-        """How candidates are put right and judged."""
-        return self.part(Judging, repair=self.repair_in_search)
+    def search_evaluating(self) -> Evaluating:
+        """How candidates are put right and evaluated."""
+        return self.part(Evaluating, repair=self.repair_in_search)
 
     def compute(self, device: str, workers: int = 1, prefix_cache_mb: int = 0) -> Compute:
         """What candidates are computed with, given what a step was granted."""
@@ -493,7 +493,7 @@ class CorridorStep(Searching, Publishing):
     Attributes:
         phase2: Algorithm, guides and moves.
         corridors: Corridors along the front; 0 searches all masks.
-        budget: What both phases may judge together.
+        budget: What both phases may evaluate together.
         population: Candidates in a population.
     """
 

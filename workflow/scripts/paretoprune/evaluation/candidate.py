@@ -72,9 +72,9 @@ class CandidateEvaluator:
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error) or batch_size == 1:
                     raise
-                # Only for this candidate: others shall be judged the same way in every process.
+                # Only for this candidate: others shall be evaluated the same way in every process.
                 batch_size //= 2
-                _LOGGER.warning("memory ran out; judging the candidate again in batches of %d images", batch_size)
+                _LOGGER.warning("memory ran out; evaluating the candidate again in batches of %d images", batch_size)
 
     def _evaluate(self, words: np.ndarray, bound: float, plan: Plan, batch_size: int) -> Evaluation:
         network, prefixes, n = self.network, self.prefixes, len(self.images)

@@ -27,7 +27,7 @@ from paretoprune.networks.architectures import channels_last
 from paretoprune.networks.tracing import NotTraceableError
 from paretoprune.repair.refit import Refit
 from paretoprune.repair.repairs import repair_named
-from paretoprune.settings import Compute, Judging
+from paretoprune.settings import Compute, Evaluating
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Images on which a way to compute is compared with float32, layer by layer; and how far it may be off: share of
@@ -68,13 +68,13 @@ def n_processes(compute: Compute) -> int:
     return max(1, compute.workers) if on_cpu and can_fork() else 1
 
 
-def make_refit(task: Task, judging: Judging, device: torch.device) -> Refit | None:
+def make_refit(task: Task, evaluating: Evaluating, device: torch.device) -> Refit | None:
     """What re-fits the weights of candidates; None unless the repair does.
 
     Raises:
         ValueError: There is no such repair.
     """
-    if not repair_named(judging.repair).refits:
+    if not repair_named(evaluating.repair).refits:
         return None
     statistics = task.statistics
     if statistics is None:
@@ -82,7 +82,7 @@ def make_refit(task: Task, judging: Judging, device: torch.device) -> Refit | No
             # Which positions are looked at is no part of a search's luck.
             statistics = collect_statistics(task.network, task.units, task.calibration, seed=0, device=device)
     # A copy: weights that somebody changes later on are not those of the statistics.
-    return Refit(copy.deepcopy(task.network), task.units, statistics, damping=judging.damping, device=device)
+    return Refit(copy.deepcopy(task.network), task.units, statistics, damping=evaluating.damping, device=device)
 
 
 def place(images: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -133,15 +133,15 @@ class Backends:
 
     Args:
         task: The network and the images; the network is copied.
-        judging: The repair.
+        evaluating: The repair.
         device: Where to compute.
         refit: What re-fits the weights, from `make_refit`.
     """
 
-    def __init__(self, task: Task, judging: Judging, device: torch.device, refit: Refit | None) -> None:
+    def __init__(self, task: Task, evaluating: Evaluating, device: torch.device, refit: Refit | None) -> None:
         self.network = copy.deepcopy(task.network).eval()
-        self._task, self._repair, self._device, self._refit = task, judging.repair, device, refit
-        self._calibration = task.calibration[: judging.repair_images]
+        self._task, self._repair, self._device, self._refit = task, evaluating.repair, device, refit
+        self._calibration = task.calibration[: evaluating.repair_images]
 
     def prepared(self, kind: type[_Network], dtype: torch.dtype) -> _Network:
         """The dense network, ready to take masks in one of the ways."""

@@ -1,7 +1,7 @@
 """Evaluating a population of pruned networks: from masks to losses.
 
-How to compute is chosen in `evaluation.compute`. Candidates are judged in several processes (`evaluation.workers`), or
-on a GPU as one recording (`evaluation.captured`); results do not depend on it.
+How to compute is chosen in `evaluation.compute`. Candidates are evaluated in several processes (`evaluation.workers`),
+or on a GPU as one recording (`evaluation.captured`); results do not depend on it.
 """
 
 import math
@@ -15,15 +15,15 @@ from paretoprune.evaluation.candidate import CandidateEvaluator, Evaluation
 from paretoprune.evaluation.captured import CapturedNetwork
 from paretoprune.evaluation.compute import Backends, batch_size_of, make_refit, n_processes, precision_of
 from paretoprune.evaluation.fused import FusedNetwork
-from paretoprune.evaluation.judged import hardest_first
 from paretoprune.evaluation.metrics import divergence_of
+from paretoprune.evaluation.ordered_images import hardest_first
 from paretoprune.evaluation.prefixes import NO_PLAN, Plan, PrefixCache
 from paretoprune.evaluation.task import Scores, Task
 from paretoprune.evaluation.workers import WorkerPool
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.repair.refit import RefitCosts
 from paretoprune.repair.repairs import repair_named
-from paretoprune.settings import LOSSES, Compute, Judging
+from paretoprune.settings import LOSSES, Compute, Evaluating
 
 
 class PopulationEvaluator:
@@ -31,51 +31,51 @@ class PopulationEvaluator:
 
     Args:
         task: The dense network, which is copied and left as it is, and the images.
-        judging: What is put right before judging, and what is minimised.
+        evaluating: What is put right before evaluating, and what is minimised.
         compute: Precision, device and processes; `auto` is resolved in `evaluation.compute`.
 
     Attributes:
         layout: Where the prunable weights lie in a mask.
         objective: `error` (top-1) or `divergence` (from the dense network's answers, see `evaluation.metrics`).
         network: What takes the masks.
-        judged: What candidates are judged on, in the evaluator's order and type, on its device.
+        evaluated: What candidates are evaluated on, in the evaluator's order and type, on its device.
         batch_size: Images per forward pass.
         dense: What the images say of the dense network.
         refit: What re-fits the weights of candidates; None unless the repair does.
         prefixes: Kept activations.
-        n_workers: Processes to judge in.
-        n_images_seen: Images that candidates were judged on so far.
+        n_workers: Processes to evaluate in.
+        n_images_seen: Images that candidates were evaluated on so far.
 
     Raises:
         ValueError: An option is unknown, or the dense network answers anything that is not finite.
     """
 
-    def __init__(self, task: Task, judging: Judging, compute: Compute) -> None:
-        if judging.objective not in LOSSES:
-            raise ValueError(f"expected an objective among {', '.join(LOSSES)}, found '{judging.objective}'")
-        self.layout, self.objective = task.units, judging.objective
+    def __init__(self, task: Task, evaluating: Evaluating, compute: Compute) -> None:
+        if evaluating.objective not in LOSSES:
+            raise ValueError(f"expected an objective among {', '.join(LOSSES)}, found '{evaluating.objective}'")
+        self.layout, self.objective = task.units, evaluating.objective
         self._device = torch.device(compute.device)
         dtype, self.batch_size = precision_of(compute), batch_size_of(compute, task.images)
-        self.refit = make_refit(task, judging, self._device)
-        backends = Backends(task, judging, self._device, self.refit)
+        self.refit = make_refit(task, evaluating, self._device)
+        backends = Backends(task, evaluating, self._device, self.refit)
         with repeatable(), torch.inference_mode():
             chosen = backends.choose(dtype)
         self.network, self._dtype = chosen.network, chosen.dtype
-        self.judged = hardest_first(task, chosen, judging.objective, self._device, self.batch_size)
-        self.dense = Scores(np.array([self.judged.dense_error]), np.zeros(1))
+        self.ordered = hardest_first(task, chosen, evaluating.objective, self._device, self.batch_size)
+        self.dense = Scores(np.array([self.ordered.dense_error]), np.zeros(1))
         self.n_workers = n_processes(compute)
-        repairs = repair_named(judging.repair).make is not None
-        n_calibration = len(task.calibration[: judging.repair_images]) if repairs else 0
+        repairs = repair_named(evaluating.repair).make is not None
+        n_calibration = len(task.calibration[: evaluating.repair_images]) if repairs else 0
         budget = compute.prefix_cache_mb * 2**20 if self._device.type == "cpu" else 0
         self.prefixes = PrefixCache(
             self.network.cuts, self.layout, len(task.images), n_calibration, self._dtype, budget
         )
         self._evaluator = CandidateEvaluator(
             self.network,
-            self.judged.images,
-            self.judged.labels,
-            self.judged.dense_log_probabilities,
-            objective=judging.objective,
+            self.ordered.images,
+            self.ordered.labels,
+            self.ordered.dense_log_probabilities,
+            objective=evaluating.objective,
             batch_size=self.batch_size,
             prefixes=self.prefixes,
         )
@@ -96,18 +96,18 @@ class PopulationEvaluator:
     @property
     def n_classes(self) -> int:
         """Number of classes that the network tells apart."""
-        return self.judged.dense_log_probabilities.shape[1]
+        return self.ordered.dense_log_probabilities.shape[1]
 
     def _evaluations(self, words: np.ndarray, bounds: Sequence[float]) -> list[Evaluation]:
         """Evaluate candidates uint64 (n_masks, n_words), each up to its bound."""
         if self._device.type != "cpu" and isinstance(self.network, FusedNetwork) and self.network.can_be_recorded:
             if self._captured is None:
                 with repeatable():
-                    self._captured = CapturedNetwork(self.network, self.judged.images, self.batch_size)
-            errors, kls = self._captured.losses(words, self.judged.labels, self.judged.dense_log_probabilities)
-            self.n_images_seen += len(self.judged.images) * len(words)
+                    self._captured = CapturedNetwork(self.network, self.ordered.images, self.batch_size)
+            errors, kls = self._captured.losses(words, self.ordered.labels, self.ordered.dense_log_probabilities)
+            self.n_images_seen += len(self.ordered.images) * len(words)
             return [
-                Evaluation(float(e), divergence_of(float(k)), len(self.judged.images), True)
+                Evaluation(float(e), divergence_of(float(k)), len(self.ordered.images), True)
                 for e, k in zip(errors, kls, strict=True)
             ]
         found: dict[int, Evaluation] = {}
@@ -150,12 +150,12 @@ class PopulationEvaluator:
         """Evaluate masks, each only until its loss is certain to lie above its bound.
 
         Args:
-            masks: What is judged.
-            bounds: float (n_masks,); infinite to judge on all images.
+            masks: What is evaluated.
+            bounds: float (n_masks,); infinite to evaluate on all images.
 
         Returns:
-            Losses float64 (n_masks,), and whether each was judged on all images, bool (n_masks,): where not, the loss
-            is a lower bound, larger than the given bound.
+            Losses float64 (n_masks,), and whether each was evaluated on all images, bool (n_masks,): where not, the
+            loss is a lower bound, larger than the given bound.
         """
         evaluations = self._evaluations(masks.words, np.asarray(bounds, dtype=np.float64).tolist())
         losses = np.array([v.error if self.objective == "error" else v.divergence for v in evaluations])
@@ -181,7 +181,7 @@ class PopulationEvaluator:
                 self.refit(torch.from_numpy(masks.unpack(i)).to(self._device))
 
     def _stop_workers(self) -> None:
-        """End the processes that judge: what is prepared from now on must be there when they start."""
+        """End the processes that evaluate: what is prepared from now on must be there when they start."""
         if self._pool is not None:
             self._pool.close()
             self._pool = None

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from paretoprune.devices import repeatable
 from paretoprune.evaluation.compute import Backends, batch_size_of, make_refit, n_processes, place
-from paretoprune.evaluation.judged import JudgedImages, hardest_first
 from paretoprune.evaluation.metrics import divergence_of, image_losses, predict
+from paretoprune.evaluation.ordered_images import OrderedImages, hardest_first
 from paretoprune.evaluation.task import Scores, Task
 from paretoprune.evaluation.workers import run_in_processes
 from paretoprune.masks.packed import PackedMasks
@@ -19,7 +19,7 @@ from paretoprune.networks.architectures import to_channels_last
 from paretoprune.networks.tracing import NotTraceableError
 from paretoprune.repair.refit import Refit
 from paretoprune.repair.sequential import Refined, SequentialRefit
-from paretoprune.settings import LOSSES, Compute, Judging
+from paretoprune.settings import LOSSES, Compute, Evaluating
 
 BATCH_SIZE = 64
 _LOGGER = logging.getLogger("paretoprune")
@@ -32,7 +32,7 @@ class Finisher:
 
     Args:
         task: The dense network, which is copied, and the images.
-        judging: What is put right, and the objective.
+        evaluating: What is put right, and the objective.
         compute: Device and processes. Networks are built and measured in float32, whatever its precision.
         refit: What re-fits weights, of an evaluator of the same task, so that layers it has solved are not solved
             again; None to make one.
@@ -41,11 +41,11 @@ class Finisher:
         ValueError: The repair is unknown, or the dense network answers anything that is not finite.
     """
 
-    def __init__(self, task: Task, judging: Judging, compute: Compute, refit: Refit | None = None) -> None:
-        self._task, self._judging, self._compute = task, judging, compute
+    def __init__(self, task: Task, evaluating: Evaluating, compute: Compute, refit: Refit | None = None) -> None:
+        self._task, self._evaluating, self._compute = task, evaluating, compute
         self._device, self._n_processes = torch.device(compute.device), n_processes(compute)
-        self._refit = make_refit(task, judging, self._device) if refit is None else refit
-        self._backends = Backends(task, judging, self._device, self._refit)
+        self._refit = make_refit(task, evaluating, self._device) if refit is None else refit
+        self._backends = Backends(task, evaluating, self._device, self._refit)
 
     @cached_property
     def _sequential(self) -> SequentialRefit | None:
@@ -64,10 +64,10 @@ class Finisher:
     @property
     def _finishing(self) -> SequentialRefit | None:
         """The sequential refit, where finished networks are to be put through it."""
-        return self._sequential if self._judging.sequential_refit else None
+        return self._sequential if self._evaluating.sequential_refit else None
 
     @cached_property
-    def _judged(self) -> JudgedImages:
+    def _ordered(self) -> OrderedImages:
         """The images to measure on.
 
         In the order and with the dense answers of an evaluator in float32: sums over images in another order would
@@ -76,7 +76,7 @@ class Finisher:
         with repeatable(), torch.inference_mode():
             computation = self._backends.choose(torch.float32)
         batch_size = batch_size_of(self._compute, self._task.images)
-        return hardest_first(self._task, computation, self._judging.objective, self._device, batch_size)
+        return hardest_first(self._task, computation, self._evaluating.objective, self._device, batch_size)
 
     def build(self, mask: np.ndarray) -> nn.Module:
         """The pruned and repaired network of one mask, as an independent module on the CPU, in evaluation mode.
@@ -102,11 +102,11 @@ class Finisher:
 
     def measure(self, network: nn.Module) -> tuple[float, float]:
         """Error and divergence of a finished network on the images, in float32."""
-        judged = self._judged
+        evaluated = self._ordered
         network = to_channels_last(copy.deepcopy(network).to(self._device))
         with repeatable(), torch.inference_mode():
-            logits = predict(network, judged.images.float(), BATCH_SIZE)
-            wrong, kl = image_losses(logits, judged.labels, judged.dense_log_probabilities)
+            logits = predict(network, evaluated.images.float(), BATCH_SIZE)
+            wrong, kl = image_losses(logits, evaluated.labels, evaluated.dense_log_probabilities)
         return int(wrong.sum()) / len(wrong), divergence_of(float(kl.sum()) / len(kl))
 
     def finish(
@@ -133,7 +133,7 @@ class Finisher:
                 refined = self._refitted(sequential, mask, reselect=True)
                 tried.append((refined.kept.cpu().numpy(), refined.network))
             measured = [self.measure(network) for _, network in tried]
-            at = LOSSES.index(self._judging.objective)
+            at = LOSSES.index(self._evaluating.objective)
             best = min(range(len(tried)), key=lambda j: measured[j][at])
             state = {key: value.numpy() for key, value in tried[best][1].state_dict().items()}
             return tried[best][0], state, *measured[best]
@@ -148,7 +148,7 @@ class Finisher:
         if self._finishing is None:
             with repeatable(), torch.inference_mode():
                 _ = self._backends.plain
-        _ = self._judged
+        _ = self._ordered
 
     def reselect(self, masks: PackedMasks) -> PackedMasks:
         """Masks that keep as many weights of each layer, chosen anew on the pruned network's own inputs.

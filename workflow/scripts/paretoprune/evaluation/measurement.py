@@ -24,7 +24,7 @@ BATCH_SIZE = 64
 def measure_errors(
     dense: nn.Module,
     states: Sequence[Mapping[str, Tensor]],
-    judged: LabelledImages,
+    evaluated: LabelledImages,
     device: torch.device,
     n_workers: int = 1,
 ) -> np.ndarray:
@@ -33,14 +33,14 @@ def measure_errors(
     Args:
         dense: A network of their architecture.
         states: Of the networks.
-        judged: The images to measure on.
+        evaluated: The images to measure on.
         device: Where to compute.
         n_workers: Processes to compute in, on a CPU; the errors do not depend on it.
 
     Returns:
         float64 (n_networks,).
     """
-    images, labels = channels_last(judged.images.to(device)), judged.labels.to(device)
+    images, labels = channels_last(evaluated.images.to(device)), evaluated.labels.to(device)
 
     def error_of(i: int) -> float:
         network = to_channels_last(with_weights(dense, states[i]).to(device))

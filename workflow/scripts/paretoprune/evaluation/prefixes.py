@@ -43,7 +43,7 @@ class PrefixCache:
     Args:
         cuts: Where activations are kept, first to last.
         layout: The layers of a mask.
-        n_images: Images that candidates are judged on.
+        n_images: Images that candidates are evaluated on.
         n_calibration: Images that candidates are repaired on.
         dtype: Type of the activations.
         budget: Bytes to spend; too few for two candidates, and nothing is kept.

@@ -1,4 +1,4 @@
-"""What networks are judged on, and what is found."""
+"""What networks are evaluated on, and what is found."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from paretoprune.masks.units import WeightUnits
 
 @dataclass(frozen=True)
 class Task:
-    """A trained network, and the images that its pruned versions are judged and repaired on.
+    """A trained network, and the images that its pruned versions are evaluated and repaired on.
 
     Calibration images must be in random order. Nothing can check it: `repair_images` of the settings takes the first of
     them, and sums over batches of similar images would be those of something else.
@@ -20,7 +20,7 @@ class Task:
     Attributes:
         network: The dense network. Whoever computes with it takes a copy, and leaves it as it is.
         units: Where its prunable weights lie in a mask.
-        images: Images to judge on, float32 (n, channels, height, width), normalised.
+        images: Images to evaluate on, float32 (n, channels, height, width), normalised.
         labels: Their labels, int64 (n,).
         calibration: Images for the repair, float32 (n_calibration, channels, height, width), normalised, in random
             order; labels are not needed.

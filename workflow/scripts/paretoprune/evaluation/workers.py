@@ -1,7 +1,7 @@
 """Worker processes of one thread each, which share what the evaluator has prepared.
 
 Workers are forked: images, weights and kept activations are the same pages of memory in all of them, any network can
-be used, and there is nothing to clean up by name. A worker that dies is replaced and its candidate judged again; a
+be used, and there is nothing to clean up by name. A worker that dies is replaced and its candidate evaluated again; a
 worker whose parent is gone ends by itself.
 """
 
@@ -185,7 +185,7 @@ class WorkerPool:
                 f"the same candidate has taken {n_deaths} workers down (the last by {why}); if it was the system "
                 "running out of memory (SIGKILL), use a smaller threads_per_search, batch_size or prefix_cache_mb"
             )
-        _LOGGER.warning("a worker died (%s); it is replaced, and its candidate is judged again", why)
+        _LOGGER.warning("a worker died (%s); it is replaced, and its candidate is evaluated again", why)
         self._workers[self._workers.index(worker)] = self._start()
 
     def close(self) -> None:

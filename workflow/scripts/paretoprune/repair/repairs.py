@@ -1,4 +1,4 @@
-"""Repair: what is put right in a pruned network before it is judged.
+"""Repair: what is put right in a pruned network before it is evaluated.
 
 `none` leaves the bare mask. `batchnorm` recalibrates: it corrects the batch-norm statistics, which describe activations
 that pruning has changed. `reconstruct` re-fits the kept weights first, where a mask is applied (`repair.refit`), and

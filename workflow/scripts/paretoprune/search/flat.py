@@ -30,8 +30,8 @@ def search_flat(problem: Problem, settings: Flat, effort: Effort) -> SearchResul
     Args:
         problem: What is searched.
         settings: `flip_rate` is the probability of each bit to flip in a mutation; of `sparse_ea` and `mskea` the
-            smallest step, as a share of the kept weights. `score_share` of the evaluations judge groups of weights.
-        effort: Number of masks to judge, those for scores included.
+            smallest step, as a share of the kept weights. `score_share` of the evaluations evaluate groups of weights.
+        effort: Number of masks to evaluate, those for scores included.
 
     Raises:
         ValueError: The algorithm is unknown, or the budget pays for scores but no population.
@@ -72,14 +72,14 @@ def _flipped(genome: Genome, n_units: int, rate: float, rng: np.random.Generator
 
 
 def sparse_algorithm(recorder: Recorder, settings: Flat, population: int, rng: np.random.Generator) -> Algorithm:
-    """SparseEA or MSKEA, once it has judged the groups of weights and its first population; both are paid for.
+    """SparseEA or MSKEA, once it has evaluated the groups of weights and its first population; both are paid for.
 
     Its population at the start are the best of the two together. Children always have two parents, and survive as in
     NSGA-II; MSKEA's authors thin the last rank one by one, as SPEA2 does, for which pymoo's pruning by the distances to
     the two nearest neighbours stands in.
 
     Args:
-        recorder: Judges masks.
+        recorder: Evaluates masks.
         settings: See `search_flat`.
         population: Size of the population.
         rng: Draws the first population and, for MSKEA, what leads each generation.

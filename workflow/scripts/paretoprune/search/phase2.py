@@ -50,7 +50,7 @@ def search_corridor(
         guides: What moves follow; the first must be a score, which also shapes the samples.
         before: Phase 1.
         settings: Algorithm and moves.
-        effort: Number of masks to judge beyond those of Phase 1; the population is that of all corridors together.
+        effort: Number of masks to evaluate beyond those of Phase 1; the population is that of all corridors together.
 
     Raises:
         ValueError: The algorithm is unknown, the first guide is no score, or there is no corridor.

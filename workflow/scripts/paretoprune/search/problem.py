@@ -18,7 +18,7 @@ Feasible = Callable[[PackedMasks], np.ndarray]
 
 @runtime_checkable
 class BoundedEvaluate(Protocol):
-    """An evaluator that can stop judging a mask whose loss is certain to lie above a bound."""
+    """An evaluator that can stop evaluating a mask whose loss is certain to lie above a bound."""
 
     def __call__(self, masks: PackedMasks) -> np.ndarray:
         """Masks to losses (n,)."""
@@ -40,7 +40,7 @@ class Problem:
         units: What a mask keeps or drops.
         evaluate: Measures the loss of masks; it may be a `BoundedEvaluate`.
         costs: The other objectives, at least one; the first is what anchors, ladders and thinning go along.
-        is_feasible: Which masks may be published, bool (n,). Others are not judged, count as wrong on everything and
+        is_feasible: Which masks may be published, bool (n,). Others are not evaluated, count as wrong on everything and
             never join a front. None for all.
         progress: Called with each new history row.
         loss: Name of the loss.
@@ -75,7 +75,7 @@ class Effort:
     """How much a search may spend, and its luck.
 
     Attributes:
-        evaluations: Number of masks to judge.
+        evaluations: Number of masks to evaluate.
         population: Size of the population.
         seed: Fixes every draw.
     """

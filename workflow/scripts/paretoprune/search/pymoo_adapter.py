@@ -22,12 +22,12 @@ from paretoprune.search.survival import survival_of
 PATIENCE = 50
 
 
-class Judges(Protocol):
+class Evaluates(Protocol):
     """What pymoo's problem needs of a `Recorder`."""
 
     @property
     def problem(self) -> SearchProblem:
-        """Whose masks it judges."""
+        """Whose masks it evaluates."""
         ...
 
     def __call__(self, masks: PackedMasks) -> tuple[np.ndarray, np.ndarray]:
@@ -36,12 +36,12 @@ class Judges(Protocol):
 
 
 class PruningProblem(Problem):
-    """pymoo's view of pruning: individuals decode to masks, and the recorder judges them.
+    """pymoo's view of pruning: individuals decode to masks, and the recorder evaluates them.
 
     Args:
         n_var: Variables of an individual.
         decode: Individuals (n, n_var) to masks.
-        recorder: Judges masks.
+        recorder: Evaluates masks.
         reward: Told of each packed genome whether its mask joined the front.
         bounds: Lower and upper bound of real-valued individuals; packed genomes have none, or pymoo would touch them.
     """
@@ -50,7 +50,7 @@ class PruningProblem(Problem):
         self,
         n_var: int,
         decode: Callable[[np.ndarray], PackedMasks],
-        recorder: Judges,
+        recorder: Evaluates,
         reward: Callable[[Genome, bool], None] | None = None,
         bounds: tuple[float, float] | None = None,
     ) -> None:
@@ -59,7 +59,7 @@ class PruningProblem(Problem):
         self._decode, self._recorder, self._reward = decode, recorder, reward
 
     @classmethod
-    def packed(cls, recorder: Judges, reward: Callable[[Genome, bool], None] | None = None) -> "PruningProblem":
+    def packed(cls, recorder: Evaluates, reward: Callable[[Genome, bool], None] | None = None) -> "PruningProblem":
         """The problem whose individuals are genomes: object arrays (n, 1), of which pymoo copies the pointers only."""
         n_units = recorder.problem.units.n_units
         return cls(1, lambda x: PackedMasks.of_genomes(x[:, 0], n_units), recorder, reward)
@@ -137,7 +137,7 @@ class Run:
         return self._ended or self._dry >= PATIENCE or self._recorder.remaining <= 0
 
     def step(self) -> None:
-        """Judge one more generation, as far as the budget pays for it."""
+        """Evaluate one more generation, as far as the budget pays for it."""
         recorder, algorithm = self._recorder, self._algorithm
         before = recorder.evaluations
         candidates = algorithm.ask()

@@ -1,4 +1,4 @@
-"""The recorder: judges every mask of a search once, keeps the front of all of them and the course of the search."""
+"""The recorder: evaluates every mask of a search once, keeps the front of all of them and the course of the search."""
 
 import csv
 import os
@@ -22,7 +22,7 @@ class SearchResult:
     """What a search leaves behind.
 
     Attributes:
-        front: Every non-dominated network that was judged, sparsest first.
+        front: Every non-dominated network that was evaluated, sparsest first.
         history: One row a generation with the keys `HISTORY_COLUMNS`; evaluations and seconds are cumulative.
     """
 
@@ -38,7 +38,7 @@ def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class _Judged:
+class _Evaluated:
     """Objectives (n_objectives,) of a mask; unless complete, the loss is a lower bound."""
 
     objectives: np.ndarray
@@ -48,7 +48,7 @@ class _Judged:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Masks that are judged together, their fingerprints, and their costs (n_masks, n_costs)."""
+    """Masks that are evaluated together, their fingerprints, and their costs (n_masks, n_costs)."""
 
     masks: PackedMasks
     keys: list[bytes]
@@ -56,21 +56,21 @@ class _Batch:
 
 
 class BudgetSpentError(Exception):
-    """More masks were to be judged than the budget of a search allows."""
+    """More masks were to be evaluated than the budget of a search allows."""
 
 
 class Recorder:
-    """Judges masks, each distinct one once, and remembers the non-dominated.
+    """Evaluates masks, each distinct one once, and remembers the non-dominated.
 
     Args:
         problem: Whose masks.
-        budget: Largest number of masks to judge.
+        budget: Largest number of masks to evaluate.
         stage: Name given to what is found from now on; may be changed.
         before: A search that this one continues: its front is the first front, its history comes first.
 
     Attributes:
-        survival: What becomes of the masks judged next, so that judging those that it drops anyway may stop early;
-            None to judge all in full.
+        survival: What becomes of the masks evaluated next, so that those that it drops anyway may be stopped early;
+            None to evaluate all in full.
 
     Raises:
         ValueError: The search before has other objectives.
@@ -83,7 +83,7 @@ class Recorder:
                 f"{', '.join(before.front.names)}; give both the same loss and costs"
             )
         self.problem = problem
-        self._known: dict[bytes, _Judged] = {}
+        self._known: dict[bytes, _Evaluated] = {}
         self._start = time.perf_counter()
         self.stage = stage
         self.budget = budget
@@ -95,23 +95,23 @@ class Recorder:
         self._generations = self._closed_at = 0
         if before:
             keys = before.front.masks.fingerprints()
-            self._known.update((key, _Judged(f, True)) for key, f in zip(keys, before.front.objectives, strict=True))
+            self._known.update((key, _Evaluated(f, True)) for key, f in zip(keys, before.front.objectives, strict=True))
         self.survival: Survival | None = None
 
     @property
     def remaining(self) -> int:
-        """How many masks may still be judged."""
+        """How many masks may still be evaluated."""
         return self.budget - self.evaluations
 
     def __call__(self, masks: PackedMasks) -> tuple[np.ndarray, np.ndarray]:
-        """Judge masks.
+        """Evaluate masks.
 
         Returns:
             Objectives (n, n_objectives), and whether each mask is new and on the front, bool (n,). Where `survival` is
             given, the loss of a mask that it drops in any case may be a lower bound.
 
         Raises:
-            BudgetSpentError: There are more new masks than the budget pays for; those that it does pay for are judged.
+            BudgetSpentError: There are more new masks than the budget pays for; those it pays for are evaluated.
         """
         batch = _Batch(masks, masks.fingerprints(), self.problem.costs_of(masks))
         first_at = {key: i for i, key in reversed(list(enumerate(batch.keys)))}
@@ -121,7 +121,7 @@ class Recorder:
         bounds = np.full(len(masks), np.inf)
         if self.survival is not None:
             bounds = self.survival.bounds(batch.costs, self.front.objectives)
-        self._judge(batch, fresh, bounds)
+        self._evaluate(batch, fresh, bounds)
         self.evaluations += len(fresh)
         joined = self._merge(batch, fresh)
         if unpaid > 0:
@@ -134,7 +134,7 @@ class Recorder:
             again = sorted({first_at[batch.keys[i]] for i in np.flatnonzero(undecided)})
             if not again:
                 break
-            self._judge(batch, again, np.full(len(masks), np.inf))
+            self._evaluate(batch, again, np.full(len(masks), np.inf))
         return (
             np.array([self._known[key].objectives for key in batch.keys]).reshape(-1, len(self.problem.objectives)),
             np.array([key in joined for key in batch.keys], dtype=bool),
@@ -142,22 +142,22 @@ class Recorder:
 
     def _merge(self, batch: "_Batch", fresh: list[int]) -> set[bytes]:
         """Add new masks to the front; returns the fingerprints of those that are on it."""
-        # The others are dominated: that is why judging them stopped.
+        # The others are dominated: that is why evaluating them stopped.
         whole = [i for i in fresh if self._known[batch.keys[i]].complete and self._known[batch.keys[i]].feasible]
         if not whole:
             return set()
-        judged = np.array([self._known[batch.keys[i]].objectives for i in whole])
+        evaluated = np.array([self._known[batch.keys[i]].objectives for i in whole])
         stages = [self.stage] * len(whole)
-        self.front = self.front.merge(Front(batch.masks.select(whole), judged, stages, self.problem.objectives))
+        self.front = self.front.merge(Front(batch.masks.select(whole), evaluated, stages, self.problem.objectives))
         return {batch.keys[i] for i in whole}.intersection(self.front.masks.fingerprints())
 
-    def _judge(self, batch: "_Batch", which: list[int], bounds: np.ndarray) -> None:
-        """Have some masks judged, each up to its bound, and remember what came out."""
+    def _evaluate(self, batch: "_Batch", which: list[int], bounds: np.ndarray) -> None:
+        """Have some masks evaluated, each up to its bound, and remember what came out."""
         problem = self.problem
         if problem.is_feasible is not None and which:
             good = problem.is_feasible(batch.masks.select(which))
             for i in which:
-                self._known[batch.keys[i]] = _Judged(np.array([1.0, *batch.costs[i]]), True, feasible=False)
+                self._known[batch.keys[i]] = _Evaluated(np.array([1.0, *batch.costs[i]]), True, feasible=False)
             which = [i for i, fine in zip(which, good, strict=True) if fine]
         if not which:
             return
@@ -173,10 +173,10 @@ class Recorder:
                 f"{int((~np.isfinite(losses)).sum())} values that are not finite"
             )
         for i, loss, whole in zip(which, losses, complete, strict=True):
-            self._known[batch.keys[i]] = _Judged(np.array([loss, *batch.costs[i]]), bool(whole))
+            self._known[batch.keys[i]] = _Evaluated(np.array([loss, *batch.costs[i]]), bool(whole))
 
     def close_generation(self) -> None:
-        """Add a row to the history, unless nothing was judged since the last one."""
+        """Add a row to the history, unless nothing was evaluated since the last one."""
         if self.evaluations == self._closed_at:
             return
         self._closed_at = self.evaluations

@@ -1,11 +1,11 @@
 """What two published evolutionary algorithms for sparse problems know of the weights, and how it leads their steps.
 
-SparseEA and MSKEA judge every decision variable once, alone, before they start. At 1e5 to 1e7 weights and a few hundred
-evaluations three things have to differ, for both:
+SparseEA and MSKEA evaluate every decision variable once, alone, before they start. At 1e5 to 1e7 weights and a few
+hundred evaluations three things have to differ, for both:
 
-- Weights are judged in groups of whole output filters, a share of the budget in all; a weight has its group's score.
-- A group is judged by the network that lacks this group only, since one that has nothing else guesses. So the order is
-  turned round: a group whose loss is in the first front is the least worth keeping. Likewise the first population is
+- Weights are evaluated in groups of whole output filters, a share of the budget in all; a weight has its group's score.
+- A group is evaluated by the network that lacks this group only, since one that has nothing else guesses. So the order
+  is turned round: a group whose loss is in the first front is the least worth keeping. Likewise the first population is
   not built up from nothing but cut down from the dense network, where the scores come from.
 - A step flips many bits where theirs flips one: a share, log-uniform between a least one and all. Each bit is still the
   winner of a binary tournament on scores; ties, and so all weights of a group, are settled by chance.
@@ -38,7 +38,7 @@ PRIOR_UNTIL, BOTH_UNTIL = 0.618**2, 0.618
 
 
 def n_groups_within(evaluations: int, share: float) -> int:
-    """How many groups to judge: `share` of the evaluations, at least two."""
+    """How many groups to evaluate: `share` of the evaluations, at least two."""
     return max(2, int(share * evaluations))
 
 

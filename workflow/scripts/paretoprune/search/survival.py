@@ -1,11 +1,11 @@
-"""Which candidates pymoo's survival drops, whatever the images say that they have not been judged on.
+"""Which candidates pymoo's survival drops, whatever the images say that they have not been evaluated on.
 
-A candidate that is judged on some images only has a lower bound for its loss. These functions say how far judging must
-go at least to be of use (`bounds`), and afterwards which bounds do not settle a candidate's fate (`undecided`): those
-candidates are judged on all images before pymoo sees them. What pymoo then makes of the generation is, to the last
+A candidate that is evaluated on some images only has a lower bound for its loss. These functions say how far its
+evaluation must go to be of use (`bounds`), and afterwards which bounds do not settle its fate (`undecided`): those
+candidates are evaluated on all images before pymoo sees them. What pymoo then makes of the generation is, to the last
 bit, what it would have made of all losses in full: a candidate it drops anyway leaves no trace.
 
-Losses that candidates are dropped for are always those of members judged in full, so none of them is on the front.
+Losses that candidates are dropped for are always those of members evaluated in full, so none of them is on the front.
 """
 
 from typing import Protocol
@@ -25,7 +25,7 @@ class Survival(Protocol):
 
         Args:
             costs: float (n_candidates, n_costs), exact.
-            front: float (n_members, 1 + n_costs), objectives of all non-dominated networks that were judged in full.
+            front: float (n_members, 1 + n_costs), objectives of all non-dominated networks that were evaluated in full.
 
         Returns:
             float (n_candidates,); infinite where a candidate matters whatever its error.

@@ -11,7 +11,7 @@ from paretoprune.search.recorder import Recorder, SearchResult
 
 
 def sweep_allocation(problem: Problem, scores: np.ndarray, counts: Sequence[np.ndarray]) -> SearchResult:
-    """Judge what one score keeps at several densities.
+    """Evaluate what one score keeps at several densities.
 
     Args:
         problem: Whose masks.

@@ -90,13 +90,13 @@ def search_thresholds(
     Args:
         problem: What is searched.
         scores: float (n_units,), higher = keep.
-        starts: Classical allocations, each int (n_groups,), the number of units to keep; judged exactly as they are.
+        starts: Classical allocations, each int (n_groups,), the number of units to keep; evaluated exactly as they are.
         settings: `rungs`: what an evaluator works out for a group at one of them serves all candidates.
             `level_switches` moves groups along the ladder at constant total density (`search.levels.switch_levels`).
             `n_reselected` masks come from `reselect`, at the end and within the budget.
-        effort: Number of masks to judge, the starts included.
-        reselect: From the front to `n_reselected` masks at most, which are judged too.
-        precompute: Told of the masks that have all groups on one rung, before anything is judged.
+        effort: Number of masks to evaluate, the starts included.
+        reselect: From the front to `n_reselected` masks at most, which are evaluated too.
+        precompute: Told of the masks that have all groups on one rung, before anything is evaluated.
 
     Raises:
         ValueError: The budget does not even pay for the starts and one population.

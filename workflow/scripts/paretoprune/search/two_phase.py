@@ -44,14 +44,14 @@ def search(
         problem: Units in groups, a loss to measure, one or two costs.
         scores: float (n_units,), higher = keep, or several of these by name. The first shapes Phase 1 and the samples
             of Phase 2, and moves follow all of them. Only their order within a group counts, but for the starts.
-        effort: Number of masks to judge in both phases together, the starts included.
+        effort: Number of masks to evaluate in both phases together, the starts included.
         phase1: `share` is Phase 1's part of the evaluations, 1 for no Phase 2; `starts` and `n_reselected` mean nothing
             here. None for the defaults with `start_densities` from `START_DENSITIES`.
         anchors: Tolerances, and how many corridors; none of them searches all masks. None for the defaults.
         phase2: Algorithm and moves; `guides` means nothing here. None for the defaults.
 
     Returns:
-        Every non-dominated mask that was judged, cheapest first, and the history of both phases.
+        Every non-dominated mask that was evaluated, cheapest first, and the history of both phases.
 
     Raises:
         ValueError: Scores are missing, of another shape or not finite; Phase 1's budget does not pay for its starts and

@@ -10,10 +10,10 @@ from paretoprune.stages.candidates import Setup
 
 
 def try_allocation(setup: Setup, scores: np.ndarray, rule: str, settings: Densities) -> SearchResult:
-    """Judge what one score and one rule keep.
+    """Evaluate what one score and one rule keep.
 
     Args:
-        setup: What is pruned, and how candidates are judged.
+        setup: What is pruned, and how candidates are evaluated.
         scores: float32 (n_weights,), higher = keep.
         rule: A key of `importance.allocation.ALLOCATIONS`.
         settings: The densities.

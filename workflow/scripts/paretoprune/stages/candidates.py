@@ -1,4 +1,4 @@
-"""Candidates of a search: how they are judged, what they cost, and which of them may be published."""
+"""Candidates of a search: how they are evaluated, what they cost, and which of them may be published."""
 
 from dataclasses import dataclass, replace
 
@@ -19,7 +19,7 @@ class Setup:
 
     Attributes:
         task: What is pruned.
-        searching: How candidates and finished networks are put right and judged.
+        searching: How candidates and finished networks are put right and evaluated.
         compute: What to compute with.
         progress: Called with each new history row.
     """
@@ -31,13 +31,13 @@ class Setup:
 
     @property
     def candidate_task(self) -> Task:
-        """The task with the images that candidates are judged on: the first `candidate_images`, or all."""
+        """The task with the images that candidates are evaluated on: the first `candidate_images`, or all."""
         n = self.searching.candidate_images
         return replace(self.task, images=self.task.images[:n], labels=self.task.labels[:n])
 
     def evaluator(self) -> PopulationEvaluator:
-        """Judges candidates, with the repair of the search where it has one of its own."""
-        return PopulationEvaluator(self.candidate_task, self.searching.search_judging, self.compute)
+        """Evaluates candidates, with the repair of the search where it has one of its own."""
+        return PopulationEvaluator(self.candidate_task, self.searching.search_evaluating, self.compute)
 
     def problem(self, evaluate: Evaluate) -> Problem:
         """The search problem: an evaluator's loss, the costs, and which masks may be published."""

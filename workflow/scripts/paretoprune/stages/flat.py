@@ -11,7 +11,7 @@ def find_flat(setup: Setup, settings: Flat, effort: Effort) -> SearchResult:
     """Search whole masks.
 
     Args:
-        setup: What is pruned, and how candidates are judged.
+        setup: What is pruned, and how candidates are evaluated.
         settings: Algorithm and its steps.
         effort: Evaluations, population and seed.
     """

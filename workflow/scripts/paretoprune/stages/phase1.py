@@ -26,7 +26,7 @@ def find_thresholds(
     """Search one threshold per layer.
 
     Args:
-        setup: What is pruned, and how candidates are judged.
+        setup: What is pruned, and how candidates are evaluated.
         scores: By name, each float32 (n_weights,): the first is what thresholds cut, and those that the starting
             allocations follow.
         settings: Of Phase 1.
@@ -35,7 +35,7 @@ def find_thresholds(
     """
     starts = starting_allocations(settings.starts, settings.start_densities, scores, setup.task.units)
     with setup.evaluator() as evaluate:
-        finisher = Finisher(setup.candidate_task, setup.searching.search_judging, setup.compute, evaluate.refit)
+        finisher = Finisher(setup.candidate_task, setup.searching.search_evaluating, setup.compute, evaluate.refit)
 
         def choose_anew(front: Front) -> PackedMasks:
             return finisher.reselect(front.thinned(settings.n_reselected, sparsities).masks)

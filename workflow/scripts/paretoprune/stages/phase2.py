@@ -25,7 +25,7 @@ def refine_bits(
     """Search the corridors, and merge what is found with Phase 1's front.
 
     Args:
-        setup: What is pruned, and how candidates are judged.
+        setup: What is pruned, and how candidates are evaluated.
         scores: Those among the guides, each float32 (n_weights,), in their order.
         anchors: From light to heavy; None to search all masks.
         before: Phase 1.

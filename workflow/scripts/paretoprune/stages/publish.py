@@ -13,7 +13,7 @@ def publish(front: Front, setup: Setup, publishing: Publishing) -> Front:
 
     `front_size` members stay, among them the best ones beyond each of `sparsities`.
 
-    What is published is judged once more: on all search images, in float32, with the repair of the method. Where that
+    What is published is evaluated once more: on all search images, in float32, with the repair of the method. Where it
     re-fits weights, each network is re-fitted layer by layer, once with the weights that were found and once with each
     layer's chosen anew. Of the two the better stays: a search has seen so many candidates on its images that the best
     of them are partly luck, and weights chosen anew have not seen them. Members that others then dominate are dropped.
@@ -39,5 +39,5 @@ def publish(front: Front, setup: Setup, publishing: Publishing) -> Front:
     objectives = np.column_stack([scores.objective(setup.searching.objective), front.costs])
     same = np.all(masks.words == front.masks.words, axis=1)
     stages = [stage if kept else "reselected" for stage, kept in zip(front.stages, same, strict=True)]
-    judged = Front(masks, objectives, stages, front.names, setup.task.network, states)
-    return judged.select(non_dominated(judged.objectives))
+    evaluated = Front(masks, objectives, stages, front.names, setup.task.network, states)
+    return evaluated.select(non_dominated(evaluated.objectives))

@@ -78,7 +78,7 @@ class Dataset(Settings):
         **SIZE,
     )
     search: float = required(
-        "images that candidates are judged on: a whole number, or a share of the training images", **SIZE
+        "images that candidates are evaluated on: a whole number, or a share of the training images", **SIZE
     )
     test: float = required(
         "images that finished networks are measured on: a whole number, or a share; not used where the source has test "
@@ -204,7 +204,7 @@ class Configuration(Settings):
         0, "GPUs that a computing step asks for, 0 for the CPU", type="integer", minimum=0, maximum=1
     )
     threads_per_search: int = setting(
-        2, "processes of one thread that a search judges candidates with", type="integer", minimum=1
+        2, "processes of one thread that a search evaluates candidates with", type="integer", minimum=1
     )
     prefix_cache_mb: int = setting(
         1000, "memory (MB) for activations that candidates of Phase 2 continue from", type="integer", minimum=0

@@ -1,4 +1,4 @@
-"""The images that candidates are judged on, hardest first, with what the dense network answers."""
+"""The images that candidates are evaluated on, hardest first, with what the dense network answers."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from paretoprune.networks.architectures import channels_last
 
 
 @dataclass(frozen=True)
-class JudgedImages:
+class OrderedImages:
     """Images in the order in which a bad candidate's loss grows soonest.
 
     Attributes:
@@ -32,7 +32,7 @@ class JudgedImages:
 
 def hardest_first(
     task: Task, computation: Computation, objective: str, device: torch.device, batch_size: int
-) -> JudgedImages:
+) -> OrderedImages:
     """Order a task's images by the loss of a magnitude-pruned network, largest first.
 
     Args:
@@ -56,4 +56,4 @@ def hardest_first(
         order = loss.argsort(descending=True, stable=True)
         # Indexing may lay images out anew.
         images, labels, dense = channels_last(images[order]), labels[order], dense[order]
-    return JudgedImages(images, labels, functional.log_softmax(dense.double(), dim=1), top1_error(dense, labels))
+    return OrderedImages(images, labels, functional.log_softmax(dense.double(), dim=1), top1_error(dense, labels))
