@@ -1,4 +1,4 @@
-"""What takes masks: the protocol of `evaluation.fused`, `evaluation.layerwise`, and whoever evaluates candidates."""
+"""What takes masks: the protocol of `evaluation.fused` and `evaluation.layerwise`, which evaluators rely on."""
 
 from collections.abc import Sequence
 from typing import Protocol

@@ -18,7 +18,7 @@ class Task:
     them, and sums over batches of similar images would be those of something else.
 
     Attributes:
-        network: The dense network. Whoever computes with it takes a copy, and leaves it as it is.
+        network: The dense network. It is copied before anything is computed with it, and stays as it is.
         units: Where its prunable weights lie in a mask.
         images: Images to evaluate on, float32 (n, channels, height, width), normalised.
         labels: Their labels, int64 (n,).

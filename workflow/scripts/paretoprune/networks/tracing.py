@@ -185,7 +185,7 @@ def _make_pure(nodes: list[fx.Node], modules: dict[str, nn.Module]) -> None:
             modules[str(node.target)].inplace, in_place = False, True  # type: ignore[assignment]
         if in_place and node.args and isinstance(node.args[0], fx.Node):
             changes.append((node, node.args[0]))
-    # What an in-place operation returns counts as its own: whoever reads that means to read the changed values.
+    # What an in-place operation returns counts as its own: code that reads it means the changed values.
     ends = {node for node, _ in changes}
     owners = {node: _owner(node, modules, ends) for node in nodes}
     for node, changed in changes:

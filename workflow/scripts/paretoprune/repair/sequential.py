@@ -96,7 +96,7 @@ class SequentialRefit:
             for name, mask in masks.items():
                 parameters[name].data = torch.where(mask, start[name].to(parameters[name]), 0.0)
             masks |= _Pass(self, pruned, masks, reselect).run(self._images)
-        # Whoever builds networks may be in inference mode; what comes out can be trained.
+        # Tensors made in inference mode cannot be trained; these are for users, who may fine-tune them.
         with torch.inference_mode(mode=False):
             network = copy.deepcopy(self._original).cpu()
             network.load_state_dict({key: value.clone() for key, value in pruned.state_dict().items()})
