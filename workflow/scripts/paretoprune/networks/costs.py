@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.utils.rnn import PackedSequence
 
-from paretoprune.masks.units import WeightUnits
+from paretoprune.masks.units import WeightUnits, prunable_parameters
 from paretoprune.objectives import Cost, Density, GroupCost
 
 # Of a number as it is stored, and of the bit in a mask that says whether a weight is kept.
@@ -68,30 +70,27 @@ COSTS: Mapping[str, Callable[[Priced], Cost]] = {
 }
 
 
-def count_uses(network: nn.Module, image: Tensor) -> dict[str, int]:
-    """How often one forward pass multiplies with each weight of a convolution or linear layer.
+def count_uses(network: nn.Module, image: Tensor) -> dict[str, float]:
+    """How often one forward pass multiplies with each prunable weight (`masks.units.prunable_parameters`).
 
     Args:
         network: In evaluation mode; it is left as it is.
         image: One image (1, c, h, w).
 
     Returns:
-        By parameter name; a weight that several layers share, or that runs several times, counts each time.
+        By parameter name; a weight that several layers share, or that runs several times, counts each time. In a tensor
+        whose weights run unequally often (attention over another sequence), their mean.
     """
     names = {id(parameter): name for name, parameter in network.named_parameters()}
-    uses: dict[str, int] = {}
+    uses: dict[str, float] = {}
 
-    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        weight = module.get_parameter("weight")
-        # A transposed convolution scatters from each input position, any other layer gathers for each output position.
-        at, channels = (
-            (inputs[0], module.in_channels) if isinstance(module, _ConvTransposeNd) else (output, len(weight))
-        )
-        name = names[id(weight)]
-        uses[name] = uses.get(name, 0) + at.numel() // int(channels)
+    def count(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
+        for own_name, n in _uses_of_layer(module, inputs, options, output).items():
+            name = names[id(module.get_parameter(own_name))]
+            uses[name] = uses.get(name, 0) + n
 
-    layers = [module for module in network.modules() if isinstance(module, _ConvNd | nn.Linear)]
-    handles = [layer.register_forward_hook(count) for layer in layers]
+    layers = [module for module in network.modules() if prunable_parameters(module)]
+    handles = [layer.register_forward_hook(count, with_kwargs=True) for layer in layers]
     try:
         with torch.inference_mode():
             network(image)
@@ -99,6 +98,27 @@ def count_uses(network: nn.Module, image: Tensor) -> dict[str, int]:
         for handle in handles:
             handle.remove()
     return uses
+
+
+def _uses_of_layer(
+    module: nn.Module, inputs: tuple[Any, ...], options: Mapping[str, Any], output: Any
+) -> dict[str, float]:
+    """How often one call of a layer multiplies with each weight of its matrices, by their names in the layer."""
+    if isinstance(module, nn.MultiheadAttention):
+        query, key = (inputs[i] if len(inputs) > i else options[name] for i, name in enumerate(("query", "key")))
+        n_query, n_key = query.numel() // query.shape[-1], key.numel() // key.shape[-1]
+        each = {"q_proj_weight": n_query, "k_proj_weight": n_key, "v_proj_weight": n_key}
+        # The last layer is not called: attention multiplies with its weights by itself.
+        each |= {"in_proj_weight": (n_query + 2 * n_key) / 3, "out_proj.weight": n_query}
+        return {name: n for name, n in each.items() if name in dict(module.named_parameters())}
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        sequence = inputs[0].data if isinstance(inputs[0], PackedSequence) else inputs[0]
+        n_steps = sequence.numel() // sequence.shape[-1]
+        return dict.fromkeys(prunable_parameters(module), n_steps)
+    if isinstance(module, _ConvTransposeNd):
+        # It scatters from each input position, any other layer gathers for each output position.
+        return {"weight": inputs[0].numel() // module.in_channels}
+    return {"weight": output.numel() // len(module.get_parameter("weight"))}
 
 
 def make_costs(names: Sequence[str], priced: Priced) -> tuple[Cost, ...]:
