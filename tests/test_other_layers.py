@@ -136,7 +136,7 @@ def test_a_front_is_as_sparse_as_it_says(kind: str) -> None:
     assert len(front) > 2
     assert front.error.min() < 0.4
     units = WeightUnits.of(network)
-    pruned = set()
+    pruned: set[str] = set()
     for i in range(len(front)):
         weights = dict(front.network(i).named_parameters())
         n_zero = {name: int((weights[name] == 0).sum()) for name in units.names}
