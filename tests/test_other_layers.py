@@ -141,5 +141,7 @@ def test_a_front_is_as_sparse_as_it_says(kind: str) -> None:
         weights = dict(front.network(i).named_parameters())
         n_zero = {name: int((weights[name] == 0).sum()) for name in units.names}
         assert front.sparsity[i] == pytest.approx(sum(n_zero.values()) / units.n_units, abs=1e-12)
+        n_all = sum(parameter.numel() for parameter in network.parameters())
+        assert front.sparsity_of_parameters[i] == pytest.approx(sum(n_zero.values()) / n_all, abs=1e-12)
         pruned.update(name for name, n in n_zero.items() if n)
     assert pruned == PRUNABLE[kind]
