@@ -278,3 +278,79 @@ def test_measuring_leaves_the_network_as_it_was(files: tuple[str, str], trained:
     assert measure_dense(trained, *files, torch.device("cpu")) == first
     assert all(torch.equal(tensor, before[name]) for name, tensor in trained.network.state_dict().items())
     assert np.isfinite(list(first["accuracy"].values())).all()
+
+
+BROUGHT = """
+from torch import nn
+from torch.nn import functional
+
+class Brought(nn.Module):
+    def __init__(self, num_classes, in_channels):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, 8, 3, padding=1, stride=2)
+        self.norm = nn.BatchNorm2d(8)
+        self.heads = nn.ModuleDict({"head": nn.Linear(128, num_classes), "aux[0]": nn.Linear(128, num_classes)})
+
+    def train(self, mode=True):
+        super().train(mode)
+
+    def forward(self, x):
+        x = functional.relu(self.norm(self.conv(x.sub_(0.1)))).flatten(1)
+        return {"logits": self.heads["head"](x), "aux": self.heads["aux[0]"](x) if self.training else None}
+
+class Pure(Brought):
+    def forward(self, x):
+        return self.heads["head"](functional.relu(self.norm(self.conv(x - 0.1))).flatten(1))
+
+def brought(num_classes, in_channels):
+    network = Brought(num_classes, in_channels)
+    network.conv.register_forward_hook(lambda module, inputs, output: None)
+    return nn.DataParallel(network)
+
+def random(num_classes, in_channels):
+    network = Pure(num_classes, in_channels)
+    network.conv.register_forward_hook(lambda module, inputs, output: functional.dropout(output, 0.5))
+    return network
+"""
+
+
+def test_a_network_as_people_write_it_is_trained_saved_and_read_as_the_plain_one(
+    files: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = f"brought_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(BROUGHT)
+    monkeypatch.syspath_prepend(tmp_path)
+    caplog.set_level(logging.INFO, LOG.name)
+    found, pure = (
+        prepare(files, tmp_path, settings(architecture=f"{name}:{kind}", arguments={}, exclude=["conv.*"]))
+        for kind in ("brought", "Pure")
+    )
+    assert states_equal(found.network, pure.network)
+    assert found.exclude == pure.exclude == ("conv.*", "heads.aux[[]0].weight")
+    found.save(tmp_path / "dense.safetensors")
+    again = DenseNetwork.load(tmp_path / "dense.safetensors")
+    assert again.adaptation == found.adaptation
+    assert list(again.network.state_dict()) == list(pure.network.state_dict())
+    metrics = [measure_dense(dense, *files, torch.device("cpu")) for dense in (found, again, pure)]
+    assert metrics[0] == metrics[1] == metrics[2]
+    assert metrics[0]["n_prunable"] == 1280
+    lines = [line for line in caplog.messages if f"{name}:brought: " in line]
+    assert len(lines) <= 6
+    assert any("no answer needs them: heads.aux[0].weight" in line for line in lines)
+    assert "right on" in lines[-1]
+
+
+def test_random_answers_are_refused_before_anything_is_trained(
+    files: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"random_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(BROUGHT)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=rf"expected equal answers of network '{name}:random' .*'conv' \(Conv2d\)"):
+        prepare(files, tmp_path, settings(architecture=f"{name}:random", arguments={}), {"epochs": -1})
+
+
+def test_a_checkpoint_that_guesses_is_refused(files: tuple[str, str], tmp_path: Path) -> None:
+    torch.save(Architecture("resnet8", 10, 1, {"base_width": 4}).build(1).state_dict(), tmp_path / "fresh.pt")
+    with pytest.raises(ValueError, match="expected a dense network that is better than guessing"):
+        prepare(files, tmp_path, settings(checkpoint=str(tmp_path / "fresh.pt")), {})

@@ -1,8 +1,9 @@
 """The search as one function, for networks and images in memory: the workflow's stages, one after the other."""
 
-import copy
+import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from paretoprune.fronts import Front
 from paretoprune.importance.allocation import STARTS
 from paretoprune.importance.layer_statistics import collect_statistics
 from paretoprune.importance.scores import compute_importance, flat_scores
-from paretoprune.masks.units import WeightUnits
+from paretoprune.networks.guessing import compare_with_guessing, images_to_compare
+from paretoprune.networks.inspection import Inspection, inspect_network
 from paretoprune.repair.repairs import repair_named
 from paretoprune.search.problem import Effort
 from paretoprune.settings import LOSSES, REFIT_GUIDE, Anchors, Budget, Phase1, Phase2, Publishing, Searching
@@ -31,6 +33,7 @@ N_CALIBRATION = 512
 N_GRADIENT_IMAGES = 256
 PREFIX_CACHE_MB = 1000
 BATCH_SIZE = 64
+_LOGGER = logging.getLogger("paretoprune")
 # Where candidates are re-fitted, the order of elimination leads; a ladder of densities lets them share re-fits.
 REFITTED = (
     Phase1(
@@ -108,11 +111,10 @@ def pareto_prune(
     train, search = _divide(images, labels, search_images, search_labels, seed)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = copy.deepcopy(network).to("cpu").float().eval()
-    units = WeightUnits.of(network)
+    inspected = _look_at(network, train, search)
+    network, units, n_classes = inspected.network, inspected.units, inspected.n_classes
     order = np.random.default_rng(seed).permutation(len(train))
     calibration = train.images[order[:N_CALIBRATION]]
-    n_classes = _check_answers(network, train, search)
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     statistics = collect_statistics(network, units, calibration, seed=seed, device=device) if refits else None
@@ -138,7 +140,8 @@ def pareto_prune(
         effort = Effort(budget.phase2(found.history[-1]["evaluations"]), population, seed)
         guides = {name: scores[name] for name in phase2.scores}
         found = refine_bits(setup, guides, found.front.masks.select(chosen), found, phase2, effort)
-    return publish(found.front, setup, Publishing())
+    front = publish(found.front, setup, Publishing())
+    return replace(front, dense=inspected.bare())
 
 
 def _divide(
@@ -160,26 +163,21 @@ def _divide(
     return LabelledImages(images, labels), LabelledImages(search_images, search_labels)
 
 
-def _check_answers(network: nn.Module, train: LabelledImages, search: LabelledImages) -> int:
-    """Number of classes that a network tells apart, or an error that says why it cannot, or not those of the labels."""
-    try:
-        answers = predict(network, train.images[:2], 2)
-    except (RuntimeError, AssertionError, AttributeError, TypeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"the network cannot run on images of shape {tuple(train.images.shape[1:])}: {reason}; give images as it "
-            "expects them"
-        ) from error
-    if answers.ndim != 2:
-        raise ValueError(f"expected logits (n, n_classes) from the network, found shape {tuple(answers.shape)}")
-    n_answers = answers.shape[1]
+def _look_at(network: nn.Module, train: LabelledImages, search: LabelledImages) -> Inspection:
+    """The network as it stands, or an error that says why it cannot be pruned or does not fit the labels."""
+    found = inspect_network(network, train.images)
     for name, given in (("labels", train.labels), ("search_labels", search.labels)):
-        if not 0 <= int(given.min()) <= int(given.max()) < n_answers:
+        if not 0 <= int(given.min()) <= int(given.max()) < found.n_classes:
             raise ValueError(
-                f"expected {name} from 0 to {n_answers - 1}, as the network has {n_answers} answers, found "
+                f"expected {name} from 0 to {found.n_classes - 1}, as the network has {found.n_classes} answers, found "
                 f"{int(given.min())} to {int(given.max())}"
             )
-    return n_answers
+    known = images_to_compare(search, train)
+    compared = compare_with_guessing(predict(found.network, known.images, BATCH_SIZE), known.labels)
+    compared.check()
+    found.report(_LOGGER, "pareto_prune")
+    compared.report(_LOGGER, "pareto_prune")
+    return found
 
 
 def _checked(images: Tensor, labels: Tensor, name: str) -> tuple[Tensor, Tensor]:

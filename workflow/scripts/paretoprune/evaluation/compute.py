@@ -4,7 +4,6 @@ Fused where the network can be traced (`evaluation.fused`), layer by layer other
 bfloat16 where the machine computes in it.
 """
 
-import copy
 import logging
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +24,7 @@ from paretoprune.importance.layer_statistics import collect_statistics
 from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.architectures import channels_last
 from paretoprune.networks.tracing import NotTraceableError
+from paretoprune.networks.wrapping import copied
 from paretoprune.repair.refit import Refit
 from paretoprune.repair.repairs import repair_named
 from paretoprune.settings import Compute, Evaluating
@@ -82,7 +82,7 @@ def make_refit(task: Task, evaluating: Evaluating, device: torch.device) -> Refi
             # Which positions are looked at is no part of a search's luck.
             statistics = collect_statistics(task.network, task.units, task.calibration, seed=0, device=device)
     # A copy: weights that somebody changes later on are not those of the statistics.
-    return Refit(copy.deepcopy(task.network), task.units, statistics, damping=evaluating.damping, device=device)
+    return Refit(copied(task.network), task.units, statistics, damping=evaluating.damping, device=device)
 
 
 def place(images: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -139,7 +139,8 @@ class Backends:
     """
 
     def __init__(self, task: Task, evaluating: Evaluating, device: torch.device, refit: Refit | None) -> None:
-        self.network = copy.deepcopy(task.network).eval()
+        self.network = copied(task.network)
+        self.network.eval()
         self._task, self._repair, self._device, self._refit = task, evaluating.repair, device, refit
         self._calibration = task.calibration[: evaluating.repair_images]
 

@@ -1,6 +1,5 @@
 """Finishing: from masks to the networks that are published, in float32, and what the images say of them."""
 
-import copy
 import logging
 from functools import cached_property
 
@@ -17,6 +16,7 @@ from paretoprune.evaluation.workers import run_in_processes
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.networks.architectures import to_channels_last
 from paretoprune.networks.tracing import NotTraceableError
+from paretoprune.networks.wrapping import copied
 from paretoprune.repair.refit import Refit
 from paretoprune.repair.sequential import Refined, SequentialRefit
 from paretoprune.settings import LOSSES, Compute, Evaluating
@@ -54,7 +54,7 @@ class Finisher:
             return None
         images = place(self._task.calibration, self._device, torch.float32)
         try:
-            return SequentialRefit(copy.deepcopy(self._backends.network).to(self._device).float(), self._refit, images)
+            return SequentialRefit(copied(self._backends.network).to(self._device).float(), self._refit, images)
         except NotTraceableError as error:
             _LOGGER.warning(
                 "finished networks keep the weights that each layer was given on the dense network's inputs: %s", error
@@ -92,7 +92,7 @@ class Finisher:
         with repeatable(), torch.inference_mode():
             pruned = self._backends.plain
             pruned.prepare(torch.from_numpy(mask).to(self._device))
-        network = copy.deepcopy(self._backends.network)
+        network = copied(self._backends.network)
         network.load_state_dict(pruned.network.state_dict())
         return network
 
@@ -103,7 +103,7 @@ class Finisher:
     def measure(self, network: nn.Module) -> tuple[float, float]:
         """Error and divergence of a finished network on the images, in float32."""
         evaluated = self._ordered
-        network = to_channels_last(copy.deepcopy(network).to(self._device))
+        network = to_channels_last(copied(network).to(self._device))
         with repeatable(), torch.inference_mode():
             logits = predict(network, evaluated.images.float(), BATCH_SIZE)
             wrong, kl = image_losses(logits, evaluated.labels, evaluated.dense_log_probabilities)

@@ -3,8 +3,6 @@
 It has the same methods as `evaluation.fused.FusedNetwork`, which is faster where a network can be traced.
 """
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -12,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.architectures import to_channels_last
 from paretoprune.networks.tracing import Cut
+from paretoprune.networks.wrapping import copied
 from paretoprune.repair.refit import Refit
 from paretoprune.repair.repairs import make_repair
 
@@ -42,7 +41,8 @@ class LayerwiseNetwork:
         refit: Refit | None = None,
     ) -> None:
         self.layout = layout
-        self.network = copy.deepcopy(network).eval().to(sample.device, sample.dtype)
+        self.network = copied(network).to(sample.device, sample.dtype)
+        self.network.eval()
         for module, trained in zip(self.network.modules(), network.modules(), strict=True):
             if isinstance(module, _BatchNorm):
                 # Statistics rounded to bfloat16 would shift every activation; normalisation mixes the two types.

@@ -4,7 +4,6 @@ Importance by curvature and the closed-form re-fit of weights both follow from t
 the dense network over calibration images; labels are not needed.
 """
 
-import copy
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from paretoprune.masks.units import WeightUnits
+from paretoprune.networks.wrapping import copied
 from paretoprune.tensors import load_tensors, save_tensors
 
 # Output positions of one image that a layer's moments are taken over: neighbouring ones say nearly the same, and more
@@ -242,7 +242,8 @@ def collect_statistics(
     """
     if not len(images):
         raise ValueError("layer statistics need calibration images, found none; raise `calibration` of the dataset")
-    network = copy.deepcopy(network).eval().to(device).float()
+    network = copied(network).to(device).float()
+    network.eval()
     # Where a gradient could flow through is all that counts below.
     network.requires_grad_(False)
     observer = _Observer(prunable_modules(network, layout), positions, torch.Generator().manual_seed(seed))

@@ -3,7 +3,6 @@
 A score says what matters, not how much to keep where (see `importance.allocation`). Each is an entry of `SCORES`.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -16,6 +15,7 @@ from paretoprune.importance.curvature import curvature_scores
 from paretoprune.importance.layer_statistics import LayerStatistics, collect_statistics
 from paretoprune.importance.registry import SCORE_NEEDS
 from paretoprune.masks.units import WeightUnits
+from paretoprune.networks.wrapping import copied
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ def _gradients(evidence: Evidence) -> Iterator[list[Tensor]]:
     """
     if not len(evidence.images):
         raise ValueError("gradients need images, found none; raise `importance.images`")
-    network = copy.deepcopy(evidence.network).eval()
+    network = copied(evidence.network)
+    network.eval()
     parameters = dict(network.named_parameters())
     for parameter in parameters.values():
         parameter.requires_grad_(False)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from paretoprune.networks.wrapping import unwrapped
+
 CIFAR_RESNET_DEPTHS = (8, 20, 32, 44, 56, 110)
 
 
@@ -146,7 +148,7 @@ class Architecture:
                 ) from error
         if not isinstance(network, nn.Module):
             raise ValueError(f"'{self.name}' returned {type(network).__name__}, expected a torch.nn.Module")
-        return network
+        return unwrapped(network)
 
 
 def _factory(name: str) -> tuple[Any, tuple[str, ...]]:

@@ -1,11 +1,10 @@
 """Reading and writing trained weights, never by unpickling code."""
 
-import copy
 import json
 import os
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from paretoprune.networks.architectures import Architecture
+from paretoprune.networks.wrapping import Adaptation, adapt, copied
 from paretoprune.tensors import load_tensors, save_tensors
 
 
@@ -34,7 +34,8 @@ def load_networks(path: str | os.PathLike[str]) -> list[dict[str, Tensor]]:
 
 def with_weights(network: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """A network of the same architecture with other weights, on the CPU, in evaluation mode."""
-    other = copy.deepcopy(network).cpu().eval()
+    other = copied(network).cpu()
+    other.eval()
     other.load_state_dict(dict(state))
     return other
 
@@ -130,6 +131,7 @@ class DenseNetwork:
         mean: Per-channel mean that images, scaled to [0, 1], are normalised with.
         std: Per-channel standard deviation, likewise.
         exclude: Patterns of weights that are never pruned.
+        adaptation: What the network was given so that it runs like any other.
     """
 
     network: nn.Module
@@ -137,6 +139,7 @@ class DenseNetwork:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     exclude: tuple[str, ...] = ()
+    adaptation: Adaptation = field(default_factory=Adaptation)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write weights and description to one safetensors file."""
@@ -145,6 +148,7 @@ class DenseNetwork:
             "mean": self.mean,
             "std": self.std,
             "exclude": self.exclude,
+            "adaptation": asdict(self.adaptation),
         }
         save_tensors(path, self.network.state_dict(), {"paretoprune": json.dumps(description)})
 
@@ -163,6 +167,12 @@ class DenseNetwork:
         network = architecture.build()
         load_weights(network, load_tensors(path), str(path))
         network.eval()
+        adaptation = Adaptation(**description.get("adaptation", {}))
         return cls(
-            network, architecture, tuple(description["mean"]), tuple(description["std"]), tuple(description["exclude"])
+            adapt(network, adaptation),
+            architecture,
+            tuple(description["mean"]),
+            tuple(description["std"]),
+            tuple(description["exclude"]),
+            adaptation,
         )

@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from paretoprune.networks.architectures import has_running_statistics
+from paretoprune.networks.wrapping import adaptation_of, copied, copy_inputs, hooks_of, logits_of
 
 
 class NotTraceableError(Exception):
@@ -133,15 +134,23 @@ def trace(network: nn.Module) -> Program:
         NotTraceableError: Control flow, several inputs, in-place changes that are read elsewhere, or an output that is
             no single tensor.
     """
-    network = copy.deepcopy(network).eval()
-    for name, module in network.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
+    network = copied(network)
+    network.eval()
+    for name, kind, _ in hooks_of(network):
+        if kind.startswith("_forward"):
             raise NotTraceableError(f"'{name}' has forward hooks")
+    held = [(module, {key: _shallow(value) for key, value in vars(module).items()}) for module in network.modules()]
     try:
         graph = _Tracer().trace(network)
     except Exception as error:  # whatever the network's own code raises when it meets a symbol instead of a tensor
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise NotTraceableError(f"its forward cannot be traced ({reason})") from error
+    for module, attributes in held:
+        # Where a module keeps an activation, it now keeps a symbol.
+        symbols = [key for key, value in vars(module).items() if isinstance(value, fx.Proxy)]
+        for key in symbols:
+            del vars(module)[key]
+        vars(module).update(attributes)
     images = [node for node in graph.nodes if node.op == "placeholder"]
     if len(images) != 1:
         raise NotTraceableError(f"its forward takes {len(images)} arguments instead of one")
@@ -156,8 +165,23 @@ def trace(network: nn.Module) -> Program:
     return Program(steps, images[0], answer, network)
 
 
+def _shallow(value: Any) -> Any:
+    return copy.copy(value) if type(value) in (list, dict, set) else value
+
+
 class _Tracer(fx.Tracer):
     """Traces down to torch's own layers, and to batch norm of any make, which repairs know by its kind."""
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """Put what adapts the network around its forward, which is traced without hooks."""
+        forward, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        adaptation = adaptation_of(self.root)
+
+        def adapted(network: nn.Module, *inputs: Any) -> Any:
+            output = forward(network, *(copy_inputs(network, inputs) if adaptation.copies_inputs else inputs))
+            return logits_of(output) if adaptation.takes_logits else output
+
+        return adapted, args
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
@@ -175,6 +199,7 @@ def _make_pure(nodes: list[fx.Node], modules: dict[str, nn.Module]) -> None:
                 node.target, in_place = _PURE_FUNCTIONS[node.target], True
             if node.kwargs.get("inplace"):
                 node.kwargs, in_place = {**node.kwargs, "inplace": False}, True
+            in_place = in_place or _make_named_pure(node)
             if node.kwargs.get("out") is not None or node.target in (operator.setitem, setattr):
                 raise NotTraceableError(f"it writes into a tensor ('{node.name}')")
         elif node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__"):
@@ -192,6 +217,20 @@ def _make_pure(nodes: list[fx.Node], modules: dict[str, nn.Module]) -> None:
         family = [other for other in nodes if owners[other] is owners[changed]]
         if any(order[user] > order[node] for other in family for user in other.users):
             raise NotTraceableError(f"'{node.name}' changes a tensor in place that is read again")
+
+
+def _make_named_pure(node: fx.Node) -> bool:
+    """Whether a function changes its first argument by its name, such as `torch.clamp_`; replaced by its pure form."""
+    name = getattr(node.target, "__name__", "")
+    if node.target in (operator.and_, operator.or_, operator.is_, operator.not_):
+        return False
+    if not name.endswith("_") or name.endswith("__"):
+        return False
+    pure = getattr(torch, name.removesuffix("_"), None) or getattr(functional, name.removesuffix("_"), None)
+    if pure is None:
+        raise NotTraceableError(f"it changes a tensor in place ('{node.name}')")
+    node.target = pure
+    return True
 
 
 def _owner(node: fx.Node, modules: dict[str, nn.Module], ends: set[fx.Node]) -> fx.Node:

@@ -5,7 +5,6 @@ freely while a search runs. Here the dense and the pruned network run side by si
 errors of those before it: also for what a shortcut brings in, where the layer's result is added to one.
 """
 
-import copy
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from paretoprune.importance.layer_statistics import (
     weight_matrix,
 )
 from paretoprune.networks.tracing import Call, Convolution, run_call, trace
+from paretoprune.networks.wrapping import copied
 from paretoprune.repair.batchnorm import channel_moments, corrected_statistics
 from paretoprune.repair.refit import Refit, refit
 
@@ -83,7 +83,7 @@ class SequentialRefit:
             reselect: Choose anew which weights of a layer are kept, as many as `kept` says, by the order of elimination
                 on the pruned network's own inputs.
         """
-        pruned = copy.deepcopy(self._program.network)
+        pruned = copied(self._program.network)
         parameters = dict(pruned.named_parameters())
         masks = {
             name: part.view(shape)
@@ -98,9 +98,10 @@ class SequentialRefit:
             masks |= _Pass(self, pruned, masks, reselect).run(self._images)
         # Tensors made in inference mode cannot be trained; these are for users, who may fine-tune them.
         with torch.inference_mode(mode=False):
-            network = copy.deepcopy(self._original).cpu()
+            network = copied(self._original).cpu()
             network.load_state_dict({key: value.clone() for key, value in pruned.state_dict().items()})
-        return Refined(network.eval(), torch.cat([masks[name].reshape(-1) for name in self.layout.names]))
+        network.eval()
+        return Refined(network, torch.cat([masks[name].reshape(-1) for name in self.layout.names]))
 
 
 class _Pass:

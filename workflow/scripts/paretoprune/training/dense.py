@@ -13,6 +13,8 @@ from paretoprune.evaluation.metrics import predict, top1_error
 from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.architectures import Architecture
 from paretoprune.networks.checkpoints import DenseNetwork, load_weights, read_state_dict
+from paretoprune.networks.guessing import compare_with_guessing, images_to_compare
+from paretoprune.networks.inspection import check_answers, inspect_network
 from paretoprune.training.loop import Recipe, train
 
 BATCH_SIZE = 256
@@ -43,7 +45,8 @@ def prepare_dense(
         resume: File that an interrupted training continues from.
 
     Raises:
-        ValueError: The network cannot be built, does not fit the images or the checkpoint, or has nothing to prune.
+        ValueError: The network cannot be built, does not fit the images or the checkpoint, has nothing to prune, or is
+            no better than guessing.
         TrainingDivergedError: The loss became NaN or infinite.
     """
     image_set, indices = ImageSet.load(images), Splits.load(splits)
@@ -60,22 +63,19 @@ def prepare_dense(
     architecture = Architecture(
         network["architecture"], len(image_set.classes), image_set.images.shape[1], dict(network["arguments"])
     )
-    module = architecture.build(seed).eval()
-    layout = WeightUnits.of(module, network["exclude"])
-    log.info("%s: %d prunable weights in %d layers", architecture.name, layout.n_weights, layout.n_groups)
     data = LabelledImages.of(image_set, indices.train, mean, std)
-    try:
-        answers = predict(module, data.images[:2], 2)
-    except (RuntimeError, AssertionError, AttributeError, TypeError, ValueError) as error:
-        shape = tuple(data.images.shape[1:])
+    # Before it is trained, which may take hours.
+    name = f"network '{architecture.name}'"
+    remedy = "give the dataset another `image_size` or `channels`, or choose another network"
+    found = inspect_network(
+        architecture.build(seed), data.images, network["exclude"], name=name, remedy=remedy, trained=False
+    )
+    module = found.network
+    found.report(log, architecture.name)
+    if found.n_classes != len(image_set.classes):
         raise ValueError(
-            f"network '{architecture.name}' cannot run on images of shape {shape}: {str(error).splitlines()[0]}; give "
-            "the dataset another `image_size` or `channels`, or choose another network"
-        ) from error
-    if answers.shape[1:] != (len(image_set.classes),):
-        raise ValueError(
-            f"network '{architecture.name}' gives answers of shape {tuple(answers.shape[1:])} for an image, expected "
-            f"one for each of {len(image_set.classes)} classes; correct its `arguments`"
+            f"{name} gives answers of shape ({found.n_classes},) for an image, expected one for each of "
+            f"{len(image_set.classes)} classes; correct its `arguments`"
         )
     if network["checkpoint"] is not None:
         load_weights(module, read_state_dict(network["checkpoint"]), f"checkpoint '{network['checkpoint']}'")
@@ -93,7 +93,12 @@ def prepare_dense(
                 )
 
         module, _ = train(module, data.to(device), recipe, seed=seed, resume=Path(resume), progress=show)
-    return DenseNetwork(module, architecture, mean, std, tuple(network["exclude"]))
+    check_answers(module, data.images, name=name)
+    known = images_to_compare(LabelledImages.of(image_set, indices.search, mean, std), data)
+    compared = compare_with_guessing(predict(module, known.images, BATCH_SIZE), known.labels)
+    compared.check()
+    compared.report(log, architecture.name)
+    return DenseNetwork(module, architecture, mean, std, found.exclude, found.adaptation)
 
 
 def measure_dense(dense: DenseNetwork, images: str, splits: str, device: torch.device) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """One training loop: for dense networks from scratch, and for pruned ones with their mask held fixed."""
 
-import copy
 import hashlib
 import math
 import warnings
@@ -16,6 +15,7 @@ from torch.nn import functional
 from paretoprune.data.splits import LabelledImages
 from paretoprune.files import atomic_path
 from paretoprune.networks.architectures import to_channels_last
+from paretoprune.networks.wrapping import copied, logits_of
 
 TRAINING_COLUMNS = ("epoch", "learning_rate", "loss", "train_error")
 
@@ -164,7 +164,8 @@ def train(
     if resume:
         resume.unlink(missing_ok=True)
     finished = trainer.network.to("cpu").to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    return finished.eval(), history
+    finished.eval()
+    return finished, history
 
 
 class _Trainer:
@@ -188,10 +189,12 @@ class _Trainer:
         self._data, self._recipe, self._seed = data, recipe, seed
         device = data.images.device
         self.mixed = device.type == "cuda"
-        self.network = to_channels_last(copy.deepcopy(network).to(device).train())
+        self.network = to_channels_last(copied(network).to(device))
+        self.network.train()
         self._teacher = teacher
         if teacher is not None:
-            self._teacher = to_channels_last(copy.deepcopy(teacher).to(device).eval().requires_grad_(False))
+            self._teacher = to_channels_last(copied(teacher).to(device).requires_grad_(False))
+            self._teacher.eval()
         parameters = dict(self.network.named_parameters())
         self._kept = {parameters[name]: mask.to(device) for name, mask in masks.items()}
         groups = _parameter_groups(self.network, recipe.weight_decay)
@@ -240,12 +243,7 @@ class _Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         with torch.autocast("cuda", torch.bfloat16, enabled=self.mixed):
-            logits = self.network(x)
-            if not isinstance(logits, Tensor):
-                raise ValueError(
-                    f"expected a tensor of logits from the network in training, found {type(logits).__name__}; a "
-                    "torchvision network with auxiliary heads needs `arguments: {aux_logits: false}`"
-                )
+            logits = logits_of(self.network(x))
             loss = _loss(logits.float(), y, x, self._recipe, self._teacher)
         if math.isfinite(float(loss.detach())):
             self.optimiser.zero_grad()
