@@ -153,8 +153,8 @@ def _shifted(shift: int, n_classes: int, labels: np.ndarray, answers: np.ndarray
 def _assigned(answers: np.ndarray, labels: np.ndarray, n_classes: int) -> tuple[int, str]:
     """The best assignment of answers to labels.
 
-    Each half of the images is evaluated by the assignment that the other half says: with few images for a class, the best
-    of all assignments would explain any answers.
+    Each half of the images is measured by the assignment that the other half says: with few images for a class, the
+    best of all assignments would explain any answers.
     """
     ranks = np.zeros(len(labels), dtype=np.int64)
     for label in np.unique(labels):

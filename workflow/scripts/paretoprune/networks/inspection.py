@@ -93,7 +93,7 @@ class Inspection:
         ]
         for found, reason in (
             (self.unused, "stay as they are, as no answer needs them"),
-            (self.matrices, "stay dense, being neither convolution nor linear layer"),
+            (self.matrices, "stay dense, being matrices of no layer"),
         ):
             if found:
                 lines.append(f"{sum(found.values()) / n:.1%} of all parameters {reason}: {_listed(found)}")
