@@ -21,6 +21,7 @@ FLOORS = [
     ["training", "stages"],
     ["reporting"],
     ["workflow"],
+    ["options"],
     ["api"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

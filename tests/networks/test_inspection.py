@@ -632,9 +632,7 @@ def test_matrices_of_no_layer_are_named_with_their_share() -> None:
     assert found.units.names == ("embed.weight", *projections, "head.weight")
     assert found.matrices == {"position": 128}
     total = sum(p.numel() for p in Attention().parameters())
-    assert found.lines()[1] == (
-        f"{128 / total:.1%} of all parameters stay dense, being matrices of no layer: position"
-    )
+    assert found.lines()[1] == (f"{128 / total:.1%} of all parameters stay dense, being matrices of no layer: position")
 
 
 def test_all_there_is_to_say_takes_four_lines_at_most() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paretoprune.fronts import Front
 from paretoprune.masks.packed import PackedMasks, pack_rows, unpack_row
-from paretoprune.masks.units import WeightUnits
+from paretoprune.masks.units import PlainUnits, WeightUnits
 from paretoprune.search.corridor import Corridor, anchors_between, choose_anchors, corridors_of, describe_corridor
 
 # Sparsest first; with a dense error of 0.1 and guessing at 0.9, a tolerance t allows errors up to 0.1 + 0.8 t.
@@ -149,11 +149,18 @@ def test_the_heavy_anchor_is_always_sparser_than_the_light_one(n: int, light: fl
     assert front.density[j] < front.density[i]
 
 
-@pytest.mark.parametrize("n", [0, 1])
-def test_a_front_of_fewer_than_two_members_is_refused(n: int) -> None:
-    front = front_of(ERRORS[:n], DENSITIES[:n])
-    with pytest.raises(ValueError, match=f"at least two members .* found {n}; give Phase 1 more evaluations"):
-        choose_anchors(front, 0.1, 0.9, light_tolerance=0.1, heavy_tolerance=0.5)
+def test_the_only_member_of_a_front_is_both_anchors_and_leaves_all_masks_to_search() -> None:
+    front = front_of(ERRORS[:1], DENSITIES[:1])
+    assert choose_anchors(front, 0.1, 0.9, light_tolerance=0.1, heavy_tolerance=0.5) == (0, 0)
+    assert anchors_between(front, 0, 0, 4) == [0]
+    units = PlainUnits(("a", "b"), (30, 40))
+    (corridor,) = corridors_of(front.masks, units)
+    assert corridor.n_searched == 70
+
+
+def test_an_empty_front_has_no_anchors() -> None:
+    with pytest.raises(ValueError, match=r"at least one member, found none: .*empty_layers: allow"):
+        choose_anchors(Front.empty(70), 0.1, 0.9, light_tolerance=0.1, heavy_tolerance=0.5)
 
 
 # Several corridors

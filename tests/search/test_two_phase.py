@@ -1,5 +1,6 @@
 """The two phases as one search, without a network: budget, what Phase 2 may not lose, anchors and errors."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -141,8 +142,18 @@ def test_a_budget_that_pays_for_no_population_and_an_unknown_algorithm_are_refus
         found(phase2=Phase2(algorithm="nsga9"))
 
 
-@pytest.mark.parametrize("n_allowed", [0, 1])
-def test_a_front_without_two_members_has_no_corridor(n_allowed: int) -> None:
-    problem = Profit().problem(is_feasible=lambda masks: masks.n_kept >= 301 - n_allowed)
-    with pytest.raises(ValueError, match=f"at least two members to draw a corridor between, found {n_allowed}"):
+def test_without_any_mask_that_is_allowed_there_is_no_front() -> None:
+    problem = Profit().problem(is_feasible=lambda masks: masks.n_kept > 300)
+    with pytest.raises(ValueError, match="Phase 1 front of at least one member, found none"):
         search(problem, Profit().estimates, EFFORT)
+
+
+def test_from_a_front_of_one_member_all_masks_are_searched() -> None:
+    only_everything = Profit().problem(is_feasible=lambda masks: masks.n_kept == 300)
+    assert search(only_everything, Profit().estimates, EFFORT).front.objectives.tolist() == [[0.0, 1.0]]
+    # As with a dense network that guesses: nothing is as good as anything.
+    flat = replace(Profit().problem(), evaluate=lambda masks: np.full(len(masks), 0.5))
+    result = search(flat, Profit().estimates, EFFORT)
+    assert result.front.objectives.tolist() == [[0.5, 0.0]]
+    assert result.history[-1]["evaluations"] == EFFORT.evaluations
+    assert result.history[-1]["stage"] == "phase2"

@@ -19,7 +19,8 @@ with step(name, snakemake.log[0]) as (log, _):
     chosen = find_anchors(front, dense_loss, metrics["n_classes"], settings)
     anchors = front.select(chosen)
     anchors.save(snakemake.output.anchors)
-    corridor = Corridor.around(anchors.masks, units) if settings.corridors else Corridor.everything(units)
+    bounded = settings.corridors and len(chosen) > 1
+    corridor = Corridor.around(anchors.masks, units) if bounded else Corridor.everything(units)
     facts = {
         "light_tolerance": settings.light_tolerance,
         "heavy_tolerance": settings.heavy_tolerance,

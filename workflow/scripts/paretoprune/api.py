@@ -1,16 +1,20 @@
 """The search as one function, for networks and images in memory: the workflow's stages, one after the other."""
 
 import logging
+import multiprocessing
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from paretoprune.data.splits import LabelledImages, split_images
+from paretoprune.data.gathering import gather_splits
+from paretoprune.data.splits import LabelledImages
+from paretoprune.devices import plain_modes
 from paretoprune.evaluation.metrics import predict, top1_error
 from paretoprune.evaluation.task import Task
 from paretoprune.fronts import Front
@@ -19,9 +23,18 @@ from paretoprune.importance.layer_statistics import collect_statistics
 from paretoprune.importance.scores import compute_importance, flat_scores
 from paretoprune.networks.guessing import compare_with_guessing, images_to_compare
 from paretoprune.networks.inspection import Inspection, inspect_network
+from paretoprune.options import (
+    LARGEST_SEED,
+    objective_names,
+    patterns,
+    repair_name,
+    truth,
+    usable_device,
+    whole_number,
+)
 from paretoprune.repair.repairs import repair_named
 from paretoprune.search.problem import Effort
-from paretoprune.settings import LOSSES, REFIT_GUIDE, Anchors, Budget, Phase1, Phase2, Publishing, Searching
+from paretoprune.settings import REFIT_GUIDE, Anchors, Budget, Phase1, Phase2, Publishing, Searching
 from paretoprune.stages.anchors import find_anchors
 from paretoprune.stages.candidates import Setup
 from paretoprune.stages.phase1 import find_thresholds
@@ -33,7 +46,7 @@ N_CALIBRATION = 512
 N_GRADIENT_IMAGES = 256
 PREFIX_CACHE_MB = 1000
 BATCH_SIZE = 64
-_LOGGER = logging.getLogger("paretoprune")
+MAX_IMAGES = 10_000
 # Where candidates are re-fitted, the order of elimination leads; a ladder of densities lets them share re-fits.
 REFITTED = (
     Phase1(
@@ -47,39 +60,46 @@ REFITTED = (
     Phase2(guides=("elimination", REFIT_GUIDE)),
 )
 MASKED = (Phase1(start_densities=START_DENSITIES), Anchors(), Phase2(guides=("magnitude", "fisher")))
+_LOGGER = logging.getLogger("paretoprune")
 
 
+@plain_modes()
 def pareto_prune(
     network: nn.Module,
-    images: Tensor,
-    labels: Tensor,
+    images: Any,
+    labels: Any = None,
     *,
-    search_images: Tensor | None = None,
-    search_labels: Tensor | None = None,
+    search_images: Any = None,
+    search_labels: Any = None,
     repair: str = "batchnorm",
-    evaluations: int = 2000,
+    evaluations: float = 2000,
     seed: int = 0,
     device: str | torch.device | None = None,
     workers: int | None = None,
     progress: bool = True,
     objectives: Sequence[str] = ("error", "density"),
+    exclude: str | Sequence[str] = (),
+    max_images: int = MAX_IMAGES,
 ) -> Front:
     """Find the Pareto set of pruned versions of a trained network, error against density.
 
     Phase 1 (NSGA-II on per-layer thresholds) gets half of the evaluations, Phase 2 (NSGA-II on the bits of the corridor
-    between the light and the heavy anchor) the other half. The network is left as it is.
+    between the light and the heavy anchor) the other half. The network is left as it is. So are the modes that torch is
+    in (gradients, inference mode, autocast, default type and device), and the global random states.
 
     Args:
-        network: A trained classifier: images (n, c, h, w) to logits (n, n_classes).
-        images: float (n, c, h, w), normalised as the network expects them; best those it was trained on.
-        labels: int (n,), class indices.
-        search_images: Images to evaluate candidates on, which the network was not trained on; without them a fifth of
-            `images` (at most 2,000) is held out.
-        search_labels: Their labels; given exactly when `search_images` is.
+        network: A trained classifier: images (n, ...) to logits (n, n_classes).
+        images: float images (n, c, h, w), signals (n, c, t) or tables (n, features), normalised as the network expects
+            them; best those it was trained on. A tensor, an array or a list of them; or a DataLoader or Dataset that
+            yields images and labels, as a pair (further parts are ignored) or under their usual names.
+        labels: int (n,) or (n, 1), class indices, or one-hot (n, n_classes); none where `images` yields them.
+        search_images: Images to evaluate candidates on, which the network was not trained on, in any of these forms;
+            without them a fifth of `images` (at most 2,000) is held out.
+        search_labels: Their labels; given exactly when `search_images` is, and yields none.
         repair: What is put right in each candidate before it is evaluated: `batchnorm` corrects batch-norm statistics,
             `reconstruct` re-fits the kept weights in closed form first (and the finished networks once more, layer by
             layer), `none` nothing.
-        evaluations: Candidates to evaluate.
+        evaluations: Candidates to evaluate, a whole number.
         seed: Fixes every draw; equal calls on one machine give equal fronts.
         device: Where to compute; by default a GPU where there is one.
         workers: Processes to evaluate candidates with on a CPU; by default one for each core. The front does not
@@ -87,16 +107,22 @@ def pareto_prune(
         progress: Whether to show a progress bar.
         objectives: What is minimised: a loss (`error`, or `divergence` from the dense network's answers) and one or two
             costs (`density`, `parameters`, `macs`, `bytes`), each relative to the dense network.
+        exclude: Shell patterns of weights that stay dense, such as `head.*`.
+        max_images: Taken from a DataLoader or Dataset, at most; what is left out is said.
 
     Returns:
         The front, at most 60 members: `sparsity`, `error` (the loss on the search images, after repair) and `costs` per
         member, `hypervolume()`, `closest(sparsity=0.8)`, and `network(i)`, a copy of the very network that was
-        measured, on the CPU.
+        measured, on the CPU. `save(path)` and `Front.load(path, network)` keep it with its networks.
 
     Raises:
         ValueError: Images, labels, options or network cannot be used; the message says what was expected.
     """
-    refits = repair_named(repair).refits
+    (loss, costs), exclude = objective_names(objectives), patterns("exclude", exclude)
+    evaluations, seed = whole_number("evaluations", evaluations), whole_number("seed", seed, 0, LARGEST_SEED)
+    max_images, workers = whole_number("max_images", max_images, 1), _processes(workers)
+    progress, device = truth("progress", progress), usable_device(device)
+    refits = repair_named(repair_name(repair)).refits
     phase1, anchors, phase2 = REFITTED if refits else MASKED
     budget, population = Budget(evaluations, phase1.share), int(np.clip(evaluations // 20, 8, 40))
     needed = 2 * phase1.least_evaluations(population)
@@ -105,18 +131,11 @@ def pareto_prune(
             f"expected at least {needed} evaluations, half of them for Phase 1: the classical allocations, one "
             f"population{' and members chosen anew' if refits else ''}; found {evaluations}"
         )
-    loss, *costs = objectives
-    if loss not in LOSSES:
-        raise ValueError(f"expected a loss among {', '.join(LOSSES)} as first objective, found '{loss}'")
-    train, search = _divide(images, labels, search_images, search_labels, seed)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    inspected = _look_at(network, train, search)
+    train, search = gather_splits(images, labels, search_images, search_labels, max_images=max_images, seed=seed)
+    inspected = _look_at(network, train, search, exclude)
     network, units, n_classes = inspected.network, inspected.units, inspected.n_classes
     order = np.random.default_rng(seed).permutation(len(train))
     calibration = train.images[order[:N_CALIBRATION]]
-    if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     statistics = collect_statistics(network, units, calibration, seed=seed, device=device) if refits else None
     task = Task(network, units, search.images, search.labels, calibration, statistics)
     searching = Searching(repair=repair, objective=loss, costs=tuple(costs))
@@ -144,28 +163,21 @@ def pareto_prune(
     return replace(front, dense=inspected.bare())
 
 
-def _divide(
-    images: Tensor, labels: Tensor, search_images: Tensor | None, search_labels: Tensor | None, seed: int
-) -> tuple[LabelledImages, LabelledImages]:
-    """Training and search images: those given, or a fifth of the images held out for the search."""
-    images, labels = _checked(images, labels, "images")
-    if (search_images is None) != (search_labels is None):
-        raise ValueError("search_images and search_labels belong together; give both or neither")
-    if search_images is None or search_labels is None:
-        nothing = np.zeros(len(labels), dtype=bool)
-        n_search = max(min(2000, len(labels) // 5), len(labels.unique()))
-        splits = split_images(labels.numpy(), nothing, calibration=0, search=n_search, test=0, seed=seed)
-        search = LabelledImages(images[splits.search], labels[splits.search])
-        return LabelledImages(images[splits.train], labels[splits.train]), search
-    search_images, search_labels = _checked(search_images, search_labels, "search_images")
-    if len(search_labels.unique()) < 2:
-        raise ValueError("expected search images of at least two classes, found one; give a mixed set")
-    return LabelledImages(images, labels), LabelledImages(search_images, search_labels)
+def _processes(workers: Any) -> int:
+    """Processes to evaluate candidates with: those asked for, or one for each core; one where none can be started."""
+    if workers is None:
+        n_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    else:
+        n_workers = whole_number("workers", workers, 1)
+    if n_workers > 1 and multiprocessing.current_process().daemon:
+        _LOGGER.warning("this is a daemon process, which may start no others: candidates are evaluated in it alone")
+        return 1
+    return n_workers
 
 
-def _look_at(network: nn.Module, train: LabelledImages, search: LabelledImages) -> Inspection:
+def _look_at(network: nn.Module, train: LabelledImages, search: LabelledImages, exclude: Sequence[str]) -> Inspection:
     """The network as it stands, or an error that says why it cannot be pruned or does not fit the labels."""
-    found = inspect_network(network, train.images)
+    found = inspect_network(network, train.images, exclude)
     for name, given in (("labels", train.labels), ("search_labels", search.labels)):
         if not 0 <= int(given.min()) <= int(given.max()) < found.n_classes:
             raise ValueError(
@@ -178,19 +190,3 @@ def _look_at(network: nn.Module, train: LabelledImages, search: LabelledImages) 
     found.report(_LOGGER, "pareto_prune")
     compared.report(_LOGGER, "pareto_prune")
     return found
-
-
-def _checked(images: Tensor, labels: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Images as float32 and labels as int64 on the CPU, or an error that says what is wrong with them."""
-    if images.ndim != 4 or not images.is_floating_point():
-        raise ValueError(
-            f"expected {name} as normalised floats (n, c, h, w), found {images.dtype} of shape {tuple(images.shape)}; "
-            "convert and normalise them as for the network"
-        )
-    if not len(images):
-        raise ValueError(f"expected at least one image in {name}, found none")
-    if labels.shape != images.shape[:1]:
-        raise ValueError(f"expected one label for each of {len(images)} {name}, found shape {tuple(labels.shape)}")
-    if labels.is_floating_point() or not bool(torch.isfinite(images).all()):
-        raise ValueError(f"expected whole-number labels and finite {name}; clean the data")
-    return images.detach().cpu().float(), labels.detach().cpu().long()

@@ -1,7 +1,8 @@
 """What a device can do, how much it is given at a time, and how equal sums come out of it every time."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from math import prod
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ def default_batch_size(images: Tensor, device: torch.device) -> int:
     """Images per forward pass: on a CPU as many as a core's caches hold activations of, on a GPU enough to fill it."""
     # 128 images of 32 x 32 were the fastest measured on a CPU; larger ones in proportion.
     fitting, least, most = (128, 3, 8) if device.type == "cpu" else (1024, 4, 10)
-    fitting = fitting * 32 * 32 // max(1, images.shape[-1] * images.shape[-2])
+    fitting = fitting * 32 * 32 // max(1, prod(images.shape[2:]))
     return int(2 ** np.clip(np.floor(np.log2(max(1, fitting))), least, most))
 
 
@@ -34,6 +35,28 @@ def repeatable() -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def plain_modes() -> Iterator[None]:
+    """Torch inside as a program finds it, whatever modes the caller has set: those come back afterwards.
+
+    Gradients are on, inference mode and autocast off, new tensors float32 on the CPU; numpy warns of what overflows.
+    """
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(mode=False))
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        stack.enter_context(np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"))
+        if dtype != torch.float32:
+            torch.set_default_dtype(torch.float32)
+            stack.callback(torch.set_default_dtype, dtype)
+        yield
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -4,9 +4,11 @@ Objectives are always minimised; the loss lies in the first column, the costs in
 """
 
 import copy
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import moocore
@@ -22,6 +24,11 @@ if TYPE_CHECKING:
 
 # How far beyond a density still counts as the density.
 _ROUNDING = 1e-9
+
+
+def networks_beside(path: str | os.PathLike[str]) -> Path:
+    """Where the networks of a front lie that is saved at a path."""
+    return Path(path).with_suffix(".safetensors")
 
 
 def hypervolume(objectives: np.ndarray, reference: Sequence[float] = (1.0, 1.0)) -> float:
@@ -290,8 +297,9 @@ class Front:
         """
         if self.dense is None or self.states is None:
             raise RuntimeError(
-                "this front was read from a file and knows no network; call pareto_prune, or load the member's state "
-                "from networks.safetensors with paretoprune.networks.checkpoints.load_networks"
+                "this front was read from a file and knows no network; read it with Front.load(path, network), call "
+                "pareto_prune, or load the member's state from networks.safetensors with "
+                "paretoprune.networks.checkpoints.load_networks"
             )
         network = copy.deepcopy(self.dense)
         network.load_state_dict(self.states[index])
@@ -318,11 +326,62 @@ class Front:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the front to an npz file: `words`, `n_weights`, `objectives`, `stages`, see `arrays`.
 
-        A member's id is its position.
+        A member's id is its position. The networks of a front that has them go to a safetensors file beside it, each
+        tensor under `<member>/<name>`, with the masks' fingerprint: it is written first, so that no front is without.
         """
+        if self.states is not None:
+            from paretoprune.tensors import save_tensors  # the rest of the module needs no torch
+
+            tensors = {f"{i}/{name}": tensor for i, state in enumerate(self.states) for name, tensor in state.items()}
+            save_tensors(networks_beside(path), tensors, {"front": self._fingerprint})
         write_npz(path, self.arrays())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Front":
-        """Read what `save` wrote."""
-        return cls.of_arrays(read_npz(path))
+    def load(cls, path: str | os.PathLike[str], network: "nn.Module | None" = None) -> "Front":
+        """Read what `save` wrote.
+
+        Args:
+            path: The npz file.
+            network: One of the architecture that was pruned, trained or not: with it, `network(i)` gives the members'
+                networks again, bit for bit. It is copied. None for the masks and numbers alone.
+
+        Raises:
+            FileNotFoundError: There is no such file, or no networks beside it.
+            ValueError: The networks are those of another front, or of another architecture.
+        """
+        front = cls.of_arrays(read_npz(path))
+        if network is not None:
+            front._read_networks(networks_beside(path), network)
+        return front
+
+    def _read_networks(self, path: Path, network: "nn.Module") -> None:
+        import torch  # the rest of the module needs no torch
+
+        from paretoprune.tensors import load_tensors, load_text
+
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"expected the networks of the front at '{path}', found no file; copy it beside the front, or load the "
+                "front without a network"
+            )
+        if load_text(path).get("front") != self._fingerprint:
+            raise ValueError(
+                f"expected the networks of this front in '{path}', found those of another; save the front again"
+            )
+        tensors = load_tensors(path)
+        with torch.inference_mode(mode=False):
+            dense = copy.deepcopy(network).cpu().float().eval()
+        own = {name: tensor.shape for name, tensor in dense.state_dict().items()}
+        states = [{name: tensors[f"{i}/{name}"] for name in own if f"{i}/{name}" in tensors} for i in range(len(self))]
+        unfit = [name for state in states for name in own if name not in state or state[name].shape != own[name]]
+        if unfit or len(tensors) != len(own) * len(self):
+            raise ValueError(
+                f"expected a network of the architecture that was pruned, found another ({len(own)} tensors"
+                f"{f', {unfit[0]} does not fit' if unfit else ''}); build it with the same arguments"
+            )
+        self.dense, self.states = dense, states
+
+    @property
+    def _fingerprint(self) -> str:
+        """Tells fronts apart: of masks and objectives."""
+        return hashlib.sha256(self.masks.words.tobytes() + self.objectives.tobytes()).hexdigest()

@@ -30,8 +30,11 @@ _LOGGER = logging.getLogger("paretoprune")
 
 
 def can_fork() -> bool:
-    """Whether workers are available here: macOS's libraries do not survive a fork, and Windows has none."""
-    return sys.platform.startswith("linux")
+    """Whether workers are available here.
+
+    macOS's libraries do not survive a fork, Windows has none, and a daemon process may have no children.
+    """
+    return sys.platform.startswith("linux") and not multiprocessing.current_process().daemon
 
 
 @dataclass

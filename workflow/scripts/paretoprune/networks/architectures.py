@@ -91,8 +91,10 @@ def channels_last(x: Tensor) -> Tensor:
     """Lay a batch of images or activations (n, c, h, w) out channels last, copying only where it is needed.
 
     Where one channel or one pixel makes both layouts the same memory, its strides say channels last too: kernels choose
-    by them.
+    by them. Tables (n, features) and signals (n, c, t) have one layout.
     """
+    if x.ndim != 4:
+        return x.contiguous()
     _, c, h, w = x.shape
     return x.contiguous(memory_format=torch.channels_last).as_strided(x.shape, (h * w * c, 1, w * c, c))
 

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from paretoprune.masks.units import WeightUnits
+from paretoprune.masks.units import WeightUnits, prunable_parameters
 from paretoprune.networks.wrapping import (
     Adaptation,
     adapt,
@@ -53,7 +53,7 @@ class Inspection:
         n_classes: Number of its answers.
         exclude: Patterns of weights that stay dense: those given, and one for each of `unused`.
         unused: Weights that no forward pass uses for its answer, and how many numbers each holds.
-        matrices: Likewise of other parameters of several dimensions (attention's projections, embeddings), which are
+        matrices: Likewise of other parameters of several dimensions (embeddings, a module's own), which are
             never pruned.
         adaptation: What the copy was given.
         wrapper: What the network was taken out of; empty for nothing.
@@ -216,9 +216,8 @@ def _refuse(tensor: str, call: str) -> None:
 
 
 def other_matrices(network: nn.Module) -> dict[str, int]:
-    """Sizes of the parameters of several dimensions that no convolution or linear layer holds."""
-    kinds = (nn.modules.conv._ConvNd, nn.Linear)
-    weights = {id(module.weight) for module in network.modules() if isinstance(module, kinds)}
+    """Sizes of the parameters of several dimensions that no prunable layer holds."""
+    weights = {id(getattr(layer, name)) for layer in network.modules() for name in prunable_parameters(layer)}
     return {
         name: parameter.numel()
         for name, parameter in network.named_parameters()

@@ -103,6 +103,9 @@ def choose_anchors(
     any number of classes and both objectives. Light: the sparsest member within `light_tolerance` (none: the densest
     member). Heavy: the sparsest member within `heavy_tolerance`, sparser than light (none: the next sparser one).
 
+    A front of one member has that one as both: one network is as good as any and cheaper, as where the dense network
+    does little better than guessing. No corridor lies between, see `corridors_of`.
+
     Args:
         front: Phase 1's front.
         dense_error: Error-like objective of the dense network.
@@ -114,14 +117,16 @@ def choose_anchors(
         Indices of the light and the heavy anchor.
 
     Raises:
-        ValueError: The front has fewer than two members.
+        ValueError: The front is empty.
     """
     along = _along(front)
-    if len(along) < 2:
+    if not len(along):
         raise ValueError(
-            f"expected a Phase 1 front of at least two members to draw a corridor between, found {len(along)}; give "
-            "Phase 1 more evaluations"
+            "expected a Phase 1 front of at least one member, found none: each mask that was tried has an empty group, "
+            "or is forbidden otherwise; allow more (`empty_layers: allow`), or give Phase 1 more evaluations"
         )
+    if len(along) == 1:
+        return int(along[0]), int(along[0])
     reach = chance_error - dense_error
 
     def sparsest_within(tolerance: float) -> int:
@@ -154,8 +159,10 @@ def anchors_between(front: Front, light: int, heavy: int, n_corridors: int) -> l
         n_corridors: Stretches wanted; a front with fewer members in between gives fewer.
 
     Returns:
-        Indices of at most n_corridors + 1 different members, light first, heavy last.
+        Indices of at most n_corridors + 1 different members, light first, heavy last; one, where both are the same.
     """
+    if light == heavy:
+        return [light]
     ordered = _along(front)
     positions = {int(member): i for i, member in enumerate(ordered)}
     members = ordered[positions[light] : positions[heavy] + 1]
@@ -168,12 +175,14 @@ def anchors_between(front: Front, light: int, heavy: int, n_corridors: int) -> l
 
 
 def corridors_of(anchors: PackedMasks, units: Units) -> list[Corridor]:
-    """The corridors between neighbouring anchors, which Phase 2 searches.
+    """The corridors between neighbouring anchors, which Phase 2 searches; with a single anchor all masks.
 
     Args:
-        anchors: From light to heavy, at least two.
+        anchors: From light to heavy, at least one.
         units: The groups.
     """
+    if len(anchors) == 1:
+        return [Corridor.everything(units)]
     return [Corridor.around(anchors.select([i, i + 1]), units) for i in range(len(anchors) - 1)]
 
 

@@ -55,7 +55,7 @@ def search(
 
     Raises:
         ValueError: Scores are missing, of another shape or not finite; Phase 1's budget does not pay for its starts and
-            a population, or finds fewer than two members; or the algorithm is unknown.
+            a population, or finds no mask that is allowed; or the algorithm is unknown.
 
     Source:
         arXiv 2604.01076, which calls it a paradigm for large binary problems; see `search.thresholds` and

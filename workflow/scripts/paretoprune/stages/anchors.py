@@ -6,7 +6,7 @@ from paretoprune.settings import Anchors
 
 
 def find_anchors(front: Front, dense_loss: float, n_classes: int, settings: Anchors) -> list[int]:
-    """Members of Phase 1's front, from the light to the heavy anchor.
+    """Members of Phase 1's front, from the light to the heavy anchor; one, where the front has no more.
 
     Args:
         front: Of Phase 1.
@@ -15,7 +15,7 @@ def find_anchors(front: Front, dense_loss: float, n_classes: int, settings: Anch
         settings: Tolerances, and the number of corridors.
 
     Raises:
-        ValueError: The front has fewer than two members.
+        ValueError: The front is empty.
     """
     light, heavy = choose_anchors(
         front,

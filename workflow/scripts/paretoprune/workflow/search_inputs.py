@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,6 @@ def log_progress(logger: logging.Logger, budget: int) -> Callable[[dict[str, Any
 
 def write_published(front: Front, history: Sequence[Mapping[str, Any]], outputs: Mapping[str, Any]) -> None:
     """Write a published front: the output files `masks`, `networks` and `history`."""
-    front.save(outputs["masks"])
+    replace(front, states=None).save(outputs["masks"])  # its networks have a file of their own
     save_networks(outputs["networks"], front.states or [])
     write_csv(outputs["history"], history, HISTORY_COLUMNS)

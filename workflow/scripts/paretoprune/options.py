@@ -1,0 +1,116 @@
+"""The options of `pareto_prune`, checked before any work: each error names the option and what it may be."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from paretoprune.networks.costs import COSTS
+from paretoprune.repair.repairs import REPAIRS
+from paretoprune.settings import LOSSES
+
+LARGEST_SEED = 2**32 - 1
+
+
+def whole_number(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
+    """A whole number in a range; a float that is one is taken, as 1e3.
+
+    Raises:
+        ValueError: It is none, or lies outside.
+    """
+    span = "" if least is None else f" of at least {least}" if most is None else f" from {least} to {most}"
+    found = None
+    if isinstance(value, float | np.floating):
+        found = int(value) if float(value).is_integer() else None
+    elif not isinstance(value, bool | np.bool_):
+        try:
+            found = operator.index(value)
+        except TypeError:
+            found = None
+    if found is None or (least is not None and found < least) or (most is not None and found > most):
+        raise ValueError(f"expected `{name}` as a whole number{span}, found {value!r}; give one, such as {least or 1}")
+    return found
+
+
+def truth(name: str, value: Any) -> bool:
+    """True or False.
+
+    Raises:
+        ValueError: It is anything else.
+    """
+    if not isinstance(value, bool | np.bool_ | int) or value not in (0, 1):
+        raise ValueError(f"expected `{name}` as True or False, found {value!r}; give one of them")
+    return bool(value)
+
+
+def repair_name(value: Any) -> str:
+    """The name of a repair.
+
+    Raises:
+        ValueError: There is no such repair.
+    """
+    if not isinstance(value, str) or value not in REPAIRS:
+        raise ValueError(f"`repair`: expected a repair mode among {', '.join(REPAIRS)}, found {value!r}; choose one")
+    return value
+
+
+def objective_names(values: Any) -> tuple[str, list[str]]:
+    """The loss, and the costs.
+
+    Raises:
+        ValueError: They are no loss and one or two costs, or unknown.
+    """
+    usage = "give a loss and costs, such as ('error', 'density')"
+    if isinstance(values, str) or not isinstance(values, Sequence) or not all(isinstance(v, str) for v in values):
+        raise ValueError(f"expected `objectives` as a sequence of names, found {values!r}; {usage}")
+    if len(values) not in (2, 3) or len(set(values)) < len(values):
+        found = ", ".join(values) or "nothing"
+        raise ValueError(f"`objectives`: expected a loss and one or two costs, each once, found {found}; {usage}")
+    loss, *costs = values
+    if loss not in LOSSES:
+        raise ValueError(
+            f"`objectives`: expected a loss among {', '.join(LOSSES)} as first objective, found '{loss}'; {usage}"
+        )
+    unknown = [cost for cost in costs if cost not in COSTS]
+    if unknown:
+        raise ValueError(f"`objectives`: expected costs among {', '.join(COSTS)}, found {', '.join(unknown)}; {usage}")
+    return loss, costs
+
+
+def patterns(name: str, values: Any) -> tuple[str, ...]:
+    """Shell patterns; a single one may stand by itself.
+
+    Raises:
+        ValueError: They are no strings.
+    """
+    values = (values,) if isinstance(values, str) else values
+    if not isinstance(values, Sequence) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"expected `{name}` as names or patterns of weights, found {values!r}; give ['head.*'] or ()")
+    return tuple(values)
+
+
+def usable_device(value: Any) -> torch.device:
+    """The device of a name; None for a GPU where there is one, the CPU otherwise.
+
+    Raises:
+        ValueError: There is no such device here, or nothing can be computed on it.
+    """
+    has_gpu = torch.cuda.is_available()
+    if value is None:
+        return torch.device("cuda" if has_gpu else "cpu")
+    here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count() if has_gpu else 0))]
+    remedy = f"this machine has {', '.join(here)}; choose one, or None for the fastest"
+    if isinstance(value, bool) or not isinstance(value, str | torch.device | int):
+        raise ValueError(f"expected `device` as a name or a torch.device, found {value!r}; {remedy}")
+    try:
+        device = torch.device(value)
+        if float(torch.ones(1, device=device).item()) != 1:
+            raise RuntimeError("it does not compute")
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"expected `device` to be one that torch can use, found {str(value)!r} ({reason}); {remedy}"
+        ) from error
+    return device
