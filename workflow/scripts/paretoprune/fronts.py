@@ -15,7 +15,7 @@ import moocore
 import numpy as np
 from pymoo.util.nds.non_dominated_sorting import find_non_dominated
 
-from paretoprune.files import read_npz, write_npz
+from paretoprune.files import atomic_path, read_npz, write_npz
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.objectives import ERROR_AND_DENSITY, reference_point
 
@@ -297,8 +297,8 @@ class Front:
         """
         if self.dense is None or self.states is None:
             raise RuntimeError(
-                "this front was read from a file and knows no network; read it with Front.load(path, network), call "
-                "pareto_prune, or load the member's state from networks.safetensors with "
+                "this front was read from a file and knows no network; call pareto_prune, read it with "
+                "Front.load(path, network), or load the member's state from networks.safetensors with "
                 "paretoprune.networks.checkpoints.load_networks"
             )
         network = copy.deepcopy(self.dense)
@@ -330,10 +330,16 @@ class Front:
         tensor under `<member>/<name>`, with the masks' fingerprint: it is written first, so that no front is without.
         """
         if self.states is not None:
-            from paretoprune.tensors import save_tensors  # the rest of the module needs no torch
+            # Imported here: reports depend on this module, and not on torch.
+            from safetensors.torch import save_file
 
-            tensors = {f"{i}/{name}": tensor for i, state in enumerate(self.states) for name, tensor in state.items()}
-            save_tensors(networks_beside(path), tensors, {"front": self._fingerprint})
+            tensors = {
+                f"{i}/{name}": tensor.detach().cpu().contiguous().clone()
+                for i, state in enumerate(self.states)
+                for name, tensor in state.items()
+            }
+            with atomic_path(networks_beside(path)) as temporary:
+                save_file(tensors, temporary, {"front": self._fingerprint})
         write_npz(path, self.arrays())
 
     @classmethod
@@ -355,20 +361,22 @@ class Front:
         return front
 
     def _read_networks(self, path: Path, network: "nn.Module") -> None:
-        import torch  # the rest of the module needs no torch
-
-        from paretoprune.tensors import load_tensors, load_text
+        import torch
+        from safetensors import safe_open
+        from safetensors.torch import load_file
 
         if not path.is_file():
             raise FileNotFoundError(
                 f"expected the networks of the front at '{path}', found no file; copy it beside the front, or load the "
                 "front without a network"
             )
-        if load_text(path).get("front") != self._fingerprint:
+        with safe_open(path, framework="pt") as handle:
+            found = (handle.metadata() or {}).get("front")
+        if found != self._fingerprint:
             raise ValueError(
                 f"expected the networks of this front in '{path}', found those of another; save the front again"
             )
-        tensors = load_tensors(path)
+        tensors = load_file(path)
         with torch.inference_mode(mode=False):
             dense = copy.deepcopy(network).cpu().float().eval()
         own = {name: tensor.shape for name, tensor in dense.state_dict().items()}

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping
 
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,9 +21,3 @@ def save_tensors(
 def load_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read the tensors of a safetensors file."""
     return load_file(path)
-
-
-def load_text(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Read the text metadata of a safetensors file."""
-    with safe_open(path, framework="pt") as handle:
-        return dict(handle.metadata() or {})
