@@ -433,5 +433,5 @@ def test_a_network_that_only_knows_its_most_frequent_answer_is_explained() -> No
     network = fresh()
     network.load_state_dict(trained().state_dict())
     network.get_parameter("3.bias").data += torch.tensor([50.0, 0.0, 0.0])
-    with pytest.raises(ValueError, match="better than guessing, found .* where always the same answer gets"):
+    with pytest.raises(ValueError, match=r"better than guessing, found .* where always the same answer gets"):
         prune(X, labels, network=network, search_images=X, search_labels=labels)
