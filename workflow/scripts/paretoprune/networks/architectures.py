@@ -1,4 +1,4 @@
-"""Networks by name: the CIFAR residual networks, torchvision's classifiers, and factories of the user's own."""
+"""Networks by name: residual networks for CIFAR, torchvision's classifiers, and the user's own factories."""
 
 import importlib
 import inspect
@@ -86,20 +86,15 @@ def has_running_statistics(module: nn.Module) -> bool:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Lay a batch of images or activations (n, c, h, w) out channels last, copying only where it is needed.
-
-    Where one channel or one pixel makes both layouts the same memory, its strides say channels last too: kernels choose
-    by them.
-    """
+    """Lay out a batch of images or activations (n, c, h, w) channels last; it is copied only if its memory differs."""
     _, c, h, w = x.shape
+    # With one channel or one pixel both layouts are the same memory. Kernels choose by the strides, so these are set.
     return x.contiguous(memory_format=torch.channels_last).as_strided(x.shape, (h * w * c, 1, w * c, c))
 
 
 def to_channels_last(network: nn.Module) -> nn.Module:
-    """Lay the four-dimensional weights out channels last, in place: the layout that convolutions are fastest in.
-
-    torch's own conversion refuses networks with three-dimensional convolutions.
-    """
+    """Lay out the four-dimensional weights channels last, in place; convolutions are fastest in this layout."""
+    # Not network.to(memory_format=...): that refuses networks with three-dimensional convolutions.
     for parameter in network.parameters():
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
@@ -108,7 +103,7 @@ def to_channels_last(network: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What is needed to build a network again, on another machine and without its weights.
+    """What is needed to build a network again on another machine, without its weights.
 
     Attributes:
         name: `resnet8` … `resnet110` (CIFAR), a torchvision classifier such as `torchvision:mobilenet_v3_small`
@@ -136,7 +131,7 @@ class Architecture:
         factory, known = _factory(self.name)
         arguments = {**{k: getattr(self, k) for k in known}, **self.arguments}
         with torch.random.fork_rng(devices=[]):
-            # Weights are drawn on the CPU; torch.manual_seed would reseed GPUs too and not put them back.
+            # Weights are drawn on the CPU. torch.manual_seed would also reseed GPUs, which are not restored here.
             torch.default_generator.manual_seed(seed)
             try:
                 network = factory(**arguments)

@@ -19,12 +19,12 @@ from paretoprune.tensors import load_tensors, save_tensors
 
 
 def save_networks(path: str | os.PathLike[str], states: Sequence[Mapping[str, Tensor]]) -> None:
-    """Write the states of several networks to one safetensors file, each tensor under `<member>/<name>`."""
+    """Write the state dicts of several networks to one safetensors file, each tensor under `<index>/<name>`."""
     save_tensors(path, {f"{i}/{name}": tensor for i, state in enumerate(states) for name, tensor in state.items()})
 
 
 def load_networks(path: str | os.PathLike[str]) -> list[dict[str, Tensor]]:
-    """Read what `save_networks` wrote."""
+    """Read the state dicts that `save_networks` wrote, in the same order, on the CPU."""
     states: dict[int, dict[str, Tensor]] = {}
     for key, tensor in load_tensors(path).items():
         member, _, name = key.partition("/")
@@ -33,7 +33,7 @@ def load_networks(path: str | os.PathLike[str]) -> list[dict[str, Tensor]]:
 
 
 def with_weights(network: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """A network of the same architecture with other weights, on the CPU, in evaluation mode."""
+    """A copy of a network with the weights and buffers of `state`, on the CPU, in evaluation mode."""
     other = copy.deepcopy(network).cpu().eval()
     other.load_state_dict(dict(state))
     return other
@@ -42,8 +42,8 @@ def with_weights(network: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read the weights in a checkpoint file.
 
-    Understands safetensors, and torch files that hold a state dict, plain or under `state_dict`, `model` or `net`;
-    prefixes left by wrappers (`module.`, `_orig_mod.`) are taken off.
+    It may be a safetensors file, or a torch file that holds a state dict, plain or under `state_dict`, `model` or
+    `net`. Prefixes left by wrappers (`module.`, `_orig_mod.`) are taken off.
 
     Args:
         path: The file.
@@ -95,17 +95,17 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], source: str) -
         source: Where the weights come from, for the error.
 
     Raises:
-        ValueError: Keys are missing, unexpected or of another shape; all of them are named.
+        ValueError: Keys are missing, unexpected or of another shape; the message names up to eight of each.
     """
-    own = network.state_dict()
-    # Counters of batches seen exist only for training and are absent from older checkpoints.
-    optional = {name for name in own if name.endswith("num_batches_tracked")}
-    missing = [name for name in own if name not in state and name not in optional]
-    unexpected = [name for name in state if name not in own]
+    expected = network.state_dict()
+    # The counters of batches seen are used in training only, and older checkpoints lack them.
+    optional = {name for name in expected if name.endswith("num_batches_tracked")}
+    missing = [name for name in expected if name not in state and name not in optional]
+    unexpected = [name for name in state if name not in expected]
     misshapen = [
-        f"{name} (expected {tuple(own[name].shape)}, found {tuple(state[name].shape)})"
-        for name in own
-        if name in state and own[name].shape != state[name].shape
+        f"{name} (expected {tuple(expected[name].shape)}, found {tuple(state[name].shape)})"
+        for name in expected
+        if name in state and expected[name].shape != state[name].shape
     ]
     problems = [
         f"{kind}: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
@@ -122,7 +122,7 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], source: str) -
 
 @dataclass(frozen=True)
 class DenseNetwork:
-    """A trained network with what its file says about it.
+    """A trained network, and what is needed to build it again and to feed it.
 
     Attributes:
         network: In evaluation mode, on the CPU.
@@ -153,7 +153,7 @@ class DenseNetwork:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: The file has no description, so another program wrote it.
+            ValueError: The file has no description (another program wrote it), or its weights do not fit the network.
         """
         with safe_open(path, framework="pt") as handle:
             description = json.loads((handle.metadata() or {}).get("paretoprune", "null"))

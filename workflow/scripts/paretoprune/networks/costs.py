@@ -1,4 +1,4 @@
-"""What a pruned network costs, as a function of how many weights each tensor keeps; relative to the dense network."""
+"""Exact costs of a pruned network, from how many weights each tensor keeps, relative to the dense network."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from paretoprune.masks.units import WeightUnits
 from paretoprune.objectives import Cost, Density, GroupCost
 
-# Of a number as it is stored, and of the bit in a mask that says whether a weight is kept.
+# A float32 number, and the bit of the mask that says whether a weight is kept.
 NUMBER_BYTES, BIT_BYTES = 4.0, 1 / 8
 
 
 @dataclass(frozen=True)
 class Priced:
-    """A network whose masks are priced.
+    """A network whose pruned versions have a cost.
 
     Attributes:
         network: The dense network, in evaluation mode; it is left as it is.
@@ -41,12 +41,12 @@ def density(priced: Priced) -> Cost:
 
 
 def parameters(priced: Priced) -> Cost:
-    """Kept weights and everything that is not prunable (biases, normalisation, excluded layers)."""
+    """Number of kept weights and of all other parameters (biases, normalisation, excluded layers)."""
     return GroupCost("parameters", priced.units, np.ones(priced.units.n_groups), float(priced.n_other))
 
 
 def macs(priced: Priced) -> Cost:
-    """Multiply-adds of convolutions and linear layers for one image, those with a pruned weight left out."""
+    """Multiply-accumulate operations of convolutions and linear layers for one image, without pruned weights."""
     uses = count_uses(priced.network, priced.image)
     prices = np.array([uses.pop(name, 0) for name in priced.units.names], dtype=np.float64)
     sizes = {name: parameter.numel() for name, parameter in priced.network.named_parameters()}
@@ -54,7 +54,7 @@ def macs(priced: Priced) -> Cost:
 
 
 def stored_bytes(priced: Priced) -> Cost:
-    """A file of the kept weights, a bit for each prunable one that says whether it is kept, and all other numbers."""
+    """Bytes of a file with the kept weights, a bit for each prunable weight, and all other parameters and buffers."""
     n_buffers = sum(buffer.numel() for buffer in priced.network.buffers() if buffer.is_floating_point())
     fixed = NUMBER_BYTES * (priced.n_other + n_buffers) + BIT_BYTES * priced.units.n_units
     return GroupCost("bytes", priced.units, np.full(priced.units.n_groups, NUMBER_BYTES), fixed)
@@ -69,14 +69,15 @@ COSTS: Mapping[str, Callable[[Priced], Cost]] = {
 
 
 def count_uses(network: nn.Module, image: Tensor) -> dict[str, int]:
-    """How often one forward pass multiplies with each weight of a convolution or linear layer.
+    """Count how often one forward pass multiplies by each weight of a convolution or linear layer.
 
     Args:
         network: In evaluation mode; it is left as it is.
         image: One image (1, c, h, w).
 
     Returns:
-        By parameter name; a weight that several layers share, or that runs several times, counts each time.
+        Multiplications by any one weight of a tensor, by parameter name. A tensor that several layers share, or whose
+        layer runs several times, counts each time.
     """
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     uses: dict[str, int] = {}
@@ -84,11 +85,11 @@ def count_uses(network: nn.Module, image: Tensor) -> dict[str, int]:
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         weight = module.get_parameter("weight")
         # A transposed convolution scatters from each input position, any other layer gathers for each output position.
-        at, channels = (
+        activations, channels = (
             (inputs[0], module.in_channels) if isinstance(module, _ConvTransposeNd) else (output, len(weight))
         )
         name = names[id(weight)]
-        uses[name] = uses.get(name, 0) + at.numel() // int(channels)
+        uses[name] = uses.get(name, 0) + activations.numel() // int(channels)
 
     layers = [module for module in network.modules() if isinstance(module, _ConvNd | nn.Linear)]
     handles = [layer.register_forward_hook(count) for layer in layers]
@@ -102,10 +103,10 @@ def count_uses(network: nn.Module, image: Tensor) -> dict[str, int]:
 
 
 def make_costs(names: Sequence[str], priced: Priced) -> tuple[Cost, ...]:
-    """The costs of these names.
+    """Make the costs of the given names, in the same order.
 
     Raises:
-        ValueError: There is no such cost.
+        ValueError: A name is not one of `COSTS`.
     """
     unknown = [name for name in names if name not in COSTS]
     if unknown:

@@ -1,7 +1,7 @@
-"""From a network to a short program: convolution, batch norm, sum and ReLU as one step each, the rest as it is.
+"""From a network to a short program: a convolution with its batch norm, sum and ReLU is one step, the rest is as it is.
 
-`torch.fx` traces the network; what it cannot trace (control flow that depends on the images, and in-place changes that
-somebody reads) is refused with the reason, and the caller evaluates the network layer by layer instead.
+`torch.fx` traces the network. A network that cannot be traced (its control flow depends on the images, or it reads what
+it has changed in place) is refused with the reason. The caller then evaluates it layer by layer.
 """
 
 import copy
@@ -28,13 +28,13 @@ class Convolution:
     """One convolution with what follows it: relu(norm(convolution(input)) + other), as far as present.
 
     Attributes:
-        output: Where the result goes.
-        input: What is convolved.
-        other: What is added, or None.
+        output: The node whose value this step computes.
+        input: The node that is convolved.
+        other: The node that is added (the shortcut), or None.
         module: Name of the convolution.
         norm: Name of its batch norm, or None.
         relu: Whether negative values become 0.
-        dead: What nobody needs after this step.
+        dead: Nodes that no later step reads.
     """
 
     output: fx.Node
@@ -51,10 +51,10 @@ class Call:
     """Anything else: a module, function or method, called as the network calls it.
 
     Attributes:
-        output: The traced node.
-        norm: Name of the module if it is a batch norm with running statistics that no convolution has taken in.
-        tail: Whether no convolution follows, so that float32 costs nothing.
-        dead: What nobody needs after this step.
+        output: The traced node, whose value this step computes.
+        norm: Name of the module if it is a batch norm with running statistics that is not part of a `Convolution`.
+        tail: Whether no convolution depends on it, so that float32 costs nothing.
+        dead: Nodes that no later step reads.
     """
 
     output: fx.Node
@@ -65,14 +65,14 @@ class Call:
 
 @dataclass(frozen=True)
 class Cut:
-    """A place in a program where one tensor holds all that the rest needs.
+    """A place in a program where one tensor holds all that the later steps read.
 
     Attributes:
         after: Index of the last step before the cut.
         register: The tensor's node.
         shape: Its shape for one image.
-        parameters: Names of the weights that the steps up to here use.
-        share: Share of the convolutions' arithmetic that lies before it.
+        parameters: Names of the weights that the steps before the cut use.
+        share: Share of the convolutions' arithmetic that lies before the cut, 0 to 1.
     """
 
     after: int
@@ -88,8 +88,8 @@ class Program:
 
     Attributes:
         steps: In the order in which they run.
-        image: Where the images come in.
-        answer: Where the logits come out.
+        image: The node of the images.
+        answer: The node of the logits.
         network: The traced network, for the modules and tensors that calls need; its own copy.
     """
 
@@ -101,8 +101,8 @@ class Program:
 
 _RELU = (functional.relu, torch.relu, torch.relu_, functional.relu_)
 _ADD = (operator.add, torch.add, operator.iadd)
-# Functions that change their first argument, and what computes the same without doing so.
-_PURE_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+# Functions that change their first argument, and their out-of-place forms.
+_OUT_OF_PLACE: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
     operator.imul: operator.mul,
@@ -110,9 +110,9 @@ _PURE_FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.relu_: torch.relu,
     functional.relu_: functional.relu,
 }
-# What surely makes a tensor of its own; anything else may return a view of its first argument.
-_FRESH_FUNCTIONS = frozenset(_PURE_FUNCTIONS.values())
-_FRESH_NAMES = frozenset(
+# Functions and methods whose result is surely a new tensor. Any other may return a view of its first argument.
+_NEW_TENSOR_FUNCTIONS = frozenset(_OUT_OF_PLACE.values())
+_NEW_TENSOR_NAMES = frozenset(
     (
         *("add", "sub", "mul", "div", "truediv", "matmul", "bmm", "mm", "cat", "stack", "clone", "pad", "_pad"),
         *("relu", "sigmoid", "tanh", "gelu", "silu", "hardswish", "hardsigmoid", "leaky_relu", "elu", "softmax"),
@@ -149,7 +149,7 @@ def trace(network: nn.Module) -> Program:
     if not isinstance(answer, fx.Node):
         raise NotTraceableError("its output is not a single tensor")
     modules = dict(network.named_modules())
-    _make_pure(list(graph.nodes), modules)
+    _make_out_of_place(list(graph.nodes), modules)
     steps = _fuse([node for node in graph.nodes if node.op not in ("placeholder", "output")], modules)
     _mark_tail(steps)
     _mark_dead(steps, answer, images[0])
@@ -157,22 +157,30 @@ def trace(network: nn.Module) -> Program:
 
 
 class _Tracer(fx.Tracer):
-    """Traces down to torch's own layers, and to batch norm of any make, which repairs know by its kind."""
+    """Traces down to torch's own layers and to every subclass of batch norm, which repairs look for."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _make_pure(nodes: list[fx.Node], modules: dict[str, nn.Module]) -> None:
-    """Replace in-place operations by their pure forms, or refuse where somebody reads what they change."""
+def _make_out_of_place(nodes: list[fx.Node], modules: dict[str, nn.Module]) -> None:
+    """Replace in-place operations by their out-of-place forms.
+
+    Args:
+        nodes: Of the graph, in the order in which they run.
+        modules: By name; their `inplace` flags are cleared.
+
+    Raises:
+        NotTraceableError: A later node reads a tensor that was changed in place, or there is no out-of-place form.
+    """
     order = {node: i for i, node in enumerate(nodes)}
     changing = {name for name, module in modules.items() if getattr(module, "inplace", False)}
     changes: list[tuple[fx.Node, fx.Node]] = []
     for node in nodes:
         in_place = False
         if node.op == "call_function":
-            if node.target in _PURE_FUNCTIONS:
-                node.target, in_place = _PURE_FUNCTIONS[node.target], True
+            if node.target in _OUT_OF_PLACE:
+                node.target, in_place = _OUT_OF_PLACE[node.target], True
             if node.kwargs.get("inplace"):
                 node.kwargs, in_place = {**node.kwargs, "inplace": False}, True
             if node.kwargs.get("out") is not None or node.target in (operator.setitem, setattr):
@@ -185,30 +193,32 @@ def _make_pure(nodes: list[fx.Node], modules: dict[str, nn.Module]) -> None:
             modules[str(node.target)].inplace, in_place = False, True  # type: ignore[assignment]
         if in_place and node.args and isinstance(node.args[0], fx.Node):
             changes.append((node, node.args[0]))
-    # What an in-place operation returns counts as its own: code that reads it means the changed values.
-    ends = {node for node, _ in changes}
-    owners = {node: _owner(node, modules, ends) for node in nodes}
+    # The out-of-place form leaves its argument unchanged, so no later node may read the argument or an alias of it. A
+    # node that reads the result of the operation gets the changed values in either form: results count as no aliases.
+    results = {node for node, _ in changes}
+    storages = {node: _storage(node, modules, results) for node in nodes}
     for node, changed in changes:
-        family = [other for other in nodes if owners[other] is owners[changed]]
-        if any(order[user] > order[node] for other in family for user in other.users):
+        aliases = [other for other in nodes if storages[other] is storages[changed]]
+        if any(order[user] > order[node] for alias in aliases for user in alias.users):
             raise NotTraceableError(f"'{node.name}' changes a tensor in place that is read again")
 
 
-def _owner(node: fx.Node, modules: dict[str, nn.Module], ends: set[fx.Node]) -> fx.Node:
-    """The node whose memory a node may look into: itself where it is one of `ends` or surely no view."""
-    while node not in ends and node.args and isinstance(node.args[0], fx.Node):
+def _storage(node: fx.Node, modules: dict[str, nn.Module], results: set[fx.Node]) -> fx.Node:
+    """The node whose memory a node may be a view of: itself if it is one of `results` or surely a new tensor."""
+    while node not in results and node.args and isinstance(node.args[0], fx.Node):
         if node.op == "call_module":
-            fresh = not isinstance(modules[str(node.target)], _VIEWING_MODULES)
+            is_new = not isinstance(modules[str(node.target)], _VIEWING_MODULES)
         else:
             name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-            fresh = (node.op == "call_function" and node.target in _FRESH_FUNCTIONS) or name in _FRESH_NAMES
-        if fresh:
+            is_new = (node.op == "call_function" and node.target in _NEW_TENSOR_FUNCTIONS) or name in _NEW_TENSOR_NAMES
+        if is_new:
             break
         node = node.args[0]
     return node
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
+    """The node that reads `node`, None if several or none do."""
     users = list(node.users)
     return users[0] if len(users) == 1 else None
 
@@ -221,8 +231,8 @@ def _is_relu(node: fx.Node | None, modules: dict[str, nn.Module]) -> bool:
     return (node.op == "call_function" and node.target in _RELU) or (node.op == "call_method" and node.target == "relu")
 
 
-def _added_to(node: fx.Node | None, summand: fx.Node) -> fx.Node | None:
-    """The other summand if `node` adds something to `summand`, and only that."""
+def _other_summand(node: fx.Node | None, summand: fx.Node) -> fx.Node | None:
+    """The other summand if `node` is the plain sum of `summand` and another node, otherwise None."""
     is_add = node is not None and (
         (node.op == "call_function" and node.target in _ADD) or (node.op == "call_method" and node.target == "add")
     )
@@ -249,9 +259,14 @@ def _ends_convolution(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 
 def _fuse(nodes: list[fx.Node], modules: dict[str, nn.Module]) -> list[Convolution | Call]:
-    """One step for each node, or for each chain that starts with a convolution.
+    """Make one step of each chain that starts with a convolution, and one of every other node.
 
-    A chain runs where its last node stands: everything it reads has been computed by then.
+    Args:
+        nodes: Of the graph, in the order in which they run.
+        modules: By name.
+
+    Returns:
+        The steps, in an order in which everything is computed before it is read.
     """
     order = {node: i for i, node in enumerate(nodes)}
     fused_into: dict[fx.Node, fx.Node] = {}
@@ -268,10 +283,10 @@ def _fuse(nodes: list[fx.Node], modules: dict[str, nn.Module]) -> list[Convoluti
             if type(modules[target]) is nn.BatchNorm2d and has_running_statistics(modules[target]):
                 fused_into[end], end, norm = following, following, target
                 following = _only_user(end)
-        summand = _added_to(following, end)
-        # The later of two convolutions takes their sum.
-        taken_later = summand is not None and _ends_convolution(summand, modules) and order[summand] > order[node]
-        if following is not None and summand is not None and not taken_later:
+        summand = _other_summand(following, end)
+        # Of two convolutions the later one takes their sum: only there has the other been computed.
+        belongs_to_other = summand is not None and _ends_convolution(summand, modules) and order[summand] > order[node]
+        if following is not None and summand is not None and not belongs_to_other:
             fused_into[end], end, other = following, following, summand
             following = _only_user(end)
         relu = _is_relu(following, modules)
@@ -281,6 +296,7 @@ def _fuse(nodes: list[fx.Node], modules: dict[str, nn.Module]) -> list[Convoluti
         chains[end] = Convolution(end, source, other, str(node.target), norm, relu)
     steps: list[Convolution | Call] = []
     for node in nodes:
+        # A chain runs at the place of its last node, where everything that it reads has been computed.
         if node in chains:
             steps.append(chains[node])
         elif node not in fused_into:
@@ -291,14 +307,14 @@ def _fuse(nodes: list[fx.Node], modules: dict[str, nn.Module]) -> list[Convoluti
 
 
 def reads(step: Convolution | Call) -> list[fx.Node]:
-    """What a step needs."""
+    """The nodes that a step reads."""
     if isinstance(step, Call):
         return step.output.all_input_nodes
     return [step.input] + ([step.other] if step.other is not None else [])
 
 
 def _mark_tail(steps: list[Convolution | Call]) -> None:
-    """Mark the calls whose result no convolution sees, directly or through others."""
+    """Mark the calls on whose result no convolution depends, directly or through other calls."""
     needed: set[fx.Node] = set()
     for step in reversed(steps):
         if isinstance(step, Convolution) or step.output in needed:
@@ -308,7 +324,9 @@ def _mark_tail(steps: list[Convolution | Call]) -> None:
 
 
 def _mark_dead(steps: list[Convolution | Call], answer: fx.Node, image: fx.Node) -> None:
-    seen = {answer, image}  # the images belong to the caller
+    """Note at each step the nodes that it mentions last, so that their memory can be freed or used again."""
+    seen = {answer, image}  # the logits are returned, the images belong to the caller
+    # From the end: the first mention met is the last one in the order of the program.
     for step in reversed(steps):
         mentioned = [*reads(step), step.output]
         step.dead = [node for node in dict.fromkeys(mentioned) if node not in seen]
@@ -316,7 +334,16 @@ def _mark_dead(steps: list[Convolution | Call], answer: fx.Node, image: fx.Node)
 
 
 def run_call(call: Call, registers: dict[fx.Node, Any], network: nn.Module) -> Any:
-    """Run a call on what the registers hold; in the tail, floating-point arguments become float32."""
+    """Run a call on the values of the nodes that it reads; in the tail, floating-point arguments become float32.
+
+    Args:
+        call: The step.
+        registers: Values of nodes that have been computed.
+        network: The program's network.
+
+    Returns:
+        What the module, function or method returns, usually a tensor.
+    """
 
     def value(node: fx.Node) -> Any:
         held = registers[node]

@@ -32,14 +32,14 @@ class Recipe:
         epochs: Passes over the training images.
         batch_size: Images per step.
         learning_rate: Peak of the schedule.
-        momentum: Of SGD with Nesterov momentum.
+        momentum: Nesterov momentum of SGD, 0 for plain SGD.
         weight_decay: L2 penalty on weights, not on biases and normalisation parameters.
         warmup_epochs: Epochs of linear increase before the cosine decay; may be fractional.
         label_smoothing: Share of the target spread over all classes, 0 to 1.
         crop: Pixels of zero padding from which a random crop of the image's size is taken; 0 for none.
         flip: Whether images are mirrored left to right half of the time.
-        distillation: Weight of the teacher's answers in the loss, 0 to 1; the rest is the labels'.
-        temperature: Softens the answers of teacher and student alike.
+        distillation: Weight of the divergence from the teacher in the loss, 0 to 1; the labels have the rest.
+        temperature: Divides the logits of teacher and student before their softmax.
     """
 
     epochs: int
@@ -56,7 +56,7 @@ class Recipe:
 
 
 def learning_rate(recipe: Recipe, epoch: float) -> float:
-    """Linear warm-up, then half a cosine down to 0.
+    """The learning rate of a linear warm-up followed by half a cosine down to 0.
 
     Args:
         recipe: Peak and lengths.
@@ -96,6 +96,7 @@ def augment(images: Tensor, crop: int, flip: bool, generator: torch.Generator) -
 
 
 def _parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameters with weight decay, and biases and normalisation parameters without."""
     parameters = [p for p in network.parameters() if p.requires_grad]
     return [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
@@ -121,20 +122,20 @@ def train(
 
     Args:
         network: Start; it is left as it is.
-        data: Training images; where they lie is where the network is trained.
+        data: Training images. The network is trained on their device.
         recipe: How to train.
         seed: Fixes order and augmentation.
         masks: Parameter name to bool tensor of its shape: weights that are False are 0 and stay 0.
         teacher: Network to distil from, needed where `recipe.distillation` is above 0.
-        resume: File that keeps the state after every epoch; read first when it is there, removed at the end.
+        resume: File that keeps the state after every epoch. It is read first if it exists, and removed at the end.
         progress: Called with each new row of the history.
 
     Returns:
         The trained network in evaluation mode on the CPU, and one row an epoch with the keys `TRAINING_COLUMNS`.
 
     Raises:
-        TrainingDivergedError: The loss is no longer finite; the saved state is removed, for it is of no use.
-        ValueError: Distillation without a teacher, or no images.
+        TrainingDivergedError: The loss is no longer finite. The saved state is of no use, so it is removed.
+        ValueError: Distillation without a teacher, fewer than two images, or a batch size below 2.
     """
     if recipe.distillation > 0 and teacher is None:
         raise ValueError("a recipe with distillation needs a teacher, found none; give one or set distillation to 0")
@@ -144,12 +145,12 @@ def train(
             f"{len(data)} images and batch_size {recipe.batch_size}"
         )
     trainer = _Trainer(network, data, recipe, seed, masks or {}, teacher)
-    origin = _origin(trainer.network, data, recipe, seed) if resume else ""
-    history = _resume(resume, trainer.network, trainer.optimiser, origin) if resume else []
+    fingerprint = _fingerprint(trainer.network, data, recipe, seed) if resume else ""
+    history = _load_state(resume, trainer.network, trainer.optimiser, fingerprint) if resume else []
     trainer.apply_masks()
     for epoch in range(len(history), recipe.epochs):
-        # Dropout draws from the global generators, which are put back afterwards.
-        with torch.random.fork_rng(devices=[data.images.device] if trainer.mixed else []):
+        # Dropout draws from the global generators; they are restored after the epoch.
+        with torch.random.fork_rng(devices=[data.images.device] if trainer.mixed_precision else []):
             try:
                 row = trainer.train_epoch(epoch)
             except TrainingDivergedError:
@@ -158,22 +159,22 @@ def train(
                 raise
         history.append(row)
         if resume:
-            _save_state(resume, trainer.network, trainer.optimiser, origin, history)
+            _save_state(resume, trainer.network, trainer.optimiser, fingerprint, history)
         if progress:
             progress(row)
     if resume:
         resume.unlink(missing_ok=True)
-    finished = trainer.network.to("cpu").to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    return finished.eval(), history
+    trained = trainer.network.to("cpu").to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return trained.eval(), history
 
 
 class _Trainer:
-    """A copy of a network in training, see `train`.
+    """A copy of a network in training, on the device of its images; see `train` for the arguments.
 
     Attributes:
         network: The copy.
-        optimiser: Holds its momenta.
-        mixed: Whether forward passes run in bfloat16.
+        optimiser: SGD over its parameters.
+        mixed_precision: Whether forward passes run in bfloat16.
     """
 
     def __init__(
@@ -187,7 +188,7 @@ class _Trainer:
     ) -> None:
         self._data, self._recipe, self._seed = data, recipe, seed
         device = data.images.device
-        self.mixed = device.type == "cuda"
+        self.mixed_precision = device.type == "cuda"
         self.network = to_channels_last(copy.deepcopy(network).to(device).train())
         self._teacher = teacher
         if teacher is not None:
@@ -198,18 +199,30 @@ class _Trainer:
         self.optimiser = torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
 
     def apply_masks(self) -> None:
-        """Put what the masks drop to 0."""
+        """Set every weight that the masks drop to 0."""
         with torch.no_grad():
             for parameter, mask in self._kept.items():
                 parameter.masked_fill_(~mask, 0.0)
 
     def train_epoch(self, epoch: int) -> dict[str, Any]:
-        """One pass over the images in an order that depends on seed and epoch only; a row of the history."""
+        """Pass over the images once, in an order that depends on seed and epoch only.
+
+        Args:
+            epoch: Epochs done before, from 0.
+
+        Returns:
+            A row of the history with the keys `TRAINING_COLUMNS`.
+
+        Raises:
+            TrainingDivergedError: The loss is no longer finite.
+            ValueError: The network does not return a tensor.
+        """
         recipe, images, labels = self._recipe, self._data.images, self._data.labels
+        # The factor keeps the epochs of neighbouring seeds apart: no two of them share their draws.
         epoch_seed = self._seed * 1_000_003 + epoch
         generator = torch.Generator().manual_seed(epoch_seed)
         torch.default_generator.manual_seed(epoch_seed)
-        if self.mixed:
+        if self.mixed_precision:
             torch.cuda.manual_seed(epoch_seed)
         order = torch.randperm(len(images), generator=generator)
         batches = [batch for batch in order.split(recipe.batch_size) if len(batch) > 1]  # batch norm needs two
@@ -236,47 +249,63 @@ class _Trainer:
         }
 
     def _step(self, x: Tensor, y: Tensor, rate: float) -> tuple[float, int]:
-        """One step of the optimiser, unless the loss is not finite; the loss, and the number of wrong answers."""
+        """Take one step of the optimiser if the loss is finite.
+
+        Args:
+            x: Images, float32 (n, channels, height, width), augmented.
+            y: Labels, int64 (n,).
+            rate: Learning rate.
+
+        Returns:
+            The mean loss of the images, and how many are classified wrongly.
+        """
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.mixed):
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.mixed_precision):
             logits = self.network(x)
             if not isinstance(logits, Tensor):
                 raise ValueError(
                     f"expected a tensor of logits from the network in training, found {type(logits).__name__}; a "
                     "torchvision network with auxiliary heads needs `arguments: {aux_logits: false}`"
                 )
+            # In float32: bfloat16 has eight bits of mantissa, too few for differences between logits.
             loss = _loss(logits.float(), y, x, self._recipe, self._teacher)
         if math.isfinite(float(loss.detach())):
             self.optimiser.zero_grad()
             loss.backward()
             self.optimiser.step()
+            # Gradients and momentum move pruned weights, too.
             self.apply_masks()
         return float(loss.detach()), int((logits.argmax(dim=1) != y).sum())
 
 
 def _loss(logits: Tensor, labels: Tensor, images: Tensor, recipe: Recipe, teacher: nn.Module | None) -> Tensor:
-    """Cross-entropy, mixed with the divergence from the teacher's softened answers.
+    """Cross-entropy, mixed with the divergence from the teacher's softened outputs; the mean over images.
+
+    Args:
+        logits: float32 (n, n_classes), of the student.
+        labels: int64 (n,).
+        images: (n, channels, height, width), for the teacher.
+        recipe: Label smoothing, distillation and temperature.
+        teacher: Network to distil from, or None.
 
     Source:
-        Hinton et al., "Distilling the knowledge in a neural network", 2015: gradients of softened answers shrink with
-        the square of the temperature, hence the factor.
+        Hinton et al., "Distilling the knowledge in a neural network", 2015, section 2.
     """
     loss = functional.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
     if teacher is None or recipe.distillation == 0:
         return loss
     with torch.no_grad():
         target = functional.log_softmax(teacher(images).float() / recipe.temperature, dim=1)
-    answer = functional.log_softmax(logits / recipe.temperature, dim=1)
-    apart = functional.kl_div(answer, target, reduction="batchmean", log_target=True) * recipe.temperature**2
-    return (1 - recipe.distillation) * loss + recipe.distillation * apart
+    softened = functional.log_softmax(logits / recipe.temperature, dim=1)
+    # Gradients of softened outputs shrink with the square of the temperature, hence the factor.
+    divergence = functional.kl_div(softened, target, reduction="batchmean", log_target=True) * recipe.temperature**2
+    return (1 - recipe.distillation) * loss + recipe.distillation * divergence
 
 
-def _origin(network: nn.Module, data: LabelledImages, recipe: Recipe, seed: int) -> str:
-    """A digest of everything that a training starts from: only an equal one may be resumed.
-
-    Without it, a training interrupted before the splits changed would go on from weights that have seen test images.
-    """
+def _fingerprint(network: nn.Module, data: LabelledImages, recipe: Recipe, seed: int) -> str:
+    """A digest of all that a training starts from; a saved state is resumed only if its digest is equal."""
+    # Without it, a training interrupted before the splits changed would go on from weights that have seen test images.
     digest = hashlib.blake2b(repr((asdict(recipe), seed)).encode(), digest_size=16)
     for name, tensor in [*network.state_dict().items(), ("images", data.images), ("labels", data.labels)]:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -285,24 +314,26 @@ def _origin(network: nn.Module, data: LabelledImages, recipe: Recipe, seed: int)
 
 
 def _save_state(
-    path: Path, network: nn.Module, optimiser: torch.optim.Optimizer, origin: str, history: list[Any]
+    path: Path, network: nn.Module, optimiser: torch.optim.Optimizer, fingerprint: str, history: list[Any]
 ) -> None:
     state = {
         "network": network.state_dict(),
         "optimiser": optimiser.state_dict(),
-        "origin": origin,
+        "origin": fingerprint,
         "history": history,
     }
     with atomic_path(path) as temporary:
         torch.save(state, temporary)
 
 
-def _resume(path: Path, network: nn.Module, optimiser: torch.optim.Optimizer, origin: str) -> list[dict[str, Any]]:
-    """Fill network and optimiser from a saved state; an empty history where there is none that fits."""
+def _load_state(
+    path: Path, network: nn.Module, optimiser: torch.optim.Optimizer, fingerprint: str
+) -> list[dict[str, Any]]:
+    """Fill network and optimiser from a saved state; returns its history, empty if no state fits."""
     if not path.is_file():
         return []
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if state.get("origin") != origin:
+    if state.get("origin") != fingerprint:
         warnings.warn(
             f"'{path}' belongs to another recipe, seed, network or other images; training starts afresh", stacklevel=3
         )
@@ -313,19 +344,19 @@ def _resume(path: Path, network: nn.Module, optimiser: torch.optim.Optimizer, or
 
 
 def check_mask(network: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Verify, weight by weight, that everything outside the masks is exactly 0.
+    """Verify that every pruned weight is exactly 0.
 
     Args:
         network: A pruned network.
         masks: Parameter name to bool tensor of its shape, True = kept.
 
     Raises:
-        RuntimeError: Some weight that should be gone is not; its tensor is named.
+        RuntimeError: A pruned weight is not 0; the message names its tensor.
     """
     parameters = dict(network.named_parameters())
     for name, mask in masks.items():
-        n_alive = int(torch.count_nonzero(parameters[name].detach().cpu()[~mask.cpu()]))
-        if n_alive:
+        n_nonzero = int(torch.count_nonzero(parameters[name].detach().cpu()[~mask.cpu()]))
+        if n_nonzero:
             raise RuntimeError(
-                f"expected {int((~mask).sum())} pruned weights in '{name}' to be 0, found {n_alive} that are not"
+                f"expected {int((~mask).sum())} pruned weights in '{name}' to be 0, found {n_nonzero} that are not"
             )
