@@ -498,3 +498,20 @@ def test_a_network_that_answers_nan_is_refused() -> None:
     network.get_parameter("head.bias").data[0] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
         prune(network)
+
+
+@pytest.mark.parametrize("repair", ["batchnorm", "reconstruct"])
+def test_zeros_of_a_network_that_was_pruned_before_never_count_as_kept(repair: str) -> None:
+    network = copy.deepcopy(trained("foreign"))
+    units, rng = WeightUnits.of(network), np.random.default_rng(0)
+    zero = ~magnitude_mask(network, units, 0.6) | (rng.random(units.n_units) < 0.05)
+    parameters = dict(network.named_parameters())
+    for name, part in units.split(zero).items():
+        with torch.no_grad():
+            parameters[name][torch.from_numpy(part)] = 0.0
+    front = prune(network, repair=repair, evaluations=120 if repair == "reconstruct" else EVALUATIONS)
+    assert front.sparsity.min() >= zero.mean()
+    for i in range(len(front)):
+        weights = dict(front.network(i).named_parameters())
+        n_zero = sum(int((weights[name] == 0).sum()) for name in units.names)
+        assert front.sparsity[i] == pytest.approx(n_zero / units.n_units, abs=1e-12)

@@ -239,6 +239,12 @@ def test_page_shows_the_tables(report: Path) -> None:
         assert f">{heading}</th>" in page
 
 
+def test_page_gives_sparsity_over_all_parameters_too(report: Path) -> None:
+    page = " ".join((report / "index.html").read_text(encoding="utf-8").split())
+    # 26,800 of 27,500 are 97.45 %, and nine tenths of that 87.7 %.
+    assert "26,800 of 27,500 parameters can be pruned, 97.5 %: a sparsity of 90 % removes 87.7 % of all" in page
+
+
 def test_page_marks_the_best_of_a_column(report: Path) -> None:
     _, page = (report / "index.html").read_text(encoding="utf-8").split('<section id="digits-resnet8">')
     best = re.findall(r'<td class="number best">(.*?)</td>', page)

@@ -169,3 +169,22 @@ def test_a_search_of_other_objectives_is_not_continued(evaluate: Analytic, phase
     with pytest.raises(ValueError, match="expected to continue a search of error, price, found one of error, density"):
         Recorder(Problem(evaluate.layout, evaluate, (price,)), budget=9, stage="phase2", before=phase1)
     assert len(evaluate.seen) == 0
+
+
+def test_absent_units_count_as_dropped_whatever_a_mask_says() -> None:
+    absent = np.arange(70) < 30
+    seen: list[np.ndarray] = []
+
+    def evaluate(masks: PackedMasks) -> np.ndarray:
+        seen.extend(masks.unpack(i) for i in range(len(masks)))
+        return 1 - masks.n_kept / 70
+
+    masks = PackedMasks.pack(np.array([np.ones(70, dtype=bool), ~absent, np.arange(70) < 50]))
+    recorder = Recorder(Problem(SEVENTY, evaluate, absent=PackedMasks.pack(absent).words[0]), budget=9, stage="flat")
+    objectives, joined = recorder(masks)
+    # The first two are one mask, evaluated once; the third keeps 20 units that are there.
+    assert recorder.evaluations == len(seen) == 2
+    assert not any((kept & absent).any() for kept in seen)
+    np.testing.assert_allclose(objectives, [[30 / 70, 40 / 70], [30 / 70, 40 / 70], [50 / 70, 20 / 70]])
+    assert joined.tolist() == [True, True, True]
+    np.testing.assert_allclose(recorder.front.density, [20 / 70, 40 / 70])

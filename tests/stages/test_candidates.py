@@ -1,5 +1,6 @@
 """Candidates of a search: evaluated, repaired and computed by the settings."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,11 @@ from paretoprune.evaluation.evaluator import PopulationEvaluator
 from paretoprune.evaluation.finishing import Finisher
 from paretoprune.evaluation.task import Task
 from paretoprune.evaluation.workers import can_fork
-from paretoprune.masks.packed import PackedMasks
+from paretoprune.masks.packed import PackedMasks, unpack_row
 from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.architectures import Architecture
 from paretoprune.settings import Compute, Evaluating, Searching
-from paretoprune.stages.candidates import Setup
+from paretoprune.stages.candidates import Setup, zero_weights
 
 NETWORK = Architecture("resnet8", 3, 1, {"base_width": 2}).build(0).eval()
 UNITS = WeightUnits.of(NETWORK, ["conv1.weight"])
@@ -108,3 +109,18 @@ def test_a_problem_has_the_costs_of_the_settings() -> None:
     assert np.all((costs > 0.1) & (costs < 0.95))
     plain = Setup(task(), Searching.of(SETTINGS), Compute())
     assert plain.problem(make_evaluator()).objectives == ("error", "density")
+
+
+def test_weights_that_are_zero_already_are_absent() -> None:
+    network, units = task().network, task().units
+    assert zero_weights(network, units) is None
+    network = copy.deepcopy(network)
+    parameters = dict(network.named_parameters())
+    with torch.no_grad():
+        parameters[units.names[0]].view(-1)[::2] = 0.0
+        parameters[units.names[-1]].view(-1)[-1] = -0.0
+    expected = np.zeros(units.n_units, dtype=bool)
+    expected[: units.sizes[0] : 2] = expected[-1] = True
+    words = zero_weights(network, units)
+    assert words is not None
+    assert np.array_equal(unpack_row(words, units.n_units), expected)

@@ -96,7 +96,7 @@ def pareto_prune(
     refits = repair_named(repair).refits
     phase1, anchors, phase2 = REFITTED if refits else MASKED
     budget, population = Budget(evaluations, phase1.share), int(np.clip(evaluations // 20, 8, 40))
-    needed = 2 * (len(phase1.starts) * len(phase1.start_densities) + population + phase1.n_reselected)
+    needed = 2 * phase1.least_evaluations(population)
     if evaluations < needed:
         raise ValueError(
             f"expected at least {needed} evaluations, half of them for Phase 1: the classical allocations, one "

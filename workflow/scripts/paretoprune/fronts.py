@@ -199,6 +199,18 @@ class Front:
         return 1.0 - self.density
 
     @property
+    def sparsity_of_parameters(self) -> np.ndarray:
+        """Removed weights as a share of all parameters, also those that cannot be pruned, float64 (n_members,).
+
+        Raises:
+            RuntimeError: The front was read from a file and knows no network.
+        """
+        if self.dense is None:
+            raise RuntimeError("this front was read from a file and knows no network; call pareto_prune")
+        n_parameters = sum(parameter.numel() for parameter in self.dense.parameters())
+        return np.asarray((self.masks.n_units - self.masks.n_kept) / n_parameters)
+
+    @property
     def reference(self) -> tuple[float, ...]:
         """Up to where hypervolume is measured."""
         return reference_point(self.names)

@@ -227,6 +227,15 @@ class Phase1(Settings):
         items=POSITIVE_SHARE,
     )
 
+    @property
+    def n_starts(self) -> int:
+        """Classical allocations in the first population, at most."""
+        return len(self.starts) * len(self.start_densities)
+
+    def least_evaluations(self, population: int) -> int:
+        """Candidates that Phase 1 needs at least: its starts, one population, and members chosen anew."""
+        return self.n_starts + population + self.n_reselected
+
 
 @dataclass(frozen=True)
 class Anchors(Settings):

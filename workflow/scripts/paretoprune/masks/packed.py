@@ -122,6 +122,14 @@ class PackedMasks:
             raise ValueError(f"expected masks over {self.n_units} weights, found {other.n_units}")
         return PackedMasks(np.concatenate([self.words, other.words]), self.n_units)
 
+    def without(self, absent: np.ndarray) -> "PackedMasks":
+        """These masks, without some units.
+
+        Args:
+            absent: uint64 (n_words,), 1 = the unit is never kept.
+        """
+        return PackedMasks(self.words & ~absent, self.n_units)
+
     @property
     def n_kept(self) -> np.ndarray:
         """Number of kept units per mask, int64 (n_masks,)."""

@@ -100,7 +100,7 @@ class WeightUnits(Units):
 
     @classmethod
     def of(cls, network: "nn.Module", exclude: Sequence[str] = ()) -> "WeightUnits":
-        """Lay out the weights of every convolution and linear layer of `network`.
+        """Lay out the weights of `network`: of convolutions, linear layers, attention and recurrent layers.
 
         Biases and normalisation parameters are never pruned. A weight shared by several modules appears once.
 
@@ -112,22 +112,18 @@ class WeightUnits(Units):
             ValueError: Nothing is left to prune, a pattern matches no prunable weight, or a weight is no plain
                 parameter.
         """
-        # Imported here so that figures and reports, which only read masks, never wait for torch.
-        from torch import nn
-
-        kinds = (nn.modules.conv._ConvNd, nn.Linear)
         parameters = dict(network.named_parameters())
         prunable: dict[int, tuple[str, tuple[int, ...]]] = {}
         for prefix, module in network.named_modules():
-            if isinstance(module, kinds):
-                name = f"{prefix}.weight" if prefix else "weight"
-                if id(module.weight) not in prunable and name not in parameters:
+            for own_name in prunable_parameters(module):
+                name, weight = f"{prefix}.{own_name}" if prefix else own_name, getattr(module, own_name)
+                if id(weight) not in prunable and name not in parameters:
                     raise ValueError(
                         f"'{name}' is computed from other tensors (weight norm, another pruning) and cannot be masked; "
                         "make it a plain parameter first, for instance with "
                         "torch.nn.utils.parametrize.remove_parametrizations"
                     )
-                prunable.setdefault(id(module.weight), (name, tuple(module.weight.shape)))
+                prunable.setdefault(id(weight), (name, tuple(weight.shape)))
         found = list(prunable.values())
         for pattern in exclude:
             if not any(fnmatch.fnmatchcase(name, pattern) for name, _ in found):
@@ -183,6 +179,22 @@ class WeightUnits(Units):
     def to_weights(self, bits: np.ndarray) -> np.ndarray:
         """Which weights a mask keeps, bool (n_weights,): here the bits themselves, bool (n_units,)."""
         return bits
+
+
+def prunable_parameters(module: "nn.Module") -> list[str]:
+    """Names of the matrices with which a layer multiplies its inputs, as attributes of the layer; none for others."""
+    # Imported here so that figures and reports, which only read masks, never wait for torch.
+    from torch import nn
+
+    if isinstance(module, nn.modules.conv._ConvNd | nn.Linear | nn.Bilinear):
+        return ["weight"]
+    if isinstance(module, nn.MultiheadAttention):
+        # One matrix for queries, keys and values, or three where they differ in width; the output's is a layer itself.
+        names = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
+        return [name for name in names if getattr(module, name) is not None]
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return [name for name, _ in module.named_parameters(recurse=False) if name.startswith("weight")]
+    return []
 
 
 def ranks_within_groups(scores: np.ndarray, units: Units) -> np.ndarray:

@@ -1,14 +1,16 @@
-"""Exact costs of a pruned network, from how many weights each tensor keeps, relative to the dense network."""
+"""What a pruned network costs, as a function of how many weights each tensor keeps; relative to the dense network."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.utils.rnn import PackedSequence
 
-from paretoprune.masks.units import WeightUnits
+from paretoprune.masks.units import WeightUnits, prunable_parameters
 from paretoprune.objectives import Cost, Density, GroupCost
 
 # A float32 number, and the bit of the mask that says whether a weight is kept.
@@ -41,12 +43,12 @@ def density(priced: Priced) -> Cost:
 
 
 def parameters(priced: Priced) -> Cost:
-    """Number of kept weights and of all other parameters (biases, normalisation, excluded layers)."""
+    """Kept weights and everything that is not prunable (biases, normalisation, excluded layers)."""
     return GroupCost("parameters", priced.units, np.ones(priced.units.n_groups), float(priced.n_other))
 
 
 def macs(priced: Priced) -> Cost:
-    """Multiply-accumulate operations of convolutions and linear layers for one image, without pruned weights."""
+    """Multiply-adds of convolutions and linear layers for one image, those with a pruned weight left out."""
     uses = count_uses(priced.network, priced.image)
     prices = np.array([uses.pop(name, 0) for name in priced.units.names], dtype=np.float64)
     sizes = {name: parameter.numel() for name, parameter in priced.network.named_parameters()}
@@ -54,7 +56,7 @@ def macs(priced: Priced) -> Cost:
 
 
 def stored_bytes(priced: Priced) -> Cost:
-    """Bytes of a file with the kept weights, a bit for each prunable weight, and all other parameters and buffers."""
+    """A file of the kept weights, a bit for each prunable one that says whether it is kept, and all other numbers."""
     n_buffers = sum(buffer.numel() for buffer in priced.network.buffers() if buffer.is_floating_point())
     fixed = NUMBER_BYTES * (priced.n_other + n_buffers) + BIT_BYTES * priced.units.n_units
     return GroupCost("bytes", priced.units, np.full(priced.units.n_groups, NUMBER_BYTES), fixed)
@@ -68,8 +70,8 @@ COSTS: Mapping[str, Callable[[Priced], Cost]] = {
 }
 
 
-def count_uses(network: nn.Module, image: Tensor) -> dict[str, int]:
-    """Count how often one forward pass multiplies by each weight of a convolution or linear layer.
+def count_uses(network: nn.Module, image: Tensor) -> dict[str, float]:
+    """Count how often one forward pass multiplies by each prunable weight (`masks.units.prunable_parameters`).
 
     Args:
         network: In evaluation mode; it is left as it is.
@@ -77,22 +79,19 @@ def count_uses(network: nn.Module, image: Tensor) -> dict[str, int]:
 
     Returns:
         Multiplications by any one weight of a tensor, by parameter name. A tensor that several layers share, or whose
-        layer runs several times, counts each time.
+        layer runs several times, counts each time. Where the weights of a tensor are used unequally often (attention
+        over another sequence), it is their mean.
     """
     names = {id(parameter): name for name, parameter in network.named_parameters()}
-    uses: dict[str, int] = {}
+    uses: dict[str, float] = {}
 
-    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        weight = module.get_parameter("weight")
-        # A transposed convolution scatters from each input position, any other layer gathers for each output position.
-        activations, channels = (
-            (inputs[0], module.in_channels) if isinstance(module, _ConvTransposeNd) else (output, len(weight))
-        )
-        name = names[id(weight)]
-        uses[name] = uses.get(name, 0) + activations.numel() // int(channels)
+    def count(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
+        for own_name, n in _uses_of_layer(module, inputs, options, output).items():
+            name = names[id(module.get_parameter(own_name))]
+            uses[name] = uses.get(name, 0) + n
 
-    layers = [module for module in network.modules() if isinstance(module, _ConvNd | nn.Linear)]
-    handles = [layer.register_forward_hook(count) for layer in layers]
+    layers = [module for module in network.modules() if prunable_parameters(module)]
+    handles = [layer.register_forward_hook(count, with_kwargs=True) for layer in layers]
     try:
         with torch.inference_mode():
             network(image)
@@ -100,6 +99,27 @@ def count_uses(network: nn.Module, image: Tensor) -> dict[str, int]:
         for handle in handles:
             handle.remove()
     return uses
+
+
+def _uses_of_layer(
+    module: nn.Module, inputs: tuple[Any, ...], options: Mapping[str, Any], output: Any
+) -> dict[str, float]:
+    """Count how often one call of a layer multiplies by each weight of its tensors, by their names in the layer."""
+    if isinstance(module, nn.MultiheadAttention):
+        query, key = (inputs[i] if len(inputs) > i else options[name] for i, name in enumerate(("query", "key")))
+        n_query, n_key = query.numel() // query.shape[-1], key.numel() // key.shape[-1]
+        counts = {"q_proj_weight": n_query, "k_proj_weight": n_key, "v_proj_weight": n_key}
+        # The projection of the output is no layer that is called: attention uses its weights directly.
+        counts |= {"in_proj_weight": (n_query + 2 * n_key) / 3, "out_proj.weight": n_query}
+        return {name: n for name, n in counts.items() if name in dict(module.named_parameters())}
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        sequence = inputs[0].data if isinstance(inputs[0], PackedSequence) else inputs[0]
+        n_steps = sequence.numel() // sequence.shape[-1]
+        return dict.fromkeys(prunable_parameters(module), n_steps)
+    if isinstance(module, _ConvTransposeNd):
+        # A transposed convolution scatters from each input position, other layers gather for each output position.
+        return {"weight": inputs[0].numel() // module.in_channels}
+    return {"weight": output.numel() // len(module.get_parameter("weight"))}
 
 
 def make_costs(names: Sequence[str], priced: Priced) -> tuple[Cost, ...]:

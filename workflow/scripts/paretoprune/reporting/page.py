@@ -65,6 +65,7 @@ def run_section(run: RunResults, summary: pd.DataFrame, figures: Mapping[str, st
         figures: Path of each of its figures relative to the page, without the suffix.
     """
     first = run.dense[run.about.seeds[0]]
+    share = first["n_prunable"] / first["n_parameters"]
     return {
         "dataset": run.about.dataset,
         "network": run.about.network,
@@ -78,6 +79,8 @@ def run_section(run: RunResults, summary: pd.DataFrame, figures: Mapping[str, st
         "sources": sorted({str(metrics["source"]) for metrics in run.dense.values()}),
         "n_prunable": f"{first['n_prunable']:,}",
         "n_parameters": f"{first['n_parameters']:,}",
+        "prunable_share": f"{100 * share:.1f}",
+        "sparsity_of_parameters": f"{90 * share:.1f}",
         "n_classes": first["n_classes"],
         "dense_accuracy": f"{100 * (1 - run.dense_test_error):.2f}",
         "evaluations": f"{summary['evaluations'].sum():,}",

@@ -44,6 +44,8 @@ class Problem:
             never join a front. None for all.
         progress: Called with each new history row.
         loss: Name of the loss.
+        absent: Units that are gone before the search begins, such as weights that are zero already: uint64 (n_words,)
+            as in a mask, 1 = never kept. None where there are none.
     """
 
     units: Units
@@ -52,6 +54,7 @@ class Problem:
     is_feasible: Feasible | None = None
     progress: Progress | None = None
     loss: str = "error"
+    absent: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         names = self.objectives

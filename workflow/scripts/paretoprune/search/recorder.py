@@ -106,6 +106,8 @@ class Recorder:
     def __call__(self, masks: PackedMasks) -> tuple[np.ndarray, np.ndarray]:
         """Evaluate masks.
 
+        Units that the problem says are absent count as dropped, whatever a mask says of them.
+
         Returns:
             Objectives (n, n_objectives), and whether each mask is new and on the front, bool (n,). Where `survival` is
             given, the loss of a mask that it drops in any case may be a lower bound.
@@ -113,6 +115,8 @@ class Recorder:
         Raises:
             BudgetSpentError: There are more new masks than the budget pays for; those it pays for are evaluated.
         """
+        if self.problem.absent is not None:
+            masks = masks.without(self.problem.absent)
         batch = _Batch(masks, masks.fingerprints(), self.problem.costs_of(masks))
         first_at = {key: i for i, key in reversed(list(enumerate(batch.keys)))}
         fresh = sorted(i for key, i in first_at.items() if key not in self._known)

@@ -119,7 +119,8 @@ def search_thresholds(
     rungs = None if settings.rungs is None else ladder_of_densities(settings.rungs)
     decode = _Decoder(scores, units, rungs)
     if rungs is not None and precompute is not None:
-        precompute(decode.masks(np.repeat(rungs[:, None], units.n_groups, axis=1)))
+        on_rungs = decode.masks(np.repeat(rungs[:, None], units.n_groups, axis=1))
+        precompute(on_rungs if problem.absent is None else on_rungs.without(problem.absent))
     recorder = Recorder(problem, budget=effort.evaluations - n_reselected, stage="start")
     first = [1.0 - np.asarray(counts) / units.sizes for counts in starts]
     if first:

@@ -3,11 +3,12 @@
 from dataclasses import dataclass, replace
 
 import numpy as np
+from torch import nn
 
 from paretoprune.evaluation.evaluator import PopulationEvaluator
 from paretoprune.evaluation.task import Task
-from paretoprune.masks.packed import PackedMasks
-from paretoprune.masks.units import Units
+from paretoprune.masks.packed import PackedMasks, pack_rows
+from paretoprune.masks.units import Units, WeightUnits
 from paretoprune.networks.costs import Priced, make_costs
 from paretoprune.search.problem import Evaluate, Feasible, Problem, Progress
 from paretoprune.settings import Compute, Searching
@@ -44,7 +45,21 @@ class Setup:
         task, searching = self.task, self.searching
         feasible = no_group_is_empty(task.units) if searching.empty_layers == "forbid" else None
         costs = make_costs(searching.costs, Priced(task.network, task.units, task.images[:1]))
-        return Problem(task.units, evaluate, costs, feasible, self.progress)
+        absent = zero_weights(task.network, task.units)
+        return Problem(task.units, evaluate, costs, feasible, self.progress, absent=absent)
+
+
+def zero_weights(network: nn.Module, units: WeightUnits) -> np.ndarray | None:
+    """Weights that are zero already, as a network that was pruned before has them.
+
+    They are neither kept nor given back by a re-fit.
+
+    Returns:
+        uint64 (n_words,) as in a mask, 1 = zero; None where there are none.
+    """
+    parameters = dict(network.named_parameters())
+    zero = np.concatenate([(parameters[name] == 0).reshape(-1).cpu().numpy() for name in units.names])
+    return pack_rows(zero[None])[0] if zero.any() else None
 
 
 def no_group_is_empty(units: Units) -> Feasible:

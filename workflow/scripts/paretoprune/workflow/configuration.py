@@ -147,12 +147,11 @@ def _broken_effort(method: ComparedMethod, name: str) -> Iterator[str]:
 def _broken_phases(method: ComparedMethod, name: str) -> Iterator[str]:
     """Too few candidates for one of the two phases."""
     phase1, budget = method.phase1, method.budget
-    starts = len(phase1.starts) * len(phase1.start_densities)
-    needed = starts + method.population + phase1.n_reselected
+    needed = phase1.least_evaluations(method.population)
     if budget.phase1 < needed:
         yield (
             f"method_settings.{name}: Phase 1 gets {budget.phase1} evaluations, expected at least "
-            f"{needed} ({starts} starting allocations, a population of {method.population} and "
+            f"{needed} ({phase1.n_starts} starting allocations, a population of {method.population} and "
             f"{phase1.n_reselected} members chosen anew); raise "
             "`evaluations` or `phase1.share`, or start from fewer densities"
         )
