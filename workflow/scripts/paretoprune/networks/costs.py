@@ -43,12 +43,12 @@ def density(priced: Priced) -> Cost:
 
 
 def parameters(priced: Priced) -> Cost:
-    """Kept weights and everything that is not prunable (biases, normalisation, excluded layers)."""
+    """Number of kept weights and of all other parameters (biases, normalisation, excluded layers)."""
     return GroupCost("parameters", priced.units, np.ones(priced.units.n_groups), float(priced.n_other))
 
 
 def macs(priced: Priced) -> Cost:
-    """Multiply-adds of convolutions and linear layers for one image, those with a pruned weight left out."""
+    """Multiply-adds of one image with all weights of layers (`count_uses`), without those of pruned weights."""
     uses = count_uses(priced.network, priced.image)
     prices = np.array([uses.pop(name, 0) for name in priced.units.names], dtype=np.float64)
     sizes = {name: parameter.numel() for name, parameter in priced.network.named_parameters()}
@@ -56,7 +56,7 @@ def macs(priced: Priced) -> Cost:
 
 
 def stored_bytes(priced: Priced) -> Cost:
-    """A file of the kept weights, a bit for each prunable one that says whether it is kept, and all other numbers."""
+    """Bytes of a file with the kept weights, a bit for each prunable weight, and all other parameters and buffers."""
     n_buffers = sum(buffer.numel() for buffer in priced.network.buffers() if buffer.is_floating_point())
     fixed = NUMBER_BYTES * (priced.n_other + n_buffers) + BIT_BYTES * priced.units.n_units
     return GroupCost("bytes", priced.units, np.full(priced.units.n_groups, NUMBER_BYTES), fixed)
