@@ -1,7 +1,7 @@
 """All benchmarks in one run: `make bench`, or `python -m benchmarks --help`.
 
-Writes `results.json`, `results.md` and `results.png`. The evaluator's ratios are between medians of what ran in turn,
-the engine's between medians of generations in processes of their own; a search runs once.
+Writes `results.json`, `results.md` and `results.png`. Ratios of the evaluator are between medians of loops that ran in
+turn. Ratios of the engine are between medians of generations, each case in a process of its own. A search runs once.
 """
 
 import argparse
@@ -17,23 +17,23 @@ import torch
 
 from benchmarks import engine, evaluator, figure, scaling, whole_search
 from benchmarks.inputs import data_directory
+from benchmarks.whole_search import SearchCase
 
 FOLDER = Path(__file__).parent
 _LOGGER = logging.getLogger("benchmarks")
-# (depth, population, generations, images, calibration images, seed, candidates that stand for the plain search or None
-# to run it). The plain implementation would take more than half an hour for the first.
+# The plain implementation would take more than half an hour for the first.
 SEARCHES = (
-    (56, 40, 10, 500, 256, 0, 4),
-    (20, 12, 8, 400, 128, 0, None),
-    (20, 12, 8, 400, 128, 1, None),
+    SearchCase(56, 40, 10, n_images=500, n_calibration=256, seed=0, n_plain=4),
+    SearchCase(20, 12, 8, n_images=400, n_calibration=128, seed=0),
+    SearchCase(20, 12, 8, n_images=400, n_calibration=128, seed=1),
 )
 
 
 def headline(results: dict[str, Any]) -> dict[str, float | None]:
-    """The figures that are followed over time; each is a median or a ratio of medians.
+    """The figures that are followed over time, each a median or a ratio of medians.
 
-    The engine's are those of guided NSGA-II at a million weights, the evaluator's and the search's ratio those of
-    ResNet-56; the difference of hypervolumes is that of the searches that both implementations ran.
+    Those of the engine are for guided NSGA-II at a million weights. Those of the evaluator and of the search's speed
+    are for ResNet-56. The difference of hypervolumes is over the searches that both implementations ran.
     """
     at = {(r["engine"], r["algorithm"], r["crossover"]): r for r in results["engine"] if r["n_weights"] == 1_000_000}
     peer, ours = at["pymoo", "nsga2", "two-point"], at["guided", "nsga2", "one-point"]
@@ -83,21 +83,9 @@ def main() -> None:
     begin("engine")
     results["engine"] = engine.measure_all(engine.cases((100_000, 1_000_000, 10_000_000)))
     results["search"] = []
-    for depth, population, generations, images, calibration, seed, n_plain in SEARCHES:
-        begin(f"whole search, ResNet-{depth}, seed {seed}")
-        results["search"].append(
-            whole_search.measure(
-                depth=depth,
-                population=population,
-                generations=generations,
-                n_images=images,
-                n_calibration=calibration,
-                seed=seed,
-                workers=2,
-                data=data,
-                n_plain=n_plain,
-            )
-        )
+    for case in SEARCHES:
+        begin(f"whole search, ResNet-{case.depth}, seed {case.seed}")
+        results["search"].append(whole_search.measure(case, workers=2, data=data))
     begin("growth of cost")
     results["scaling"] = scaling.measure(data)
     results = {"headline": headline(results), "seconds": round(time.perf_counter() - start), **results}

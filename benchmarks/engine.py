@@ -1,16 +1,16 @@
 """Time and memory of a generation: the packed engine of the searches against pymoo's own binary operators.
 
-Both sides run pymoo's unmodified NSGA-II, ours MOEA/D as well, on populations of 100 masks with an objective that costs
-next to nothing but is a real trade-off, so that what is measured is sampling, variation, duplicates and survival:
+Both sides run pymoo's unmodified NSGA-II, ours MOEA/D as well, on populations of 100 masks. The objective is a real
+trade-off and costs next to nothing, so the time is that of sampling, variation, duplicate elimination and survival:
 
-- `pymoo`: as a user writes it, booleans with eliminated duplicates; two-point crossover and its own rate of bit flips
-  (one a mask), or uniform crossover and the rate of `flat`;
+- `pymoo`: as a user writes it, booleans with duplicate elimination; two-point crossover and pymoo's rate of bit flips
+  (one per mask), or uniform crossover and the rate of `flat`;
 - `flat`: the same on packed words, uniform crossover and bit flips (those of `search_flat`, a thousandth of all bits);
-- `guided`: importance-guided moves and one-point crossover of `search_corridor`, along two importance scores, in a
-  corridor of the middle half of all weights, laid out like a ResNet-56.
+- `guided`: the moves of `search_corridor`, guided by two importance scores, and its one-point crossover, in a corridor
+  of the middle half of all weights, with the layers of a ResNet-56.
 
-Every case runs in a process of its own, so that its peak memory is its own: it counts what comes on top of the inputs
-(importance scores, anchors) and of the libraries, from the first population on.
+Every case runs in a process of its own, so that peak memory can be measured. It counts from the first population on,
+without the libraries and the inputs (importance scores, anchors).
 
     python benchmarks/engine.py [--n-weights 100000 1000000] [--output engine.json]
 """
@@ -53,7 +53,7 @@ from pymoo.operators.sampling.rnd import BinaryRandomSampling  # noqa: E402
 
 POPULATION = 100
 SEED = 0
-# Words of a mask that decide about the made-up error, spread over all layers.
+# Words of a mask that the made-up error depends on, spread over all layers.
 N_DECISIVE = 200
 # Those of the default configuration.
 FLIP_RATE, SOFTNESS, FIRST_RATE, CROSSOVER_PROBABILITY = 0.001, 0.05, 0.02, 0.3
@@ -70,7 +70,7 @@ class Case:
         n_weights: Bits of a mask.
         generations: Generations to measure after the first.
         population: Masks in a population.
-        corridor: Of `guided`: share of the weights that are searched.
+        corridor: Share of the weights that are searched, for `guided` only.
     """
 
     engine: str
@@ -83,7 +83,7 @@ class Case:
 
 
 def cases(sizes: Sequence[int]) -> list[Case]:
-    """All cases: pymoo's own operators up to a million weights, where they take gigabytes already."""
+    """All cases; pymoo's own operators only up to a million weights, where they take gigabytes."""
     found = []
     for n in sizes:
         if n <= 1_000_000:
@@ -97,7 +97,7 @@ def cases(sizes: Sequence[int]) -> list[Case]:
 
 
 def resnet56_layout(n_weights: int) -> WeightUnits:
-    """The proportions of a ResNet-56 on CIFAR-10, scaled to `n_weights`."""
+    """Layers in the proportions of a ResNet-56 on CIFAR-10, scaled to `n_weights` in all."""
     widths = [16] * 19 + [32] * 18 + [64] * 18
     inputs = [3, *widths[:-1]]
     sizes = np.array([a * b * 9 for a, b in zip(inputs, widths, strict=True)] + [64 * 10])
@@ -109,7 +109,7 @@ def resnet56_layout(n_weights: int) -> WeightUnits:
 class Objective:
     """A made-up error that costs next to nothing, and density.
 
-    Some words, spread over the mask, let through what they keep, weighted at random, with diminishing returns.
+    The error falls with the kept bits of some words, weighted at random, with diminishing returns.
     """
 
     def __init__(self, n_weights: int) -> None:
@@ -147,7 +147,7 @@ class BooleanProblem(Problem):
 
 
 def _prepare(case: Case) -> Callable[[], tuple[Algorithm, Problem]]:
-    """Make the inputs of a case; what is returned makes the algorithm, its first population, and the problem."""
+    """Make the inputs of a case; the returned function makes the algorithm, its first population, and the problem."""
     n = case.n_weights
     if case.engine == "pymoo":
         crossover = TwoPointCrossover() if case.crossover == "two-point" else UniformCrossover()
@@ -191,7 +191,7 @@ def _prepare(case: Case) -> Callable[[], tuple[Algorithm, Problem]]:
 
 
 def _evolve(make: Callable[[], tuple[Algorithm, Problem]], generations: int) -> list[float]:
-    """Seconds of the first population, making it included, and of each generation after it."""
+    """Seconds of the first population, with the making of the algorithm, and of each generation after it."""
     seconds, start = [], time.perf_counter()
     algorithm, problem = make()
     algorithm.setup(problem, termination=NoTermination(), seed=SEED)
@@ -214,7 +214,7 @@ def _memory(key: str) -> float:
 
 
 def _population_mb(make: Callable[[], tuple[Algorithm, Problem]]) -> float:
-    """What an algorithm with its first population takes in memory, in MB; it is let go again."""
+    """Memory in MB of an algorithm with its first population."""
     before = _memory("VmRSS")
     algorithm, problem = make()
     algorithm.setup(problem, termination=NoTermination(), seed=SEED)
@@ -228,9 +228,9 @@ def measure(case: Case) -> dict[str, Any]:
 
     Returns:
         The case's fields, `seconds_first` (first population), `seconds_per_generation` (median), `extra_peak_mb`,
-        `population_mb`, what the algorithm with its first population takes, and `packed_mb`, what the bits alone take.
+        `population_mb` (algorithm with its first population, None for pymoo) and `packed_mb` (the bits alone).
     """
-    # What is imported or compiled on first use is no part of the measurement.
+    # A small run first: imports and compilation on first use are no part of the measurement.
     _evolve(_prepare(Case(case.engine, case.algorithm, case.crossover, 20_000, 1)), 1)
     make = _prepare(case)
     before = _memory("VmRSS")

@@ -1,4 +1,4 @@
-"""Images a second of the evaluator on one core, against the usual and a tuned loop and against the core's own speed."""
+"""Images per second of the evaluator on one core, against the usual loop, a tuned loop, and the core's peak."""
 
 import copy
 from functools import partial
@@ -30,7 +30,7 @@ PEAK_SIZES = (1024, 2048)
 
 
 def forward_flop(network: nn.Module, image: Tensor) -> int:
-    """Floating-point operations of one image (1, c, h, w) in convolutions and linear layers, two to a product."""
+    """Floating-point operations of one image (1, c, h, w) in convolutions and linear layers, two per multiply-add."""
     total = 0
 
     def count(module: nn.Module, _: Any, output: Tensor) -> None:
@@ -79,7 +79,7 @@ class EagerLoop:
 
 
 def peak_flop_rate(dtype: torch.dtype) -> float:
-    """Operations a second of the fastest of some dense matrix products on one core."""
+    """Floating-point operations per second of the fastest dense matrix product of `PEAK_SIZES` on one core."""
     best = 0.0
     for n in PEAK_SIZES:
         a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
@@ -89,7 +89,7 @@ def peak_flop_rate(dtype: torch.dtype) -> float:
 
 
 def bare_convolutions(network: nn.Module, image: Tensor, batch: int, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
-    """Inputs and weights of every convolution of a network, in the type and layout of the fused path."""
+    """Input, weight, stride and padding of every convolution of a network, in the type and layout of the fused path."""
     found: list[tuple[Tensor, ...]] = []
 
     def remember(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -107,7 +107,7 @@ def bare_convolutions(network: nn.Module, image: Tensor, batch: int, dtype: torc
 
 
 def measure(depths: tuple[int, ...], n_images: int, repeats: int, data: Path | None) -> list[dict[str, Any]]:
-    """One row for each depth: images a second of the three loops, and shares of what the core can do."""
+    """Measure one row for each depth: images per second of the three loops, and shares of the core's peak."""
     torch.set_num_threads(1)
     images, labels = images_and_labels(n_images, data)
     return [_measure(depth, images, labels, repeats, data) for depth in depths]
@@ -157,7 +157,7 @@ def _measure(depth: int, images: Tensor, labels: Tensor, repeats: int, data: Pat
 
 
 def measure_workers(depth: int, n_images: int, n_candidates: int, repeats: int, data: Path | None) -> dict[str, Any]:
-    """How much faster two worker processes evaluate a population than one process."""
+    """Measure how much faster two worker processes evaluate a population than one process."""
     torch.set_num_threads(1)
     images, labels = images_and_labels(n_images, data)
     network = resnet(depth, data)

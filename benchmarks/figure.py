@@ -1,4 +1,4 @@
-"""The figure and the table that its README shows, from `results.json`."""
+"""The figure and the table of the README beside it, from `results.json`."""
 
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def _engine(axis: Axes, rows: list[dict[str, Any]]) -> None:
 
 
 def _evaluator(axis: Axes, rows: list[dict[str, Any]]) -> None:
-    """Images a second by depth and way."""
+    """Images per second by depth and implementation."""
     ways = (
         ("_usual", "usual loop: eager float32, batch 1000", OTHER),
         ("_tuned", "tuned loop: eager bfloat16, channels last", MIDDLE),

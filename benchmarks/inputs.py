@@ -1,4 +1,4 @@
-"""What the benchmarks run on: the trained ResNets and real images where they are at hand, otherwise stand-ins."""
+"""Inputs of the benchmarks: trained ResNets and real images if they are there, otherwise untrained ones and noise."""
 
 import time
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from paretoprune.networks.architectures import CifarResNet
 from paretoprune.networks.checkpoints import load_weights, read_state_dict
 from torch import Tensor, nn
 
-# Published networks, and what they were trained with; see the experiment cifar10-sample-resnet20.
+# Published networks, and the normalisation that they were trained with; see the experiment cifar10-sample-resnet20.
 CHECKPOINTS = {20: "checkpoints/resnet20-12fca82f.th", 56: "checkpoints/resnet56-4bfd9763.th"}
 IMAGES = "cifar10-sample.tar"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -49,14 +49,15 @@ def data_directory(path: Path) -> Path | None:
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """How long one call takes."""
+    """Seconds of one call."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
 def side_by_side(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each function, called in turn so that a noisy machine slows all of them alike."""
+    """Median seconds of each function over `repeats` rounds."""
+    # A first call warms up. Then the functions take turns, so that a noisy machine slows all of them alike.
     for function in functions.values():
         function()
     found: dict[str, list[float]] = {name: [] for name in functions}

@@ -1,9 +1,9 @@
-"""The plain implementation that the whole search is measured against: what one writes first.
+"""The plain implementation that the whole search is measured against: the code that one would write first.
 
 Every candidate is a deep copy of the network with its weights multiplied by the mask, evaluated in full by torch's
-eager float32 in large batches, one after the other in one process; Phase 2's populations are booleans (n, n_weights) in
-pymoo's NSGA-II with its default duplicate elimination. The method is the same down to the draws: with an evaluator that
-gives the same objectives, both implementations find the same front (`tests/test_benchmarks.py`).
+eager float32 in large batches, one after the other in one process. Phase 2's populations are booleans (n, n_weights) in
+pymoo's NSGA-II with its default duplicate elimination. The method is the same down to the random draws: with an
+evaluator that gives the same losses, both implementations find the same front (`tests/test_benchmarks.py`).
 """
 
 import copy
@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from paretoprune.evaluation.metrics import divergence, top1_error
+from paretoprune.evaluation.task import Task
 from paretoprune.masks.genomes import Genome
 from paretoprune.masks.packed import PackedMasks, pack_rows, unpack_row
-from paretoprune.masks.units import WeightUnits
 from paretoprune.repair.repairs import make_repair
 from paretoprune.search.adaptive import AdaptiveVariation
 from paretoprune.search.corridor import Corridor
@@ -35,45 +35,30 @@ BATCH_SIZE = 1000
 
 
 class PlainEvaluator:
-    """Masks to losses, the usual way.
+    """From masks to losses, the usual way.
 
     Args:
-        network: The trained dense network.
-        layout: Where its prunable weights lie in a mask.
-        images: Images to evaluate on, float32 (n, c, h, w).
-        labels: int64 (n,).
-        repair: `none` or `batchnorm`.
-        calibration_images: Images for the repair.
+        task: The trained dense network, its units, and the images that pruned ones are evaluated and repaired on.
+        repair: `none` or `batchnorm`, on all calibration images.
         objective: `error` or `divergence`.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        layout: WeightUnits,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        repair: str,
-        calibration_images: Tensor,
-        objective: str,
-    ) -> None:
-        self._network, self._layout = network, layout
-        self._images, self._labels, self._objective = images, labels, objective
-        self._repair = make_repair(repair, network, calibration_images)
-        self._dense = self.predict(network).double().log_softmax(dim=1)
+    def __init__(self, task: Task, *, repair: str, objective: str) -> None:
+        self._task, self._objective = task, objective
+        self._repair = make_repair(repair, task.network, task.calibration)
+        self._dense = self.predict(task.network).double().log_softmax(dim=1)
 
     def predict(self, network: nn.Module) -> Tensor:
         """Logits of all images, float32 (n, n_classes)."""
         with torch.no_grad():
-            return torch.cat([network(batch) for batch in self._images.split(BATCH_SIZE)])
+            return torch.cat([network(batch) for batch in self._task.images.split(BATCH_SIZE)])
 
     def prune(self, mask: np.ndarray) -> nn.Module:
         """A masked and repaired copy of the network; the mask is bool (n_weights,)."""
-        pruned = copy.deepcopy(self._network)
+        pruned = copy.deepcopy(self._task.network)
         parameters = dict(pruned.named_parameters())
         with torch.no_grad():
-            for name, part in self._layout.split(mask).items():
+            for name, part in self._task.units.split(mask).items():
                 parameters[name].mul_(torch.from_numpy(part))
         self._repair(pruned)
         return pruned
@@ -84,7 +69,7 @@ class PlainEvaluator:
         for i in range(len(masks)):
             logits = self.predict(self.prune(masks.unpack(i)))
             by_label = self._objective == "error"
-            errors.append(top1_error(logits, self._labels) if by_label else divergence(logits, self._dense))
+            errors.append(top1_error(logits, self._task.labels) if by_label else divergence(logits, self._dense))
         return np.array(errors)
 
 

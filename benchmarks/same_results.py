@@ -1,9 +1,9 @@
-"""Compare two folders of results file by file: what a change that only moves code must leave as it was.
+"""Compare two folders of results file by file; a change that only moves code must leave them equal.
 
     python -m benchmarks.same_results BEFORE AFTER
 
-Fronts, masks, networks, histories (but for their times), anchors and tables must be equal to the byte; logs, benchmarks
-and the report's page are left out.
+Fronts, masks, networks, histories (but for their times), anchors and tables must be equal to the byte. Logs, benchmarks
+and the report's page are not compared.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def compared_files(folder: Path) -> Iterator[Path]:
 
 
 def content(path: Path) -> object:
-    """What must be equal of a file."""
+    """The content of a file that must be equal: its bytes, or the rows of a table without times."""
     if path.suffix != ".csv":
         return path.read_bytes()
     with path.open(newline="", encoding="utf-8") as handle:
@@ -35,7 +35,7 @@ def content(path: Path) -> object:
 
 
 def differences(before: Path, after: Path) -> list[str]:
-    """One line for each file that is not the same, or that only one folder has."""
+    """One line for each file that differs or that only one folder has."""
     names = sorted({*compared_files(before), *compared_files(after)})
     found = []
     for name in names:

@@ -10,7 +10,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from paretoprune.evaluation.evaluator import PopulationEvaluator
 from paretoprune.evaluation.task import Task
 from paretoprune.fronts import Front
-from paretoprune.importance.allocation import STARTS, starting_allocations
+from paretoprune.importance.allocation import starting_allocations
 from paretoprune.importance.scores import compute_importance, flat_scores
 from paretoprune.masks.units import WeightUnits
 from paretoprune.search.corridor import Corridor, choose_anchors
@@ -33,6 +33,8 @@ from benchmarks import plain
 from benchmarks.inputs import data_directory, images_and_labels, resnet
 
 SCORES = ("magnitude", "lamp", "fisher")
+# Those that follow one of these scores; `elimination` would need layer statistics.
+STARTS = ("uniform", "global_magnitude", "lamp", "erdos_renyi_kernel")
 N_GRADIENT_IMAGES = 64
 MOVES = Phase2(softness=0.05, first_rate=0.02, crossover_probability=0.3)
 PREFIX_CACHE_MB = 2000
@@ -53,7 +55,7 @@ def both_phases(
     before = search_thresholds(
         problem,
         scores["magnitude"],
-        starting_allocations(list(STARTS), start_densities(effort.population), scores, problem.units),
+        starting_allocations(STARTS, start_densities(effort.population), scores, problem.units),
         Phase1(),
         replace(effort, evaluations=first),
     )
@@ -72,50 +74,58 @@ def evaluate_again(front: Front, evaluate: Evaluate) -> Front:
     return Front.empty(front.masks.n_units).merge(evaluated)
 
 
-def measure(
-    *,
-    depth: int,
-    population: int,
-    generations: int,
-    n_images: int,
-    n_calibration: int,
-    seed: int,
-    workers: int,
-    data: Path | None,
-    n_plain: int | None = None,
-    precision: str = "auto",
-) -> dict[str, Any]:
-    """Search once with each implementation.
+@dataclass(frozen=True)
+class SearchCase:
+    """A search to measure.
 
-    The time of each starts with the dense network in memory and ends with a front of at most `population` members,
-    evaluated in float32.
-
-    Args:
+    Attributes:
         depth: Of the ResNet.
         population: Candidates in a population.
         generations: Generations of both phases together.
         n_images: Images that candidates are evaluated on.
         n_calibration: Images that they are repaired on.
         seed: Of the search.
+        n_plain: None to run the plain search. A number to evaluate so many of our candidates the plain way, one by one,
+            and to extrapolate to all of them.
+        precision: Precision of our search.
+    """
+
+    depth: int
+    population: int
+    generations: int
+    n_images: int
+    n_calibration: int
+    seed: int
+    n_plain: int | None = None
+    precision: str = "auto"
+
+
+def measure(case: SearchCase, workers: int, data: Path | None) -> dict[str, Any]:
+    """Search once with each implementation.
+
+    The time of each starts with the dense network in memory and ends with a front of at most `population` members,
+    evaluated in float32.
+
+    Args:
+        case: What is searched.
         workers: Processes of ours, and threads of the plain implementation.
         data: Folder of trained networks and real images, or None.
-        n_plain: Do not run the plain search but evaluate this many candidates of ours in its way, one by one, and take
-            the time that all of them would have needed.
-        precision: That ours searches in.
 
     Returns:
         Settings, seconds, `speed_ratio`, hypervolumes of both fronts under the plain evaluator, and their difference.
     """
     torch.set_num_threads(1)
-    everything, all_labels = images_and_labels(n_images + n_calibration, data)
-    images, labels, calibration = everything[:n_images], all_labels[:n_images], everything[n_images:]
-    network = resnet(depth, data)
+    everything, all_labels = images_and_labels(case.n_images + case.n_calibration, data)
+    images, labels, calibration = everything[: case.n_images], all_labels[: case.n_images], everything[case.n_images :]
+    network = resnet(case.depth, data)
     layout = WeightUnits.of(network)
     sample = images[:N_GRADIENT_IMAGES], labels[:N_GRADIENT_IMAGES]
-    scores = {name: flat_scores(compute_importance(name, network, layout, *sample, seed), layout) for name in SCORES}
-    effort = Effort(population * generations, population, seed)
+    scores = {
+        name: flat_scores(compute_importance(name, network, layout, *sample, case.seed), layout) for name in SCORES
+    }
+    effort = Effort(case.population * case.generations, case.population, case.seed)
     evaluating = Evaluating(repair="batchnorm", repair_images=None, objective="divergence")
-    compute = Compute(precision=precision, workers=workers, prefix_cache_mb=PREFIX_CACHE_MB)
+    compute = Compute(precision=case.precision, workers=workers, prefix_cache_mb=PREFIX_CACHE_MB)
 
     start = time.perf_counter()
     task = Task(network, layout, images, labels, calibration)
@@ -124,50 +134,42 @@ def measure(
     ours, phases = both_phases(Problem(layout, evaluate), search_corridor, scores, effort)
     evaluate.close()
     exact = PopulationEvaluator(task, evaluating, replace(compute, precision="float32", prefix_cache_mb=0))
-    front = evaluate_again(ours.front, exact).thinned(population)
+    front = evaluate_again(ours.front, exact).thinned(case.population)
     exact.close()
     seconds_ours = time.perf_counter() - start
 
     # The plain implementation has as many cores: torch's eager mode uses them by threads.
     torch.set_num_threads(workers)
-    usual = plain.PlainEvaluator(
-        network,
-        layout,
-        images,
-        labels,
-        repair=evaluating.repair,
-        calibration_images=calibration,
-        objective=evaluating.objective,
-    )
+    usual = plain.PlainEvaluator(task, repair=evaluating.repair, objective=evaluating.objective)
     hypervolume = evaluate_again(front, usual).hypervolume()
     row: dict[str, Any] = {
-        "depth": depth,
+        "depth": case.depth,
         **asdict(effort),
-        "images": n_images,
-        "calibration": n_calibration,
+        "images": case.n_images,
+        "calibration": case.n_calibration,
         "workers": workers,
         "precision": evaluate.precision,
         "seconds_ours": round(seconds_ours, 2),
         "seconds_preparation": round(prepared, 2),
         "seconds_phase1": round(phases[0], 2),
         "seconds_phase2": round(phases[1], 2),
-        "share_of_images_seen": round(evaluate.n_images_seen / (n_images * effort.evaluations), 3),
+        "share_of_images_seen": round(evaluate.n_images_seen / (case.n_images * effort.evaluations), 3),
         "share_of_candidates_continued": round(evaluate.prefixes.hits / effort.evaluations, 3),
         "hypervolume_ours": round(hypervolume, 5),
-        "plain": "run" if n_plain is None else f"extrapolated from {n_plain} candidates",
+        "plain": "run" if case.n_plain is None else f"extrapolated from {case.n_plain} candidates",
     }
     start = time.perf_counter()  # the plain evaluator has evaluated before, so it is warm
-    if n_plain is None:
+    if case.n_plain is None:
         theirs, _ = both_phases(Problem(layout, usual), plain.search_corridor, scores, effort)
         seconds_plain = time.perf_counter() - start
-        theirs_hypervolume = theirs.front.thinned(population).hypervolume()
+        theirs_hypervolume = theirs.front.thinned(case.population).hypervolume()
         row |= {
             "hypervolume_plain": round(theirs_hypervolume, 5),
             "hypervolume_difference": round(hypervolume - theirs_hypervolume, 5),
         }
     else:
-        usual(front.masks.select(np.linspace(0, len(front) - 1, n_plain).astype(int)))
-        seconds_plain = (time.perf_counter() - start) / n_plain * effort.evaluations
+        usual(front.masks.select(np.linspace(0, len(front) - 1, case.n_plain).astype(int)))
+        seconds_plain = (time.perf_counter() - start) / case.n_plain * effort.evaluations
     torch.set_num_threads(1)
     return row | {"seconds_plain": round(seconds_plain, 2), "speed_ratio": round(seconds_plain / seconds_ours, 3)}
 
@@ -180,23 +182,22 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--precision", default="auto", help="that ours searches in")
+    parser.add_argument("--precision", default="auto", help="precision of our search")
     parser.add_argument(
         "--plain-sample", type=int, help="evaluate so many candidates the plain way instead of searching"
     )
     arguments = parser.parse_args()
-    row = measure(
+    case = SearchCase(
         depth=arguments.depth,
         population=arguments.population,
         generations=arguments.generations,
         n_images=arguments.images,
         n_calibration=arguments.calibration,
         seed=arguments.seed,
-        workers=arguments.workers,
-        data=data_directory(arguments.data),
         n_plain=arguments.plain_sample,
         precision=arguments.precision,
     )
+    row = measure(case, arguments.workers, data_directory(arguments.data))
     print(json.dumps(row, indent=2))
 
 

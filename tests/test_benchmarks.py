@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -65,9 +64,8 @@ def test_the_plain_evaluator_and_ours_agree(repair: str, objective: str) -> None
     network, (images, labels) = trained("residual"), digits()
     layout = WeightUnits.of(network)
     masks = PackedMasks.pack(np.array([magnitude_mask(network, layout, d) for d in (1.0, 0.5, 0.2)]))
-    arguments: dict[str, Any] = {"repair": repair, "calibration_images": images[:100], "objective": objective}
-    theirs = plain.PlainEvaluator(network, layout, images[1000:1200], labels[1000:1200], **arguments)
     task = Task(network, layout, images[1000:1200], labels[1000:1200], images[:100])
+    theirs = plain.PlainEvaluator(task, repair=repair, objective=objective)
     evaluating = Evaluating(repair=repair, repair_images=None, objective=objective)
     ours = PopulationEvaluator(task, evaluating, Compute(precision="float32"))
     # One image of 200 on the edge between two classes; the divergence is continuous.

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: atomic writing of every format the project uses."""
+"""Reading and atomic writing of JSON, CSV and npz files: a file is whole or not there."""
 
 import csv
 import json
@@ -14,7 +14,7 @@ import numpy as np
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that takes its place only if the block ends without an error.
+    """Yield a temporary path beside `path`, and move it to `path` if the block ends without an error.
 
     A reader therefore sees the old file or the whole new one, never half of it.
 
@@ -30,8 +30,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     os.umask(umask)
     try:
         yield temporary
-        # Temporary files are private, and some writers put a private file of their own in this one's place; results are
-        # meant to be shared like any other file.
+        # mkstemp makes a private file, and so do some writers. Results get the permissions of any other new file.
         temporary.chmod(0o666 & ~umask)
         temporary.replace(target)
     finally:
@@ -45,7 +44,11 @@ def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a JSON object."""
+    """Read a JSON object.
+
+    Raises:
+        ValueError: The file holds something else.
+    """
     content = json.loads(Path(path).read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(
@@ -55,7 +58,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    """Write `rows` under the header `columns`; a table without rows still has its header.
+    """Write `rows` under the header `columns`. A table without rows still has its header.
 
     Raises:
         ValueError: A row has a key that is not among `columns`.
@@ -67,10 +70,10 @@ def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]], c
 
 
 def write_npz(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
-    """Write named arrays, compressed; object arrays are refused because reading them back needs pickle.
+    """Write named arrays, compressed.
 
     Raises:
-        TypeError: An array has dtype object.
+        TypeError: An array has dtype object. Reading it back would need pickle, which can run code.
     """
     for name, array in arrays.items():
         if np.asarray(array).dtype == object:
@@ -80,6 +83,6 @@ def write_npz(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) ->
 
 
 def read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Read named arrays without ever unpickling."""
+    """Read named arrays, without unpickling."""
     with np.load(path, allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}

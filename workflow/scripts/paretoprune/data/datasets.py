@@ -1,4 +1,4 @@
-"""Image classification data, decoded once: embedded digits, torchvision's sets, and folders or archives of images."""
+"""Labelled images, decoded once: scikit-learn's digits, torchvision's sets, and folders or archives of images."""
 
 import io
 import json
@@ -30,7 +30,7 @@ class ImageSet:
     Attributes:
         images: uint8 (n, channels, height, width), 0 to 255.
         labels: int64 (n,), class indices.
-        is_test: bool (n,), the images that the source itself sets apart for testing.
+        is_test: bool (n,), True for the source's own test images.
         classes: Class names, by index.
     """
 
@@ -60,16 +60,16 @@ def read_images(
 
     Args:
         source: One of `SOURCES`.
-        directory: Where torchvision's sets are kept, and downloaded to when absent; relative paths start here.
+        directory: Folder of torchvision's sets, which are downloaded if they are not there; relative paths start here.
         path: For `imagefolder`: a directory, or a tar archive of one, with `train/<class>/*` and optionally
             `test/<class>/*`.
-        image_size: For `imagefolder`: side in pixels to which images are scaled (shorter side) and cropped (centre);
-            None where all have the same size already.
+        image_size: For `imagefolder`: side in pixels. The shorter side is scaled to it and the centre is cropped. None
+            if all images have the same size already.
         channels: For `imagefolder`: 3 for colour, 1 for grey.
 
     Raises:
-        FileNotFoundError: The images are not there.
-        ValueError: Unknown source, or files that are no images.
+        FileNotFoundError: The images are not there, and cannot be downloaded.
+        ValueError: The source is unknown; a file is no image; sizes differ; or the folders of classes do not fit.
     """
     if source == "digits":
         return _digits()
@@ -141,11 +141,11 @@ def _image_folder(path: Path, image_size: int | None, channels: int) -> ImageSet
     classes = tuple(sorted({label for part, label, _ in entries if part == "train"}))
     if not classes:
         raise ValueError(f"expected images at '{path}' as train/<class>/<image>, found none; arrange them so")
-    strangers = sorted({label for part, label, _ in entries if part == "test"} - set(classes))
-    if strangers:
+    only_in_test = sorted({label for part, label, _ in entries if part == "test"} - set(classes))
+    if only_in_test:
         raise ValueError(
-            f"classes {', '.join(strangers)} are in '{path}' under test/ but not under train/; add training images or "
-            "remove them"
+            f"classes {', '.join(only_in_test)} are in '{path}' under test/ but not under train/; add training images "
+            "or remove them"
         )
     sizes = sorted({image.shape[1:] for _, _, image in entries})
     if len(sizes) > 1:
@@ -163,10 +163,7 @@ def _image_folder(path: Path, image_size: int | None, channels: int) -> ImageSet
 
 
 def _image_files(path: Path) -> Iterator[tuple[str, str, str, BinaryIO]]:
-    """Every file under train/<class>/ and test/<class>/: (part, class, name, open file), in a fixed order.
-
-    An archive is read member by member and never unpacked, so nothing in it can land outside.
-    """
+    """Yield every file under train/<class>/ and test/<class>/ in a fixed order, as (part, class, name, open file)."""
     if path.is_dir():
         for file in sorted(path.glob("*/*/*")):
             part, label = file.relative_to(path).parts[:2]
@@ -176,13 +173,14 @@ def _image_files(path: Path) -> Iterator[tuple[str, str, str, BinaryIO]]:
         return
     try:
         with tarfile.open(path) as archive:
-            # In the order of the archive: sorting would decompress a compressed one again and again.
+            # Never unpacked, so no member can be written outside the folder. Not sorted either: seeking back in a
+            # compressed archive decompresses it from the start.
             for member in archive:
                 parts = PurePosixPath(member.name).parts[-3:]
                 hidden = any(part.startswith(".") for part in parts)
                 if member.isfile() and len(parts) == 3 and parts[0] in ("train", "test") and not hidden:
                     content = archive.extractfile(member)
-                    assert content is not None  # only for members that are no files
+                    assert content is not None  # None is for members that are no files
                     yield parts[0], parts[1], member.name, io.BytesIO(content.read())
     except (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error) as error:
         reason = str(error).splitlines()[0]
@@ -191,8 +189,9 @@ def _image_files(path: Path) -> Iterator[tuple[str, str, str, BinaryIO]]:
         ) from error
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """The image with 8 bits a channel; Pillow's own conversion would clip 16-bit grey to white."""
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """The image with 8 bits a channel."""
+    # Pillow's own conversion clips 16-bit grey at 255, which is white.
     if not image.mode.startswith("I"):
         return image
     return Image.fromarray(np.clip(np.asarray(image, dtype=np.float64) * (255 / 65535), 0, 255).astype(np.uint8))
@@ -201,7 +200,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 def _decode(handle: BinaryIO, image_size: int | None, channels: int) -> np.ndarray:
     """One image as uint8 (channels, height, width)."""
     with Image.open(handle) as opened:
-        image = _eight_bits(opened).convert("RGB" if channels == 3 else "L")
+        image = _to_8_bit(opened).convert("RGB" if channels == 3 else "L")
     if image_size is not None and image.size != (image_size, image_size):
         scale = image_size / min(image.size)
         width, height = (max(image_size, round(side * scale)) for side in image.size)

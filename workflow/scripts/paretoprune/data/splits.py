@@ -1,4 +1,4 @@
-"""Who may see which image: train, calibration, search and test, disjoint, stratified and fixed by a seed."""
+"""Which image is for what: train, calibration, search and test splits, disjoint, stratified and fixed by a seed."""
 
 import os
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ SPLITS = ("train", "calibration", "search", "test")
 class Splits:
     """Indices of the images of each split, int64, pairwise disjoint.
 
-    Those of calibration and search come in random order, so that the first few stand for all: images often lie sorted
-    by class. Those of train and test are sorted.
+    Calibration and search indices are in random order: a step that takes the first few of them gets all classes. Train
+    and test indices are sorted.
 
     Attributes:
-        train: Fits the dense network, gives gradients, fine-tunes.
-        calibration: Gives statistics, its labels are never used.
-        search: The only labels that the search sees.
-        test: Seen once per finished network.
+        train: For training the dense network, for gradients, and for fine-tuning.
+        calibration: For layer and batch-norm statistics; the labels are never used.
+        search: For evaluating candidates; the only labels that the search uses.
+        test: For measuring each finished network once.
     """
 
     train: np.ndarray
@@ -52,16 +52,17 @@ def split_images(
     Args:
         labels: int (n,), class indices.
         is_test: bool (n,), images that are test images already; where there are any, `test` is not used.
-        calibration: Size of the calibration split, a number of images (>= 1), a share of those that are not test, or 0
-            for an empty split.
+        calibration: Size of the calibration split: a number of images (>= 1), a share of the images that are not test
+            images already (< 1), or 0 for an empty split.
         search: Size of the search split, likewise.
-        test: Size of the test split, likewise, of all images.
+        test: Size of the test split, likewise.
         seed: Fixes the choice.
 
     Raises:
-        ValueError: A class has too few images for four splits, or the sizes leave none to train on.
+        ValueError: A class has too few images for all splits; a size is too small to hold every class or leaves too few
+            images to train on; or the search split holds a single class.
     """
-    # Imported here: every step reads splits, and only one makes them.
+    # Imported here, because every step reads splits and only one makes them: the import takes seconds.
     from sklearn.model_selection import train_test_split
 
     pool, own_test = np.flatnonzero(~is_test), np.flatnonzero(is_test)
@@ -93,7 +94,7 @@ def split_images(
             )
         rest, taken[name] = train_test_split(rest, test_size=n, stratify=labels[rest], random_state=seed)
     taken.setdefault("test", own_test)
-    # What was taken comes shuffled.
+    # train_test_split shuffles. The order of train and test does not matter, so they are sorted.
     taken |= {"train": np.sort(rest), "test": np.sort(taken["test"])}
     if search and len(np.unique(labels[taken["search"]])) < 2:
         raise ValueError(
@@ -104,13 +105,13 @@ def split_images(
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of images scaled to [0, 1].
+    """Compute the mean and the standard deviation per channel of images scaled to [0, 1].
 
     Args:
         images: uint8 (n, channels, height, width).
 
     Returns:
-        Two tuples of length `channels`; a constant channel gets standard deviation 1.
+        Two tuples of length `channels`. A constant channel has standard deviation 1, so that it can be divided by.
     """
     pixels = images.double() / 255
     mean, std = pixels.mean(dim=(0, 2, 3)), pixels.std(dim=(0, 2, 3))
@@ -129,7 +130,7 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
         float32, same shape.
 
     Raises:
-        ValueError: There are not as many values as channels.
+        ValueError: There are fewer or more values than channels.
     """
     if not len(mean) == len(std) == images.shape[1]:
         raise ValueError(
@@ -168,10 +169,10 @@ class LabelledImages:
         return LabelledImages(self.images.to(device), self.labels.to(device))
 
     def first(self, n: int | None) -> "LabelledImages":
-        """The first `n` images, all of them for None or where there are fewer."""
+        """The first `n` images; all of them if there are fewer or `n` is None."""
         return LabelledImages(self.images[:n], self.labels[:n])
 
     def sample(self, n: int, seed: int) -> "LabelledImages":
-        """`n` of the images at random, all of them where there are fewer."""
+        """`n` random images in random order; all of them if there are fewer."""
         chosen = torch.from_numpy(np.random.default_rng(seed).permutation(len(self))[:n])
         return LabelledImages(self.images[chosen], self.labels[chosen])

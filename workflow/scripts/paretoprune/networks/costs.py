@@ -13,13 +13,13 @@ from torch.nn.utils.rnn import PackedSequence
 from paretoprune.masks.units import WeightUnits, prunable_parameters
 from paretoprune.objectives import Cost, Density, GroupCost
 
-# Of a number as it is stored, and of the bit in a mask that says whether a weight is kept.
+# A float32 number, and the bit of the mask that says whether a weight is kept.
 NUMBER_BYTES, BIT_BYTES = 4.0, 1 / 8
 
 
 @dataclass(frozen=True)
 class Priced:
-    """A network whose masks are priced.
+    """A network whose pruned versions have a cost.
 
     Attributes:
         network: The dense network, in evaluation mode; it is left as it is.
@@ -43,12 +43,12 @@ def density(priced: Priced) -> Cost:
 
 
 def parameters(priced: Priced) -> Cost:
-    """Kept weights and everything that is not prunable (biases, normalisation, excluded layers)."""
+    """Number of kept weights and of all other parameters (biases, normalisation, excluded layers)."""
     return GroupCost("parameters", priced.units, np.ones(priced.units.n_groups), float(priced.n_other))
 
 
 def macs(priced: Priced) -> Cost:
-    """Multiply-adds of convolutions and linear layers for one image, those with a pruned weight left out."""
+    """Multiply-adds of one image with all weights of layers (`count_uses`), without those of pruned weights."""
     uses = count_uses(priced.network, priced.image)
     prices = np.array([uses.pop(name, 0) for name in priced.units.names], dtype=np.float64)
     sizes = {name: parameter.numel() for name, parameter in priced.network.named_parameters()}
@@ -56,7 +56,7 @@ def macs(priced: Priced) -> Cost:
 
 
 def stored_bytes(priced: Priced) -> Cost:
-    """A file of the kept weights, a bit for each prunable one that says whether it is kept, and all other numbers."""
+    """Bytes of a file with the kept weights, a bit for each prunable weight, and all other parameters and buffers."""
     n_buffers = sum(buffer.numel() for buffer in priced.network.buffers() if buffer.is_floating_point())
     fixed = NUMBER_BYTES * (priced.n_other + n_buffers) + BIT_BYTES * priced.units.n_units
     return GroupCost("bytes", priced.units, np.full(priced.units.n_groups, NUMBER_BYTES), fixed)
@@ -71,15 +71,16 @@ COSTS: Mapping[str, Callable[[Priced], Cost]] = {
 
 
 def count_uses(network: nn.Module, image: Tensor) -> dict[str, float]:
-    """How often one forward pass multiplies with each prunable weight (`masks.units.prunable_parameters`).
+    """Count how often one forward pass multiplies by each prunable weight (`masks.units.prunable_parameters`).
 
     Args:
         network: In evaluation mode; it is left as it is.
         image: One image (1, c, h, w).
 
     Returns:
-        By parameter name; a weight that several layers share, or that runs several times, counts each time. In a tensor
-        whose weights run unequally often (attention over another sequence), their mean.
+        Multiplications by any one weight of a tensor, by parameter name. A tensor that several layers share, or whose
+        layer runs several times, counts each time. Where the weights of a tensor are used unequally often (attention
+        over another sequence), it is their mean.
     """
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     uses: dict[str, float] = {}
@@ -103,29 +104,29 @@ def count_uses(network: nn.Module, image: Tensor) -> dict[str, float]:
 def _uses_of_layer(
     module: nn.Module, inputs: tuple[Any, ...], options: Mapping[str, Any], output: Any
 ) -> dict[str, float]:
-    """How often one call of a layer multiplies with each weight of its matrices, by their names in the layer."""
+    """Count how often one call of a layer multiplies by each weight of its tensors, by their names in the layer."""
     if isinstance(module, nn.MultiheadAttention):
         query, key = (inputs[i] if len(inputs) > i else options[name] for i, name in enumerate(("query", "key")))
         n_query, n_key = query.numel() // query.shape[-1], key.numel() // key.shape[-1]
-        each = {"q_proj_weight": n_query, "k_proj_weight": n_key, "v_proj_weight": n_key}
-        # The last layer is not called: attention multiplies with its weights by itself.
-        each |= {"in_proj_weight": (n_query + 2 * n_key) / 3, "out_proj.weight": n_query}
-        return {name: n for name, n in each.items() if name in dict(module.named_parameters())}
+        counts = {"q_proj_weight": n_query, "k_proj_weight": n_key, "v_proj_weight": n_key}
+        # The projection of the output is no layer that is called: attention uses its weights directly.
+        counts |= {"in_proj_weight": (n_query + 2 * n_key) / 3, "out_proj.weight": n_query}
+        return {name: n for name, n in counts.items() if name in dict(module.named_parameters())}
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         sequence = inputs[0].data if isinstance(inputs[0], PackedSequence) else inputs[0]
         n_steps = sequence.numel() // sequence.shape[-1]
         return dict.fromkeys(prunable_parameters(module), n_steps)
     if isinstance(module, _ConvTransposeNd):
-        # It scatters from each input position, any other layer gathers for each output position.
+        # A transposed convolution scatters from each input position, other layers gather for each output position.
         return {"weight": inputs[0].numel() // module.in_channels}
     return {"weight": output.numel() // len(module.get_parameter("weight"))}
 
 
 def make_costs(names: Sequence[str], priced: Priced) -> tuple[Cost, ...]:
-    """The costs of these names.
+    """Make the costs of the given names, in the same order.
 
     Raises:
-        ValueError: There is no such cost.
+        ValueError: A name is not one of `COSTS`.
     """
     unknown = [name for name in names if name not in COSTS]
     if unknown:

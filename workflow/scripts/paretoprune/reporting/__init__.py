@@ -1,1 +1,1 @@
-"""From result files to tables, figures and a page."""
+"""The report: tables, figures and a page, made from result files."""

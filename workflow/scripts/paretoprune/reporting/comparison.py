@@ -1,7 +1,7 @@
 """Methods compared with a reference over datasets, networks and seeds.
 
-A pair is one dataset, network and seed on which two methods were both run. Every function here is a pure function of
-tables that `read_results` made. A difference is always reference − method: above 0, the reference is better.
+A pair is one dataset, network and seed on which two methods were both run. Every function is a pure function of the
+tables that `read_results` makes. A difference is always reference − method, so above 0 the reference is better.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from paretoprune.reporting.statistical_tests import DECIMALS, holm, rank_biseria
 MEASURE_TITLES = {"hypervolume_test": "Hypervolume, test split", "hypervolume_search": "Hypervolume, search split"}
 MEASURES = tuple(MEASURE_TITLES)
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-SIGNIFICANCE = 0.05
+SIGNIFICANCE_LEVEL = 0.05
 
 RUN = ["dataset", "network"]
 PAIR = [*RUN, "seed"]
@@ -49,15 +49,15 @@ SPARSITY_COLUMNS = (
     "points_over_dense_std",
 )
 GAIN_COLUMNS = (*RUN, "method", "n_searches", "n_positive", "min", "median", "max")
-# In place of a dataset and a network: the row over all of them.
+# Stands for dataset and network in the rows over all of them.
 ALL_RUNS = "all"
 
-# A sparsity is 1 - density in floating point: a share that is met exactly must not fail by a rounding error.
+# A sparsity is 1 - density in floating point. A member with exactly the required sparsity must not fail by rounding.
 _ROUNDING = 1e-9
 
 
 def paired_differences(summary: pd.DataFrame, reference: str, measure: str) -> pd.DataFrame:
-    """Every other method against the reference, pair by pair.
+    """Subtract the values of every other method from those of the reference, pair by pair.
 
     Args:
         summary: Columns `dataset`, `network`, `seed`, `method` and `measure`; larger values are better.
@@ -65,12 +65,12 @@ def paired_differences(summary: pd.DataFrame, reference: str, measure: str) -> p
         measure: Column of `summary`, for instance one of `MEASURES`.
 
     Returns:
-        One row per other method (in the order of `summary`) and pair that both have: `dataset`, `network`, `seed`,
-        `method`, `reference_value`, `value` and `difference`, the first value minus the second.
+        One row per other method (in the order of `summary`) and pair that it shares with the reference: `dataset`,
+        `network`, `seed`, `method`, `reference_value`, `value`, and `difference` = `reference_value` − `value`.
 
     Raises:
-        ValueError: A value is not finite, a method has two rows for one pair, the reference has none, or a method has
-            no pair in common with it.
+        ValueError: A value is not finite; a method has two rows for one pair; the reference was not run; or a method
+            has no pair in common with it.
     """
     table = summary[[*PAIR, "method", measure]]
     finite = np.isfinite(table[measure].to_numpy(dtype=float))
@@ -113,10 +113,7 @@ def _name(row: pd.Series) -> str:
 
 
 def compare_methods(summary: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """Test every other method against the reference on each of `MEASURES`, corrected for their number.
-
-    A12 compares unpaired values, which only makes sense where they share a scale: it is computed within each dataset
-    and network, and averaged with the number of pairs as weight. Everything else is paired.
+    """Test every other method against the reference on each of `MEASURES`.
 
     Args:
         summary: From `read_results.summarise`, of all runs.
@@ -124,11 +121,11 @@ def compare_methods(summary: pd.DataFrame, reference: str) -> pd.DataFrame:
 
     Returns:
         Columns `COMPARISON_COLUMNS`, one row per measure and other method. `wins` counts the pairs on which the
-        reference is better; `p_holm` is corrected within the measure; `note` says where p cannot become significant
-        however clear the differences are.
+        reference is better. `p_holm` is adjusted for the number of methods, within the measure. `note` says where p
+        could not be significant however clear the differences are. All but `a12` is paired.
 
     Raises:
-        ValueError: As `paired_differences`.
+        ValueError: As for `paired_differences`.
     """
     rows: list[dict[str, Any]] = []
     for measure in MEASURES:
@@ -144,13 +141,16 @@ def compare_methods(summary: pd.DataFrame, reference: str) -> pd.DataFrame:
 
 
 def _paired_test(pairs: pd.DataFrame) -> dict[str, Any]:
+    """The columns of `COMPARISON_COLUMNS` that follow from the pairs of one method."""
     differences = np.round(pairs["difference"].to_numpy(dtype=float), DECIMALS)
     p_value, exact = signed_rank_test(differences)
-    within = [
+    # A12 compares unpaired values, which makes sense only where they share a scale. So it is computed within each
+    # dataset and network, and averaged with the number of pairs as weight.
+    within_runs = [
         (vargha_delaney(run["reference_value"].to_numpy(), run["value"].to_numpy()), len(run))
         for _, run in pairs.groupby(RUN, sort=False)
     ]
-    effects, weights = zip(*within, strict=True)
+    effects, weights = zip(*within_runs, strict=True)
     return {
         "n_pairs": len(pairs),
         "wins": int(np.sum(differences > 0)),
@@ -165,17 +165,18 @@ def _paired_test(pairs: pd.DataFrame) -> dict[str, Any]:
 
 
 def _power_notes(tests: Sequence[Mapping[str, Any]]) -> list[str]:
-    """For each test, why it could not have become significant; empty where it could."""
-    # The most extreme of the 2^n equally likely signs, on either side.
-    least = [min(1.0, 2.0 ** (1 - (test["n_pairs"] - test["ties"]))) for test in tests]
+    """For each test of a measure, why it could not have been significant; empty where it could."""
+    # The smallest two-sided p of the signed-rank test: one of the 2^n equally likely patterns of signs on either side,
+    # with n the number of pairs that differ.
+    smallest_p = [min(1.0, 2.0 ** (1 - (test["n_pairs"] - test["ties"]))) for test in tests]
     notes = []
-    for test, own in zip(tests, least, strict=True):
-        if 2.0 ** (1 - test["n_pairs"]) >= SIGNIFICANCE:
+    for test, own in zip(tests, smallest_p, strict=True):
+        if 2.0 ** (1 - test["n_pairs"]) >= SIGNIFICANCE_LEVEL:
             notes.append("too few pairs")
-        elif own >= SIGNIFICANCE:
+        elif own >= SIGNIFICANCE_LEVEL:
             notes.append("too few pairs that differ")
-        # Holm multiplies the smallest p by the number of tests, and no other may end below that.
-        elif len(tests) * min(least) >= SIGNIFICANCE:
+        # Holm multiplies the smallest p by the number of tests, and adjusts no other to a value below that.
+        elif len(tests) * min(smallest_p) >= SIGNIFICANCE_LEVEL:
             notes.append("too few pairs for so many methods")
         else:
             notes.append("")
@@ -183,12 +184,15 @@ def _power_notes(tests: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def leading_methods(summary: pd.DataFrame, reference: str, size: int) -> list[str]:
-    """The reference and its strongest rivals: the others of best mean rank in test hypervolume over all pairs.
+    """Choose the reference and its strongest rivals: the best by mean rank in test hypervolume over all pairs.
 
     Args:
         summary: From `read_results.summarise`, of all runs.
-        reference: Always the first.
+        reference: The method that the others are compared with.
         size: Largest number of methods.
+
+    Returns:
+        At most `size` methods, the reference first, then by ascending mean rank.
     """
     ranks = summary.groupby(PAIR)["hypervolume_test"].rank(ascending=False)
     means = ranks.groupby(summary["method"], sort=False).mean().drop(reference)
@@ -196,17 +200,16 @@ def leading_methods(summary: pd.DataFrame, reference: str, size: int) -> list[st
 
 
 def member_at_sparsity(front: pd.DataFrame, sparsity: float) -> pd.Series | None:
-    """The member that a user would take who must remove at least a given share of the weights.
+    """Choose the member that a user would take to remove at least a given share of the weights.
 
-    It is chosen by what the search measured, least `search_error`, and of equal ones the sparsest; the test error is
-    never looked at.
+    It is the member of least `search_error`, and the sparsest of equal ones. The test error has no part in the choice.
 
     Args:
         front: Columns `sparsity` and `search_error`, among others.
         sparsity: Least share of weights removed, 0 to 1.
 
     Returns:
-        Its row; None if no member is that sparse.
+        The row of the member; None if no member is that sparse.
     """
     enough = front[front["sparsity"] >= sparsity - _ROUNDING]
     if not len(enough):
@@ -215,7 +218,7 @@ def member_at_sparsity(front: pd.DataFrame, sparsity: float) -> pd.Series | None
 
 
 def errors_at_sparsities(run: RunResults, sparsities: Sequence[float] = SPARSITIES) -> pd.DataFrame:
-    """Test error of each method where at least given shares of the weights are removed.
+    """Measure the test error of each method at given sparsities, with `member_at_sparsity`.
 
     Args:
         run: Results of one dataset and network.
@@ -223,8 +226,8 @@ def errors_at_sparsities(run: RunResults, sparsities: Sequence[float] = SPARSITI
 
     Returns:
         Columns `SPARSITY_COLUMNS`, one row per method and sparsity: means and sample standard deviations over the
-        `n_found` of `n_seeds` seeds that have a member that sparse. Errors and sparsities are shares; the distance from
-        the same seed's dense network is in points, and positive where the pruned network is worse.
+        `n_found` of `n_seeds` seeds that have a member that sparse. Errors and sparsities are shares. The distance from
+        the same seed's dense network is in percentage points, and positive where the pruned network is worse.
     """
     rows = []
     for method in run.kinds:
@@ -254,14 +257,14 @@ def errors_at_sparsities(run: RunResults, sparsities: Sequence[float] = SPARSITI
 
 
 def phase2_gains(summary: pd.DataFrame) -> pd.DataFrame:
-    """How much hypervolume Phase 2 added, over the searches of each method.
+    """Summarise how much hypervolume Phase 2 added in the searches of each method.
 
     Args:
         summary: From `read_results.summarise`, of all runs; a method without phases has no `phase2_gain`.
 
     Returns:
-        Columns `GAIN_COLUMNS`, on the search split: one row per two-phase method over all runs, with `ALL_RUNS` for
-        dataset and network, then one per run and method. `n_positive` of `n_searches` searches gained.
+        Columns `GAIN_COLUMNS`, on the search split. First one row per two-phase method over all runs, with `ALL_RUNS`
+        for dataset and network, then one per run and method. `n_positive` counts the searches that gained.
     """
     gains = summary.dropna(subset="phase2_gain")
     rows = [

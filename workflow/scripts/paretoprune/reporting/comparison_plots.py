@@ -1,7 +1,6 @@
-"""Figures of `comparison`: fronts and searches over seeds with their spread, and differences to the reference.
+"""Figures of `comparison`: fronts and searches with their spread over seeds, and differences to the reference.
 
-They are made like those of `run_plots`: every `draw_*` function returns a `Figure`. Call them inside
-`styles.figure_style()`.
+As in `run_plots`, every `draw_*` function returns a `Figure`. Call them inside `styles.figure_style()`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
-from paretoprune.reporting.figures import finished, legend_below, panel_grid
+from paretoprune.reporting.figures import despined, legend_below, panel_grid
 from paretoprune.reporting.styles import DENSE_COLOR, DENSE_LINE, MethodStyle
 
 _OTHER_COLOR = "#B9C1C9"
@@ -27,7 +26,7 @@ _COLUMNS = 3
 # Right edges of the numbers beside the paired differences, in points from the panel.
 _TABLE_COLUMNS = (44, 104, 152)
 _ZOOM_POINTS = 15.0
-# A search climbs steeply at first; what the figure is for comes after this share of the evaluations.
+# A search climbs steeply at first. The vertical axis is fitted to what comes after this share of the evaluations.
 _SETTLED = 0.15
 
 
@@ -36,7 +35,7 @@ def draw_attainment(
     dense_errors: Mapping[str, float],
     styles: Mapping[str, MethodStyle],
 ) -> Figure:
-    """Test error attained against sparsity: median over seeds, and the band from the best to the worst.
+    """Draw the attained test error against sparsity: median over seeds, and a band from the best to the worst.
 
     Args:
         surfaces: Per run and method, from `attainment.attainment_surfaces` on "test_error".
@@ -65,14 +64,14 @@ def draw_attainment(
     handles.append(Line2D([], [], label="dense network", **DENSE_LINE))
     handles.append(Patch(color=_OTHER_COLOR, alpha=0.6, lw=0, label="best to worst seed"))
     legend_below(figure, handles, [str(handle.get_label()) for handle in handles])
-    return finished(figure)
+    return despined(figure)
 
 
 def _stairs(surface: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
-    """Sparsity, best, median and worst error in %, by ascending sparsity; None without a member."""
+    """Sparsity, best, median and worst error in %, by ascending sparsity; None for a front without members."""
     if not len(surface):
         return None
-    # To remove nothing, the densest member serves as well.
+    # The densest member's error holds up to density 1, too: it keeps no more than is allowed there.
     ends = pd.concat([surface, surface.iloc[[-1]].assign(density=1.0)]).iloc[::-1]
     sparsity = 100 * (1 - ends["density"].to_numpy(dtype=float))
     best, median, worst = (
@@ -83,7 +82,7 @@ def _stairs(surface: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray, 
 
 
 def _window(surfaces: Sequence[pd.DataFrame], dense_error: float) -> tuple[float, float] | None:
-    """Sparsities in % between which the methods leave the dense network's error; None if none comes near it."""
+    """The range of sparsities in % in which errors rise above the dense network's; None if no method comes near it."""
 
     def sparsest(surface: pd.DataFrame, column: str, points: float) -> float:
         near = surface.loc[surface[column] <= dense_error + points / 100, "density"]
@@ -103,12 +102,12 @@ def draw_hypervolume_bands(
     ends: Mapping[str, Mapping[str, float]],
     styles: Mapping[str, MethodStyle],
 ) -> Figure:
-    """Hypervolume over evaluations: median over seeds, and the band from the least to the largest.
+    """Draw hypervolume against evaluations: median over seeds, and a band from the smallest to the largest.
 
     Args:
         bands: Per run and method, from `attainment.hypervolume_bands`, every method on the run's own grid.
-        ends: Per run and method, evaluations after which it ended, the largest over seeds.
-        styles: From `styles.comparison_styles`; the methods with colour and band, the others are thin and grey.
+        ends: Per run and method, evaluations at its end, the largest over seeds.
+        styles: From `styles.comparison_styles`: the methods with colour and band. All others are thin and grey.
     """
     figure, panels = panel_grid(len(bands), width=4.3, height=3.9, max_columns=_COLUMNS)
     for axes, (run, methods) in zip(panels, bands.items(), strict=True):
@@ -141,13 +140,13 @@ def draw_hypervolume_bands(
         handles.append(Line2D([], [], color=_OTHER_COLOR, lw=0.9, label="other methods"))
     handles.append(Patch(color=_OTHER_COLOR, alpha=0.6, lw=0, label="least to largest over seeds"))
     legend_below(figure, handles, [str(handle.get_label()) for handle in handles])
-    return finished(figure)
+    return despined(figure)
 
 
 def draw_paired_differences(
     differences: Mapping[str, pd.DataFrame], tests: pd.DataFrame, titles: Mapping[str, str]
 ) -> Figure:
-    """Hypervolume of the reference minus that of every other method, pair by pair, by median.
+    """Draw the hypervolume of the reference minus that of every other method, pair by pair, sorted by median.
 
     Args:
         differences: Per measure, from `comparison.paired_differences`; the first measure sorts the methods.
@@ -177,7 +176,7 @@ def draw_paired_differences(
     handles.append(Line2D([], [], ls="none", marker="|", ms=13, mew=2.4, color=DENSE_COLOR, label="median"))
     handles.append(Line2D([], [], lw=3, color="#8A949E", label="middle half"))
     legend_below(figure, handles, [str(handle.get_label()) for handle in handles])
-    return finished(figure)
+    return despined(figure)
 
 
 def _annotate_row(axes: Axes, y: float, texts: Sequence[str]) -> None:
@@ -192,6 +191,7 @@ def _annotate_row(axes: Axes, y: float, texts: Sequence[str]) -> None:
 
 
 def _run_marks(runs: Sequence[tuple[str, str]]) -> list[tuple[tuple[str, str], str, str]]:
+    """Each run with its colour and marker; markers change once all colours are used."""
     return [
         (run, _RUN_COLORS[i % len(_RUN_COLORS)], _RUN_MARKERS[i // len(_RUN_COLORS) % len(_RUN_MARKERS)])
         for i, run in enumerate(runs)
@@ -200,7 +200,7 @@ def _run_marks(runs: Sequence[tuple[str, str]]) -> list[tuple[tuple[str, str], s
 
 def _draw_differences(axes: Axes, table: pd.DataFrame, order: Sequence[str], runs: Sequence[tuple[str, str]]) -> None:
     largest = float(table["difference"].abs().max())
-    # Close rivals and the hopeless share the axis: linear where half of the differences lie, logarithmic beyond.
+    # Small and large differences share one axis: it is linear where half of them lie, and logarithmic beyond.
     threshold = max(float(table["difference"].abs().median()), 1e-3)
     if largest > 5 * threshold:
         axes.set_xscale("symlog", linthresh=threshold)
@@ -221,7 +221,7 @@ def _draw_differences(axes: Axes, table: pd.DataFrame, order: Sequence[str], run
 
 
 def _round_numbers(values: np.ndarray, smallest: float) -> list[float]:
-    """1 and 3 times powers of ten, on either side of 0, between `smallest` and the farthest of `values` there."""
+    """1 and 3 times powers of ten on either side of 0, from `smallest` to the farthest of `values` on that side."""
     numbers = [digit * 10.0**power for power in range(-4, 1) for digit in (1, 3)]
     return [
         sign * number for sign in (-1, 1) for number in numbers if smallest <= number <= float(np.max(sign * values))

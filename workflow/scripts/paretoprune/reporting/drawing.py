@@ -1,4 +1,4 @@
-"""Which figures a report has, each drawn from the results of a run or of all runs together."""
+"""The figures of a report: which ones a run has, and which ones all runs have together."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -16,12 +16,12 @@ _ERROR_LABELS = {
     "error": "search error (%)",
     "divergence": "divergence from the dense network,\n1 − exp(−KL) (%)",
 }
-# Points of the evaluation axis at which bands over seeds are drawn.
+# Points on the axis of evaluations at which bands over seeds are drawn.
 _BAND_STEPS = 400
 
 
 def draw_run(run: RunResults, summary: pd.DataFrame, styles: Mapping[str, MethodStyle]) -> Iterable[tuple[str, Figure]]:
-    """Every figure of a run that has something to show, drawn when it is asked for.
+    """Draw the figures of a run that have something to show, each when it is asked for.
 
     Args:
         run: Its results.
@@ -53,7 +53,7 @@ def draw_run(run: RunResults, summary: pd.DataFrame, styles: Mapping[str, Method
 def draw_comparison(
     runs: Sequence[RunResults], summary: pd.DataFrame, tests: pd.DataFrame, shown: Sequence[str]
 ) -> Iterable[tuple[str, Figure]]:
-    """The figures over all runs, each drawn when it is asked for.
+    """Draw the figures over all runs, each when it is asked for.
 
     Args:
         runs: Results of every run.

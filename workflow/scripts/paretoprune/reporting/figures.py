@@ -1,4 +1,4 @@
-"""What every figure shares: its panels, the legend below them, its frame and its files."""
+"""Panels, legends, frames and files, which all figures share."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,18 @@ from paretoprune.files import atomic_path
 def panel_grid(
     n_panels: int, width: float, height: float, *, max_columns: int = 2, share_y: bool = False
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of `n_panels` panels, at most `max_columns` in a row; sizes of one panel in inches."""
+    """Make a figure of `n_panels` panels in rows of at most `max_columns`.
+
+    Args:
+        n_panels: Number of panels.
+        width: Of a panel, in inches.
+        height: Of a panel, in inches.
+        max_columns: Most panels in a row.
+        share_y: Whether the panels share their vertical axis.
+
+    Returns:
+        The figure and its panels, row by row.
+    """
     columns = min(n_panels, max_columns)
     n_rows = -(-n_panels // columns)
     figure = Figure(figsize=(max(6.0, width * columns), height * n_rows), layout="constrained")
@@ -25,7 +36,7 @@ def panel_grid(
 
 
 def legend_below(figure: Figure, handles: Sequence[Artist], labels: Sequence[str]) -> None:
-    """A legend under all panels, in as many columns, at most five, as fit the figure's width."""
+    """Put a legend under all panels, in as many columns as fit the figure's width, at most five."""
     n_columns = min(5, len(labels))
     while n_columns > 1 and _legend_width(labels, n_columns) > figure.get_figwidth():
         n_columns -= 1
@@ -33,7 +44,8 @@ def legend_below(figure: Figure, handles: Sequence[Artist], labels: Sequence[str
 
 
 def _legend_width(labels: Sequence[str], n_columns: int) -> float:
-    """About how wide a legend is, in inches at the font size of `figure_style`; columns are filled one by one."""
+    """Estimate the width of a legend in inches, at the font size of `figure_style`."""
+    # matplotlib fills the columns one by one; the first ones get one label more where they cannot all have the same.
     short, n_longer = divmod(len(labels), n_columns)
     widths, first = 0.0, 0
     for column in range(n_columns):
@@ -43,8 +55,8 @@ def _legend_width(labels: Sequence[str], n_columns: int) -> float:
     return widths
 
 
-def finished(figure: Figure) -> Figure:
-    """The figure without the frame lines that hold no scale."""
+def despined(figure: Figure) -> Figure:
+    """The figure, now without the upper and right spines of its panels."""
     for axes in figure.axes:
         if axes.get_label() != "<colorbar>":
             sns.despine(ax=axes)

@@ -1,4 +1,4 @@
-"""The page index.html: what the template shows of each run and of all runs together, and how it is worded."""
+"""The page index.html: what its template shows of each run and of all runs together."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,11 +8,12 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from paretoprune import __version__
-from paretoprune.reporting.comparison import MEASURE_TITLES, SIGNIFICANCE
+from paretoprune.reporting.comparison import MEASURE_TITLES, SIGNIFICANCE_LEVEL
 from paretoprune.reporting.read_results import RunResults
 from paretoprune.reporting.tables import (
     PHASES,
     QUALITY_AND_COST,
+    comparison_table,
     costs_table,
     dense_table,
     finetuned_table,
@@ -20,7 +21,6 @@ from paretoprune.reporting.tables import (
     per_seed_table,
     sparsities_table,
     summary_table,
-    tests_table,
 )
 
 
@@ -30,7 +30,7 @@ def render_page(
     summary: pd.DataFrame,
     kinds: Mapping[str, str],
 ) -> str:
-    """The page as HTML.
+    """Render the page as HTML.
 
     Args:
         sections: From `run_section`, one per run.
@@ -57,7 +57,7 @@ def render_page(
 
 
 def run_section(run: RunResults, summary: pd.DataFrame, figures: Mapping[str, str]) -> dict[str, Any]:
-    """What the template shows of one run.
+    """Collect what the template shows of one run.
 
     Args:
         run: Its results.
@@ -71,7 +71,7 @@ def run_section(run: RunResults, summary: pd.DataFrame, figures: Mapping[str, st
         "network": run.about.network,
         "anchor": run.about.anchor,
         "seeds": run.about.seeds,
-        # None where the page needs no word on costs: the density is the only one.
+        # None if the density is the only cost. Then the page does not explain costs.
         "costs": None if run.about.only_density else list(run.about.costs),
         "largest_hypervolume": f"{run.about.largest_hypervolume:.4g}",
         "objective": run.about.objective,
@@ -100,7 +100,7 @@ def run_section(run: RunResults, summary: pd.DataFrame, figures: Mapping[str, st
 def comparison_section(
     runs: Sequence[RunResults], tables: Mapping[str, pd.DataFrame], shown: Sequence[str], figures: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What the template shows of all runs together.
+    """Collect what the template shows of all runs together.
 
     Args:
         runs: Results of every run.
@@ -109,7 +109,7 @@ def comparison_section(
         figures: Path of each figure relative to the page, without the suffix.
     """
     tests = tables["comparison"]
-    clear = tests[(tests["measure"] == "hypervolume_test") & (tests["p_holm"] < SIGNIFICANCE)]
+    significant = tests[(tests["measure"] == "hypervolume_test") & (tests["p_holm"] < SIGNIFICANCE_LEVEL)]
     sparsities = tables["sparsities"]
     gains = tables["phase2_gain"]
     return {
@@ -117,11 +117,11 @@ def comparison_section(
         "rivals": list(shown[1:]),
         "n_others": tests["method"].nunique(),
         "n_pairs": int(tests["n_pairs"].max()),
-        "n_better": int((clear["rank_biserial"] > 0).sum()),
-        "n_worse": int((clear["rank_biserial"] < 0).sum()),
-        "level": SIGNIFICANCE,
+        "n_better": int((significant["rank_biserial"] > 0).sum()),
+        "n_worse": int((significant["rank_biserial"] < 0).sum()),
+        "level": SIGNIFICANCE_LEVEL,
         "tests": [
-            (title, tests_table(tests[tests["measure"] == measure])) for measure, title in MEASURE_TITLES.items()
+            (title, comparison_table(tests[tests["measure"] == measure])) for measure, title in MEASURE_TITLES.items()
         ],
         "sparsities": [
             (
@@ -141,7 +141,7 @@ def _rows_of_run(table: pd.DataFrame, run: RunResults) -> pd.DataFrame:
 
 
 def _headlines(summary: pd.DataFrame) -> list[dict[str, str]]:
-    """The few numbers to read first: a value, what it is, and whose."""
+    """The few numbers to read first: each with its value, its label, and the method that reached it."""
     n_seeds = summary["seed"].nunique()
     over = f"mean of {n_seeds} seeds" if n_seeds > 1 else "1 seed"
     quality = summary.groupby("method", sort=False)["hypervolume_test"].mean()
@@ -152,7 +152,7 @@ def _headlines(summary: pd.DataFrame) -> list[dict[str, str]]:
             "by": f"{quality.idxmax()}, {over}",
         }
     ]
-    # Only methods that stay within a point in every seed: a mean over the lucky seeds would flatter.
+    # Only methods that stay within a point in every seed. A mean over the lucky seeds of others would flatter them.
     within = summary.groupby("method", sort=False)["sparsity_within_1pt"].agg(lambda values: values.mean(skipna=False))
     if within.notna().any():
         value, by = f"{100 * within.max():.1f} %", f"{within.idxmax()}, {over}"

@@ -1,6 +1,6 @@
-"""Result files read back and summarised: one row per dataset, network, seed and method.
+"""Read result files back, check them, and summarise them: one row per dataset, network, seed and method.
 
-Everything is checked while it is read. Nothing here needs torch.
+Nothing here needs torch.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -32,7 +32,7 @@ SUMMARY_COLUMNS = (
     "phase2_gain",
 )
 
-# What each column of a result file holds: "text", "number" (finite), "share" (0 to 1), or "unread".
+# What each column of a result file holds: "text", "number" (finite, at least 0), "share" (0 to 1), or "unread".
 _FRONT = {
     "id": "text",
     "stage": "text",
@@ -72,7 +72,7 @@ _ANCHOR_KEYS = ("light", "heavy", "n_weights", "n_corridor", "layers")
 _ANCHOR_LAYER_KEYS = ("layer", "n_weights", "n_always_kept", "n_corridor", "n_always_dropped")
 
 _TOLERANCE = 0.01
-# Shares are computed from counts of images; a limit that is met exactly must not fail by a rounding error.
+# Shares are quotients of counts. A share that equals its limit must not fail by rounding.
 _ROUNDING = 1e-9
 
 
@@ -118,15 +118,15 @@ def read_run(results: Path, run: Run, kinds: Mapping[str, str], finetuned: Colle
         results: Folder that holds {dataset}/{network}/seed{seed}/.
         run: What to read.
         kinds: Methods to read, with the kind of each.
-        finetuned: Methods that have a finetuned.csv; others than in `kinds` are ignored.
+        finetuned: Methods that have a finetuned.csv. Methods that are not in `kinds` are ignored.
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: A file lacks a column or a key, or holds something impossible.
+        ValueError: A file lacks a column or a key, or holds an impossible value.
     """
     dense: dict[int, dict[str, Any]] = {}
     anchors: dict[tuple[str, int], dict[str, Any]] = {}
-    # A cost may exceed that of the dense network, and a hypervolume of several costs 1: neither is a share.
+    # Other costs than the density may exceed 1, since bytes count the mask. So a hypervolume on them may exceed 1, too.
     front = _FRONT | {cost: "number" for cost in run.costs if cost != "density"}
     history = _HISTORY if run.only_density else _HISTORY | {"hypervolume": "number"}
     tables: dict[str, list[pd.DataFrame]] = {"front": [], "history": [], "layers": [], "finetuned": []}
@@ -134,22 +134,23 @@ def read_run(results: Path, run: Run, kinds: Mapping[str, str], finetuned: Colle
         folder = results / run.dataset / run.network / f"seed{seed}"
         dense[seed] = _read_dense(folder / "dense" / "metrics.json")
         for method, kind in kinds.items():
-            own = folder / method
+            method_folder = folder / method
             read = {
-                "front": _read_table(own / "front.csv", front),
-                "history": _read_history(own / "history.csv", history, kind),
+                "front": _read_table(method_folder / "front.csv", front),
+                "history": _read_history(method_folder / "history.csv", history, kind),
             }
             if kind == "two_phase":
-                read["layers"] = _read_table(own / "layers.csv", _LAYERS)
-                _check_members(own / "layers.csv", read["layers"], read["front"])
-                anchors[method, seed] = _read_anchors(own / "anchors.json")
+                read["layers"] = _read_table(method_folder / "layers.csv", _LAYERS)
+                _check_members(method_folder / "layers.csv", read["layers"], read["front"])
+                anchors[method, seed] = _read_anchors(method_folder / "anchors.json")
             if method in finetuned:
-                read["finetuned"] = _read_finetuned(own / "finetuned.csv")
+                read["finetuned"] = _read_finetuned(method_folder / "finetuned.csv")
             for name, table in read.items():
                 tables[name].append(table.assign(method=method, seed=seed))
-    none = {"layers": [*_LAYERS, "method", "seed"], "finetuned": [*_FINETUNED, "method", "seed"]}
+    # Without any file of a kind there is nothing to concatenate; an empty table has the columns all the same.
+    columns = {"layers": [*_LAYERS, "method", "seed"], "finetuned": [*_FINETUNED, "method", "seed"]}
     joined = {
-        name: pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=none[name])
+        name: pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns[name])
         for name, parts in tables.items()
     }
     return RunResults(
@@ -165,12 +166,12 @@ def read_run(results: Path, run: Run, kinds: Mapping[str, str], finetuned: Colle
 
 
 def summarise(run: RunResults) -> pd.DataFrame:
-    """One row per seed and method: cost, quality of the front, and what Phase 2 added.
+    """Summarise a run: effort, quality of the front, and what Phase 2 added, per seed and method.
 
     Returns:
-        Columns `SUMMARY_COLUMNS`. Hypervolumes are on (loss, costs) up to the run's reference point.
-        `sparsity_within_1pt` is a share, NaN when no member loses at most one point of test accuracy. The last two
-        columns are NaN for a method without phases.
+        Columns `SUMMARY_COLUMNS`, one row per seed and method. Hypervolumes are on (loss, costs), up to the run's
+        reference point. `sparsity_within_1pt` is a share; it is NaN if every member loses more than one percentage
+        point of test accuracy. The last two columns are NaN for a method without phases.
     """
     costs, reference = run.about.costs, run.about.reference_point
     rows = []
@@ -181,9 +182,10 @@ def summarise(run: RunResults) -> pd.DataFrame:
             history = rows_of(run.histories, method, seed)
             last = history.iloc[-1]
             within = front.loc[front["test_error"] <= limit, "sparsity"]
-            phase1 = np.nan
+            phase1_hypervolume = np.nan
             if kind == "two_phase":
-                phase1 = float(history.loc[history["stage"] != "phase2", "hypervolume"].iloc[-1])
+                # The first population and Phase 1 come before the first row of Phase 2.
+                phase1_hypervolume = float(history.loc[history["stage"] != "phase2", "hypervolume"].iloc[-1])
             rows.append(
                 {
                     "dataset": run.about.dataset,
@@ -197,8 +199,8 @@ def summarise(run: RunResults) -> pd.DataFrame:
                     "sparsity_within_1pt": float(within.max()) if len(within) else np.nan,
                     "objective": run.about.objective,
                     "n_members": len(front),
-                    "hypervolume_phase1": phase1,
-                    "phase2_gain": float(last["hypervolume"]) - phase1,
+                    "hypervolume_phase1": phase1_hypervolume,
+                    "phase2_gain": float(last["hypervolume"]) - phase1_hypervolume,
                 }
             )
     return pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS))
@@ -213,7 +215,12 @@ def _require_file(path: Path) -> None:
 
 
 def _read_table(path: Path, schema: Mapping[str, str]) -> pd.DataFrame:
-    """Read a CSV file whose columns are those of `schema`, and check what they hold."""
+    """Read the columns of `schema` from a CSV file and check their values.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A column is missing, or a value is not of the kind that `schema` says.
+    """
     _require_file(path)
     remedy = "delete the file and run the step of the workflow that writes it"
     texts = [column for column, holds in schema.items() if holds == "text"]
@@ -230,6 +237,7 @@ def _read_table(path: Path, schema: Mapping[str, str]) -> pd.DataFrame:
     for column, holds in schema.items():
         if holds not in ("number", "share"):
             continue
+        # What is no number becomes NaN, which the check below finds.
         values = pd.to_numeric(table[column], errors="coerce").astype(float)
         upper = 1 + _ROUNDING if holds == "share" else np.inf
         wrong = ~np.isfinite(values) | (values < -_ROUNDING) | (values > upper)
@@ -258,7 +266,7 @@ def _read_history(path: Path, schema: Mapping[str, str], kind: str) -> pd.DataFr
 
 def _read_finetuned(path: Path) -> pd.DataFrame:
     table = _read_table(path, _FINETUNED)
-    # A member chosen for several targets stands for each of them, or means would mix up the seeds.
+    # A member chosen for several targets gets a row for each: every seed then has a row for every target.
     return table.assign(target=table["target"].astype(str).str.split(", ")).explode("target")
 
 
@@ -301,5 +309,5 @@ def _read_anchors(path: Path) -> dict[str, Any]:
 
 
 def rows_of(table: pd.DataFrame, method: str, seed: int) -> pd.DataFrame:
-    """The rows of one method and seed, of a table over all of them."""
+    """Select the rows of one method and seed from a table over all of them."""
     return table[(table["method"] == method) & (table["seed"] == seed)]

@@ -1,6 +1,6 @@
-"""The report: its tables as CSV files, the figures and one page, index.html, from result files alone.
+"""Write the report from result files: tables as CSV files, figures, and the page index.html.
 
-Everything is read and checked before anything is written. Nothing is recomputed that needs a network.
+All files are read and checked before the first one is written. No network is evaluated.
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ from paretoprune.reporting.subject import Subject
 
 
 def write_report(results: Path, subject: Subject, output: Path) -> None:
-    """Write summary.csv, comparison.csv, sparsities.csv, phase2_gain.csv, figures/*.svg and *.png, last index.html.
+    """Write figures/*.svg and *.png, summary.csv, comparison.csv, sparsities.csv, phase2_gain.csv, and last index.html.
 
     Args:
         results: Folder that holds {dataset}/{network}/seed{seed}/.
@@ -29,7 +29,7 @@ def write_report(results: Path, subject: Subject, output: Path) -> None:
 
     Raises:
         FileNotFoundError: A result file is missing; nothing was written.
-        ValueError: A result file lacks a column or holds something impossible; nothing was written.
+        ValueError: A result file lacks a column or holds an impossible value; nothing was written.
     """
     runs = [read_run(results, run, subject.kinds, subject.finetuned) for run in subject.runs]
     summaries = [summarise(run) for run in runs]
@@ -47,7 +47,7 @@ def write_report(results: Path, subject: Subject, output: Path) -> None:
         figures = _save_figures(draw_run(run, own, styles), output, run.about.anchor)
         sections.append(run_section(run, own, figures))
     comparison = None
-    # One pair, or one method, leaves nothing to compare over.
+    # With one pair or one method there is nothing to compare.
     if len(subject.kinds) > 1 and sum(len(run.seeds) for run in subject.runs) > 1:
         shown = leading_methods(summary, subject.reference, MOST_SHOWN)
         figures = _save_figures(draw_comparison(runs, summary, tables["comparison"], shown), output, "comparison")
@@ -60,9 +60,9 @@ def write_report(results: Path, subject: Subject, output: Path) -> None:
 
 
 def _save_figures(drawn: Iterable[tuple[str, Figure]], output: Path, prefix: str) -> dict[str, str]:
-    """Draw and save figures one by one; returns the path of each relative to the page, without the suffix."""
+    """Draw and save figures one by one, and return the path of each relative to the page, without the suffix."""
     paths = {}
-    # The style must hold while the figures are drawn, that is while `drawn` is consumed, and while they are saved.
+    # `drawn` draws each figure when the loop asks for it, so the loop must run inside the style.
     with figure_style():
         for kind, figure in drawn:
             paths[kind] = f"figures/{prefix}-{kind}"

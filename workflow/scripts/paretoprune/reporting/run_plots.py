@@ -1,7 +1,7 @@
-"""Figures of a comparison of pruning methods, drawn from tables; nothing here computes a result or needs torch.
+"""Figures of one run, drawn from tables.
 
-Every `draw_*` function returns a matplotlib `Figure` made without pyplot, so no backend is chosen and no figure stays
-open. Call them, and `figures.save_figure`, inside `styles.figure_style()`. Shares are drawn in %.
+Every `draw_*` function returns a matplotlib `Figure` that is made without pyplot. So no backend is chosen and no figure
+stays open. Call them, and `figures.save_figure`, inside `styles.figure_style()`. Shares are drawn in %.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from paretoprune.reporting.attainment import hypervolume_at
-from paretoprune.reporting.figures import finished, legend_below, panel_grid
+from paretoprune.reporting.figures import despined, legend_below, panel_grid
 from paretoprune.reporting.styles import DENSE_LINE, MethodStyle
 
 _STAGE_COLORS = {"start": "#6B7683", "phase1": "#2F7EBB", "reselected": "#2E9E6B", "phase2": "#E4572E"}
@@ -36,14 +36,13 @@ _MAX_LAYER_LABELS = 60
 
 
 def error_at_sparsity(front: pd.DataFrame, sparsities: np.ndarray) -> np.ndarray:
-    """Test error of the network that a user takes from a front to remove at least a given share of weights.
+    """Look up the test error of the densest member that removes at least a given share of the weights.
 
-    That is the densest member which is sparse enough. The test error never chooses, so the curve may go down as well
-    as up.
+    The test error has no part in the choice, so it may fall as well as rise with the sparsity.
 
     Args:
         front: Columns `sparsity` and `test_error`, shares.
-        sparsities: float (n,), shares asked for.
+        sparsities: float (n,), least shares of weights removed, 0 to 1.
 
     Returns:
         float (n,), shares; NaN beyond the sparsest member.
@@ -54,15 +53,15 @@ def error_at_sparsity(front: pd.DataFrame, sparsities: np.ndarray) -> np.ndarray
 
 
 def draw_fronts(fronts: pd.DataFrame, dense_error: float, styles: Mapping[str, MethodStyle]) -> Figure:
-    """Test error against sparsity: everything, and close to the dense network.
+    """Draw test error against sparsity: the whole range, and a panel close to the dense network.
 
     Args:
         fronts: Columns `method`, `seed`, `sparsity`, `test_error`, shares; at least one row.
         dense_error: Test error of the dense network, a share, mean over seeds.
         styles: From `styles.method_styles`; a method without members is left out.
     """
-    # On all seeds' own sparsities, no step is shifted. A mean over fewer and fewer seeds would jump where one of them
-    # ends; it stops there instead.
+    # The grid has the sparsities of all seeds' members, so every step is where it belongs. A mean over the seeds that
+    # are left would jump where one of them ends. So the mean stops there, since its values are NaN beyond.
     grids, curves, means = {}, {}, {}
     for method, rows in _by_method(fronts, styles):
         grids[method] = np.union1d([0.0], rows["sparsity"].to_numpy(dtype=float))
@@ -88,18 +87,18 @@ def draw_fronts(fronts: pd.DataFrame, dense_error: float, styles: Mapping[str, M
         panels[1].set(xlim=(100 * window[0], 100 * window[1]))
         panels[1].set_ylim(max(0.0, 100 * dense_error - 2), 100 * dense_error + _ZOOM_POINTS)
     legend_below(figure, *panels[0].get_legend_handles_labels())
-    return finished(figure)
+    return despined(figure)
 
 
 def draw_hypervolume(histories: pd.DataFrame, styles: Mapping[str, MethodStyle], *, largest: float = 1.0) -> Figure:
-    """Hypervolume over evaluations, mean and one standard deviation over seeds.
+    """Draw hypervolume against evaluations: mean and one standard deviation over seeds.
 
-    A search ends at a marker. An allocation, which evaluates only its ladder of densities, continues as a level line.
+    A search ends at a marker. An allocation, which evaluates only its few densities, continues as a level line.
 
     Args:
         histories: Columns `method`, `seed`, `evaluations`, `hypervolume`, `stage`.
         styles: From `styles.method_styles`.
-        largest: Hypervolume of a network without loss and cost.
+        largest: Largest possible hypervolume, of a network without loss and cost.
     """
     figure = Figure(figsize=(9.0, 5.0), layout="constrained")
     axes = figure.subplots()
@@ -138,11 +137,11 @@ def draw_hypervolume(histories: pd.DataFrame, styles: Mapping[str, MethodStyle],
         handles.append(Line2D([], [], ls="none", marker="o", ms=7, mfc="white", mec="#5A6572", mew=1.8))
         labels.append("Phase 2 begins")
     legend_below(figure, handles, labels)
-    return finished(figure)
+    return despined(figure)
 
 
 def draw_phase2_gain(summary: pd.DataFrame, styles: Mapping[str, MethodStyle]) -> Figure:
-    """Hypervolume after Phase 1 and at the end of the search, per seed.
+    """Draw the hypervolume after Phase 1 and at the end of the search, per seed.
 
     Args:
         summary: Columns `method`, `seed`, `hypervolume_phase1`, `phase2_gain`; one row per two-phase method and seed.
@@ -174,11 +173,11 @@ def draw_phase2_gain(summary: pd.DataFrame, styles: Mapping[str, MethodStyle]) -
         Line2D([], [], ls="none", marker="o", ms=7, color=grey),
     ]
     figure.legend(handles, ["after Phase 1", "after Phase 2"], loc="outside upper right", ncols=2)
-    return finished(figure)
+    return despined(figure)
 
 
 def draw_stages(fronts: pd.DataFrame, methods: Sequence[str], error_label: str) -> Figure:
-    """The front on the search split, each member in the colour of the stage that found it.
+    """Draw the front on the search split, each member in the colour of the stage that found it.
 
     Args:
         fronts: One seed's members: columns `method`, `stage`, `sparsity`, `search_error`, shares.
@@ -209,11 +208,11 @@ def draw_stages(fronts: pd.DataFrame, methods: Sequence[str], error_label: str) 
         axes.set(title=method, xlabel="sparsity (%)", ylabel=error_label)
         # Fronts rise to the right: the upper left is free.
         axes.legend(loc="upper left", handletextpad=0.2)
-    return finished(figure)
+    return despined(figure)
 
 
 def draw_layer_densities(layers: pd.DataFrame, methods: Sequence[str]) -> Figure:
-    """Share of weights that each member of a front keeps in each layer.
+    """Draw the share of weights that each member of a front keeps in each layer.
 
     Args:
         layers: One seed's rows: columns `method`, `id`, `sparsity` (of the member, a share), `layer` (in network
@@ -239,11 +238,11 @@ def draw_layer_densities(layers: pd.DataFrame, methods: Sequence[str]) -> Figure
         mpl.cm.ScalarMappable(percent, "mako_r"), ax=panels, label="weights kept (%)", fraction=0.04, pad=0.02
     )
     bar.outline.set_visible(False)
-    return finished(figure)
+    return despined(figure)
 
 
 def draw_corridor(anchors: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Which part of each layer Phase 2 searches.
+    """Draw the share of each layer that is always kept, searched in Phase 2, and always dropped.
 
     Args:
         anchors: Content of one seed's anchors.json per two-phase method.
@@ -267,11 +266,11 @@ def draw_corridor(anchors: Mapping[str, Mapping[str, Any]]) -> Figure:
         axes.annotate(details, (0, 1), (0, 5), xycoords="axes fraction", textcoords="offset points", fontsize=8.5)
         axes.set(xlabel="share of the layer's weights (%)", xlim=(0, 100))
     legend_below(figure, *panels[0].get_legend_handles_labels())
-    return finished(figure)
+    return despined(figure)
 
 
 def draw_finetuned(finetuned: pd.DataFrame, dense_error: float, styles: Mapping[str, MethodStyle]) -> Figure:
-    """Test error before and after fine-tuning against sparsity; one mark per method and target, mean over seeds.
+    """Draw test error before and after fine-tuning against sparsity: one mark per method and target, mean over seeds.
 
     Args:
         finetuned: Columns `method`, `seed`, `target`, `sparsity`, `test_error_pruned`, `test_error`, shares.
@@ -305,7 +304,7 @@ def draw_finetuned(finetuned: pd.DataFrame, dense_error: float, styles: Mapping[
     after.set_title(f"After, up to {_ZOOM_POINTS:.0f} points more error" if high > top else "After fine-tuning")
     after.set_ylim(max(0.0, low), min(top, high))
     legend_below(figure, *after.get_legend_handles_labels())
-    return finished(figure)
+    return despined(figure)
 
 
 def _by_method(table: pd.DataFrame, styles: Mapping[str, MethodStyle]) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -319,8 +318,8 @@ def _by_method(table: pd.DataFrame, styles: Mapping[str, MethodStyle]) -> Iterat
 def _zoom_window(
     grids: Mapping[str, np.ndarray], means: Mapping[str, np.ndarray], dense_error: float
 ) -> tuple[float, float] | None:
-    """Sparsities between which most methods leave the dense network's error; None when none comes near it."""
-    # NaN, beyond a front's end, compares as False: not near.
+    """The range of sparsities in which errors rise above the dense network's; None if no method comes near it."""
+    # Means are NaN beyond a front's end, and a comparison with NaN is False.
     near = [grids[method][mean <= dense_error + _ZOOM_POINTS / 100] for method, mean in means.items()]
     equal = [grids[method][mean <= dense_error + 0.01] for method, mean in means.items()]
     if not any(len(sparsities) for sparsities in near):

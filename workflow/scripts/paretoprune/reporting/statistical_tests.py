@@ -1,24 +1,25 @@
-"""Tests and effect sizes for paired and unpaired samples: pure functions on arrays."""
+"""Statistical tests and effect sizes for paired and unpaired samples: pure functions on arrays."""
 
 import numpy as np
 from scipy import stats
 
-# Equal fronts may differ in the last bits of their hypervolumes; that is no win, and no rank.
+# Hypervolumes of equal fronts may differ in their last bits. Such a difference counts as 0.
 DECIMALS = 12
-# Up to here scipy counts every sign of every rank; with equal ranks it must try every combination of signs.
+# Largest samples for an exact p-value. Without equal ranks scipy counts the patterns of signs by recursion; with equal
+# ranks it must go through all 2^n of them.
 _MOST_EXACT, _MOST_EXACT_TIED = 50, 13
 
 
 def signed_rank_test(differences: np.ndarray) -> tuple[float, bool]:
-    """Two-sided Wilcoxon signed-rank test that differences lie evenly on both sides of 0.
+    """Test whether differences lie symmetrically about 0: the two-sided Wilcoxon signed-rank test.
 
-    Differences of 0 are left out, as Wilcoxon did; without any other, nothing speaks against equality and p is 1.
+    Differences of 0 are left out, as Wilcoxon did. If no other difference is left, p is 1.
 
     Args:
         differences: float (n_pairs,).
 
     Returns:
-        The p-value, and whether it is exact: counted over all signs rather than taken from the normal approximation.
+        The p-value, and whether it is exact: from all patterns of signs, and not from the normal approximation.
 
     Source:
         Wilcoxon, "Individual comparisons by ranking methods", 1945; as `scipy.stats.wilcoxon` computes it.
@@ -29,24 +30,28 @@ def signed_rank_test(differences: np.ndarray) -> tuple[float, bool]:
         return 1.0, True
     tied = len(np.unique(np.abs(differences))) < n
     exact = n <= (_MOST_EXACT_TIED if tied else _MOST_EXACT)
-    # With equal ranks, scipy's "exact" would look them up in the distribution of distinct ones.
+    # With equal ranks, scipy's "exact" would use the distribution for distinct ranks, which does not hold.
     how = ("exact" if not tied else stats.PermutationMethod(n_resamples=np.inf)) if exact else "asymptotic"
     return float(stats.wilcoxon(differences, method=how).pvalue), exact
 
 
 def _nonzero(differences: np.ndarray) -> np.ndarray:
+    """The differences that are not 0 after rounding to `DECIMALS`."""
     rounded = np.round(np.asarray(differences, dtype=float), DECIMALS)
     return rounded[rounded != 0]
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
-    """Adjust p-values so that comparing each with a level keeps the chance of any false alarm below that level.
+    """Adjust p-values for multiple comparisons by Holm's step-down procedure.
+
+    Rejecting the hypotheses whose adjusted p-value is at most a level keeps the probability of any false rejection at
+    that level or below.
 
     Args:
         p_values: float (n_tests,), 0 to 1.
 
     Returns:
-        float (n_tests,), in the order given.
+        float (n_tests,), adjusted p-values, 0 to 1, in the order given.
 
     Raises:
         ValueError: A value lies outside 0 to 1, or is NaN.
@@ -58,6 +63,7 @@ def holm(p_values: np.ndarray) -> np.ndarray:
     wrong = ~((p_values >= 0) & (p_values <= 1))
     if wrong.any():
         raise ValueError(f"expected p-values between 0 and 1, found {p_values[wrong][0]}; leave that test out")
+    # The k-th smallest of n is multiplied by n - k + 1. An adjusted value is at least those of all smaller p-values.
     order = np.argsort(p_values, kind="stable")
     stepped = p_values[order] * np.arange(len(p_values), 0, -1)
     adjusted = np.empty_like(p_values)
@@ -66,15 +72,15 @@ def holm(p_values: np.ndarray) -> np.ndarray:
 
 
 def rank_biserial(differences: np.ndarray) -> float:
-    """Matched-pairs rank-biserial correlation, the paired effect size that belongs to the signed-rank test.
+    """Compute the matched-pairs rank-biserial correlation, the effect size of the signed-rank test.
 
-    The share of the rank sum that lies above 0 minus the share below it; differences of 0 have no rank.
+    It is the share of the rank sum of positive differences minus that of negative ones. Differences of 0 have no rank.
 
     Args:
         differences: float (n_pairs,).
 
     Returns:
-        From -1 (all below 0) to 1 (all above); 0 where every difference is 0.
+        From -1 (all differences negative) to 1 (all positive); 0 if every difference is 0.
 
     Source:
         Kerby, "The simple difference formula: an approach to teaching nonparametric correlation", 2014.
@@ -87,15 +93,15 @@ def rank_biserial(differences: np.ndarray) -> float:
 
 
 def vargha_delaney(first: np.ndarray, second: np.ndarray) -> float:
-    """A12, an unpaired effect size: how often a value of the first sample exceeds one of the second.
+    """Compute A12, an unpaired effect size: how often a value of the first sample exceeds one of the second.
 
     Args:
         first: float (n_first,).
         second: float (n_second,).
 
     Returns:
-        Share of all n_first x n_second couples, equal ones counting half: 0.5 for no effect, 1 if the first is always
-        larger.
+        Share of all n_first x n_second combinations in which the first value is larger; equal values count half. 0.5
+        is no effect, 1 means that the first is always larger.
 
     Raises:
         ValueError: A sample is empty.

@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib as mpl
 import seaborn as sns
 
-# Our searches in strong solid colours, the others muted and dashed: told apart in grey print, too.
+# Two-phase searches have strong colours and solid lines, the others muted colours and dashes. This shows in grey, too.
 _COLORS = {
     "two_phase": ("#C8102E", "#0B6FB8", "#7B3FA0", "#12805C"),
     "flat": ("#E08A00", "#A6761D", "#C26A8A"),
@@ -24,7 +24,7 @@ _MARKERS = {"two_phase": ("o", "s", "D", "P"), "flat": ("^", "v"), "allocation":
 _WIDTHS = {"two_phase": 2.2, "flat": 1.8, "allocation": 1.5}
 
 
-# Okabe and Ito's colours, told apart by colour-blind readers; a dash and a marker each for print in grey.
+# Okabe and Ito's colours, which colour-blind readers can tell apart; each has a dash and a marker for print in grey.
 _COMPARED: tuple[tuple[str, Any, str], ...] = (
     ("#D55E00", "-", "o"),
     ("#0072B2", (0, (6, 1.6)), "s"),
@@ -48,8 +48,8 @@ class MethodStyle:
         dashes: Line style as matplotlib takes it.
         marker: Marker as matplotlib takes it.
         width: Line width in points.
-        zorder: Lines of a higher one lie above.
-        searches: Whether it ends when its evaluations are spent; a rule without search holds for any number of them.
+        zorder: Lines with a higher value are drawn above others.
+        searches: Whether it searches until its evaluations are spent. An allocation does not.
     """
 
     color: str
@@ -61,7 +61,7 @@ class MethodStyle:
 
     @property
     def bold(self) -> bool:
-        """Whether the figure is about this method first."""
+        """Whether its line stands out."""
         return self.width > 2
 
     @property

@@ -10,7 +10,7 @@ from paretoprune.objectives import reference_point
 METHOD_KINDS = ("two_phase", "flat", "allocation")
 OBJECTIVES = ("error", "divergence")
 DENSITY = ("density",)
-# Columns of front.csv that are there whatever the costs are, but for the density.
+# Columns of a front's table that are no costs.
 _RESERVED = ("id", "stage", "sparsity", "search_error", "test_error", "method", "seed")
 
 
@@ -23,10 +23,10 @@ class Run:
         network: Name of the network.
         seeds: Seeds, in the order asked for.
         objective: The loss that the search minimised: "error" or "divergence".
-        costs: What it minimised beside the loss, each relative to the dense network: density, parameters, macs, bytes.
+        costs: What it minimised beside the loss: density, parameters, macs or bytes, relative to the dense network.
 
     Raises:
-        ValueError: The objective is unknown; there is no cost; or a cost is named twice or like another column.
+        ValueError: The objective is unknown; there is no cost; a cost is named twice, or like another column.
     """
 
     dataset: str
@@ -58,7 +58,7 @@ class Run:
 
     @property
     def largest_hypervolume(self) -> float:
-        """The hypervolume of a network without loss and cost."""
+        """The largest possible hypervolume, of a network without loss and cost."""
         return math.prod(self.reference_point)
 
     @property
@@ -96,12 +96,12 @@ class Subject:
         methods: Sequence[str],
         settings: Mapping[str, Any],
     ) -> "Subject":
-        """Check what the workflow asks for.
+        """Check what the workflow asks for and make the subject of it.
 
         Args:
-            runs: `dataset`, `network` and `objective` of each run, `seeds` of those that have their own, and `costs` of
-                those that have others than the density.
-            seeds: Seeds of every other run.
+            runs: `dataset`, `network` and `objective` of each run. `seeds` if they differ from the argument `seeds`,
+                and `costs` if the density is not the only one.
+            seeds: Seeds of a run that does not name its own.
             methods: Methods of every run.
             settings: `method_kinds` has the kind of each method. `finetuned_methods` names those that have a
                 finetuned.csv. `reference` is the first method where it is missing or None.

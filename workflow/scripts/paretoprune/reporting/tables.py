@@ -1,4 +1,4 @@
-"""The tables of the page: cells of text, made from what `read_results` and `comparison` computed."""
+"""The tables of the page: cells of text, made from the tables of `read_results` and `comparison`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from paretoprune.reporting.comparison import ALL_RUNS, SIGNIFICANCE
+from paretoprune.reporting.comparison import ALL_RUNS, SIGNIFICANCE_LEVEL
 from paretoprune.reporting.read_results import SPLITS, RunResults, rows_of
 
-# Fine-tuned networks are compared only where all of them removed about the same share of the weights.
+# Fine-tuned networks are compared only if their sparsities differ by no more than this share of the weights.
 _COMPARABLE_SPARSITY = 0.01
 
 
@@ -44,8 +44,8 @@ class View:
         column: Its name.
         heading: Heading with unit.
         decimals: Decimals shown.
-        factor: From the stored to the shown unit.
-        contest: Whether it measures quality, larger is better; costs and details have no best.
+        factor: Shown value divided by the stored one, 100 for a share in %.
+        marks_best: Whether the largest mean is marked as the best; costs and details have no best.
         signed: Whether a plus sign is shown.
     """
 
@@ -53,14 +53,14 @@ class View:
     heading: str
     decimals: int
     factor: float = 1
-    contest: bool = False
+    marks_best: bool = False
     signed: bool = False
 
 
 QUALITY_AND_COST = (
-    View("hypervolume_test", "hypervolume, test split", 4, contest=True),
-    View("hypervolume_search", "hypervolume, search split", 4, contest=True),
-    View("sparsity_within_1pt", "sparsity within 1 point of dense (%)", 1, 100, contest=True),
+    View("hypervolume_test", "hypervolume, test split", 4, marks_best=True),
+    View("hypervolume_search", "hypervolume, search split", 4, marks_best=True),
+    View("sparsity_within_1pt", "sparsity within 1 point of dense (%)", 1, 100, marks_best=True),
     View("n_members", "members of the front", 0),
     View("evaluations", "evaluations", 0),
     View("seconds", "time (s)", 1),
@@ -71,8 +71,8 @@ PHASES = (
 )
 
 
-def tests_table(tests: pd.DataFrame) -> Table:
-    """Every other method against the reference; corrected p-values below the level are marked."""
+def comparison_table(tests: pd.DataFrame) -> Table:
+    """Every other method against the reference; adjusted p-values below the significance level are marked."""
     head = [
         "method",
         "pairs",
@@ -93,7 +93,7 @@ def tests_table(tests: pd.DataFrame) -> Table:
             Cell(f"{row['rank_biserial']:+.2f}"),
             Cell(f"{row['a12']:.2f}"),
             Cell(_p_value(row["p_value"]) + ("" if row["exact"] else " (approximate)")),
-            Cell(_p_value(row["p_holm"]), row["p_holm"] < SIGNIFICANCE),
+            Cell(_p_value(row["p_holm"]), row["p_holm"] < SIGNIFICANCE_LEVEL),
             Cell(row["note"], number=False),
         ]
         for row in tests.to_dict("records")
@@ -106,7 +106,7 @@ def _p_value(p: float) -> str:
 
 
 def sparsities_table(sparsities: pd.DataFrame) -> Table:
-    """Test error per method and least sparsity; the least is marked among methods that every seed speaks for."""
+    """Test error per method and least sparsity; the least is marked among methods with a member in every seed."""
     levels = list(dict.fromkeys(sparsities["at_least_sparsity"]))
     complete = sparsities[sparsities["n_found"] == sparsities["n_seeds"]]
     least = complete.groupby("at_least_sparsity")["test_error_mean"].min()
@@ -185,9 +185,9 @@ def summary_table(summary: pd.DataFrame, methods: Sequence[str], views: Sequence
     groups = {method: summary[summary["method"] == method] for method in methods}
     rows = [[Cell(method, number=False), Cell(str(len(group)))] for method, group in groups.items()]
     for view in views:
-        # NaN in any seed keeps a method out of the comparison, see _headlines.
+        # A method with NaN in any seed is never the best: a mean over its lucky seeds would flatter it.
         means = pd.Series([group[view.column].mean(skipna=False) for group in groups.values()], dtype=float)
-        best = np.isclose(means, means.max()) & (view.contest and len(groups) > 1)
+        best = np.isclose(means, means.max()) & (view.marks_best and len(groups) > 1)
         for row, group, is_best in zip(rows, groups.values(), best, strict=True):
             text = _mean_std(view.factor * group[view.column], view.decimals, signed=view.signed)
             row.append(Cell(text, bool(is_best)))
@@ -223,7 +223,7 @@ def per_seed_table(summary: pd.DataFrame) -> Table:
 
 
 def finetuned_table(run: RunResults) -> Table:
-    """Per target and method, mean ± standard deviation over seeds; best where the sparsities can be compared."""
+    """Mean ± standard deviation over seeds per target and method; the best is marked if sparsities are comparable."""
     head = [
         "target",
         "method",
@@ -260,7 +260,7 @@ def finetuned_table(run: RunResults) -> Table:
 
 
 def _mean_std(values: pd.Series, decimals: int, *, signed: bool = False) -> str:
-    """Mean ± sample standard deviation of the values that are there, and how many when some are not."""
+    """Mean ± sample standard deviation of the values that are not NaN, and their number if some are NaN."""
     found = values.dropna().astype(float)
     if not len(found):
         return "none"

@@ -37,7 +37,7 @@ class FinetuneData:
     Attributes:
         train: Trained on.
         search: Only measured on.
-        test: Likewise.
+        test: Only measured on.
     """
 
     train: LabelledImages
@@ -50,11 +50,14 @@ def choose_members(front: Front, sparsities: Sequence[float], with_knee: bool) -
 
     Args:
         front: A final front.
-        sparsities: For each, the member of nearest sparsity is taken.
-        with_knee: Whether the knee is taken too.
+        sparsities: Shares of weights removed, 0 to 1. For each, the member of nearest sparsity is taken.
+        with_knee: Whether the knee is taken, too.
 
     Returns:
-        Member to the target it was picked for; a member picked for several targets has them joined.
+        Index of each picked member to its target. Several targets of one member are joined by commas.
+
+    Raises:
+        ValueError: A sparsity lies outside 0 to 1, or the front has no members.
     """
     wanted = [(front.closest(sparsity=s), f"sparsity {s:g}") for s in sparsities]
     wanted += [(front.knee(), "knee")] if with_knee else []
@@ -81,9 +84,9 @@ def finetune_members(
         front: A final front with its dense network, the teacher, and the states of its finished networks, from which
             training starts.
         units: Its prunable weights.
-        data: Images; where they lie is where networks are trained and measured.
+        data: Images. Networks are trained and measured on their device.
         recipe: How to train.
-        chosen: Members to their targets, see `choose_members`.
+        chosen: Members and their targets, from `choose_members`.
         seed: Fixes the training.
         folder: Gets one `member<id>.safetensors` for each member.
         log: Told of every member.
@@ -93,6 +96,8 @@ def finetune_members(
 
     Raises:
         ValueError: The front has no networks.
+        RuntimeError: A weight outside a mask is not 0 after training.
+        TrainingDivergedError: The loss became NaN or infinite.
     """
     if front.dense is None or front.states is None:
         raise ValueError("expected a front with its networks, found masks alone; give it `dense` and `states`")
@@ -103,7 +108,7 @@ def finetune_members(
         mask = front.masks.unpack(member)
         masks = {name: torch.from_numpy(part.copy()) for name, part in units.split(mask).items()}
         start = with_weights(front.dense, front.states[member])
-        before = _error(start, data.test)
+        error_before = _error(start, data.test)
         trained, _ = train(start, data.train, recipe, seed=seed, masks=masks, teacher=front.dense)
         check_mask(trained, masks)
         save_tensors(folder / f"member{member}.safetensors", trained.state_dict())
@@ -113,7 +118,7 @@ def finetune_members(
             "density": float(front.density[member]),
             "sparsity": float(front.sparsity[member]),
             "search_top1_error": _error(trained, data.search),
-            "test_error_pruned": before,
+            "test_error_pruned": error_before,
             "test_error": _error(trained, data.test),
             "dense_test_error": dense_test_error,
         }
@@ -126,9 +131,9 @@ def finetune_members(
     return rows
 
 
-def _error(network: nn.Module, measured: LabelledImages) -> float:
-    """Top-1 error of a finished network."""
-    answers = predict(network.to(measured.images.device), measured.images, BATCH_SIZE)
-    error = top1_error(answers, measured.labels)
+def _error(network: nn.Module, data: LabelledImages) -> float:
+    """Top-1 error of a network, 0 to 1."""
+    logits = predict(network.to(data.images.device), data.images, BATCH_SIZE)
+    error = top1_error(logits, data.labels)
     network.to("cpu")
     return error
