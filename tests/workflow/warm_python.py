@@ -7,6 +7,7 @@ program, which has the arguments, folder, environment and output of whoever aske
 `started` gives a file that is called as Python is: with a script, or with -m and a module.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -69,6 +70,8 @@ def serve(address: str) -> list[str] | None:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address)
         server.listen()
+        # A program that ends leaves the libraries alone; looking through all their objects takes a second.
+        gc.freeze()
         print("ready", flush=True)
         n_forked = 0
         while sys.stdin not in select.select([sys.stdin, server], [], [])[0]:
