@@ -55,11 +55,11 @@ test: .venv/test.stamp
 
 .venv/test.stamp: .venv/dev.stamp $(FILES)
 	$(MAKE) --no-print-directory lint
-	$(BIN)/pytest --numprocesses $(CORES) --dist loadfile
+	$(BIN)/pytest --numprocesses $(CORES) --dist loadfile --no-loadscope-reorder
 	@touch $@
 
 quick: .venv/dev.stamp
-	$(BIN)/pytest --numprocesses $(CORES) --dist loadfile -m "not workflow" tests/masks tests/search tests/workflow tests/test_*.py \
+	$(BIN)/pytest --numprocesses $(CORES) --dist loadfile --no-loadscope-reorder -m "not workflow" tests/masks tests/search tests/workflow tests/test_*.py \
 		--ignore tests/test_api.py --ignore tests/test_benchmarks.py
 
 lint: .venv/dev.stamp

@@ -11,6 +11,14 @@ settings.register_profile("tests", deadline=None, max_examples=40, derandomize=T
 settings.load_profile("tests")
 
 
+# A file runs in one process: the longest first, or one process works on its last file while the others have ended.
+LONGEST = ("test_workflow.py", "test_api.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def layout() -> WeightUnits:
     """Three layers of 108, 216 and 70 weights; 394 in all, 10 bits into the seventh word."""

@@ -7,12 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import warm_python
 import yaml
 from paretoprune.evaluation.metrics import predict, top1_error
 from paretoprune.fronts import Front
@@ -41,8 +43,22 @@ def copy_repository(target: Path) -> Path:
     return target
 
 
-def snakemake(folder: Path, *arguments: str, config: str | None = TINY) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", *arguments]
+@pytest.fixture(scope="module", autouse=True)
+def _warm() -> Iterator[None]:
+    """Let Snakemake and the steps that it starts find their libraries imported."""
+    with warm_python.started() as python:
+        PYTHON["warm"] = python
+        yield
+
+
+# What runs Snakemake and the steps, and `cold` where a test wants both to start as a user's do.
+PYTHON = {"cold": sys.executable}
+
+
+def snakemake(
+    folder: Path, *arguments: str, config: str | None = TINY, python: str = "warm"
+) -> subprocess.CompletedProcess[str]:
+    command = [PYTHON[python], "-m", "snakemake", "--cores", "2", *arguments]
     command += ["--configfile", config] if config else []
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, check=False)
@@ -289,7 +305,7 @@ def test_figures_are_drawn_from_small_files_alone_and_never_by_training(finished
             target = folder / file.relative_to(finished)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, target)
-    run = snakemake(folder, "figures", "--workflow-profile", "profiles/figures")
+    run = snakemake(folder, "figures", "--workflow-profile", "profiles/figures", python="cold")
     assert run.returncode == 0, run.stderr
     assert (folder / "results/report/summary.csv").read_text() == (finished / "results/report/summary.csv").read_text()
     shutil.rmtree(folder / "results/report")

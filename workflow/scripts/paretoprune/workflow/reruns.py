@@ -1,6 +1,7 @@
 """Which source files a script depends on, so that editing a module reruns exactly the steps that use it."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 
@@ -22,16 +23,21 @@ def import_closure(script: Path, root: Path) -> list[Path]:
     found: set[Path] = set()
     waiting = [script]
     while waiting:
-        tree = ast.parse(waiting.pop().read_text(encoding="utf-8"))
-        for file in {file for name in _imported_names(tree) for file in _files_of(name, root)} - found:
+        names = _imported_names(waiting.pop().read_text(encoding="utf-8"))
+        for file in {file for name in names for file in _files_of(name, root)} - found:
             found.add(file)
             waiting.append(file)
     return sorted(found - {script})
 
 
-def _imported_names(tree: ast.AST) -> set[str]:
-    """Dotted names of modules, and of what is imported from them, which may be modules too."""
+@cache
+def _imported_names(text: str) -> frozenset[str]:
+    """Dotted names of modules, and of what is imported from them, which may be modules too.
+
+    Most modules are behind several steps, and reading a text anew was half of what starting the workflow took.
+    """
     names: set[str] = set()
+    tree = ast.parse(text)
     skipped = {
         id(inner)
         for node in ast.walk(tree)
@@ -48,7 +54,7 @@ def _imported_names(tree: ast.AST) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names.add(node.module)
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
-    return names
+    return frozenset(names)
 
 
 def _files_of(name: str, root: Path) -> list[Path]:
