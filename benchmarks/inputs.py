@@ -10,7 +10,7 @@ import torch
 from paretoprune.data.datasets import read_images
 from paretoprune.data.splits import normalise
 from paretoprune.networks.architectures import CifarResNet
-from paretoprune.networks.checkpoints import load_weights, read_state_dict
+from paretoprune.networks.pretrained import load_checkpoint
 from torch import Tensor, nn
 
 # Published networks, and the normalisation that they were trained with; see the experiment cifar10-sample-resnet20.
@@ -26,8 +26,7 @@ def resnet(depth: int, data: Path | None) -> nn.Module:
         torch.manual_seed(SEED)
         network = CifarResNet(depth).eval()
     if data is not None and depth in CHECKPOINTS and (data / CHECKPOINTS[depth]).is_file():
-        path = data / CHECKPOINTS[depth]
-        load_weights(network, read_state_dict(path), path.name)
+        load_checkpoint(network, data / CHECKPOINTS[depth])
     return network
 
 

@@ -14,7 +14,7 @@ from paretoprune.data.datasets import ImageSet, read_images
 from paretoprune.data.splits import normalise
 from paretoprune.evaluation.metrics import predict, top1_error
 from paretoprune.networks.architectures import CifarResNet
-from paretoprune.networks.checkpoints import load_weights, read_state_dict
+from paretoprune.networks.pretrained import load_checkpoint
 from PIL import Image
 from small_networks import CIFAR_MEAN, CIFAR_SAMPLE, CIFAR_STD, RESNET20
 
@@ -378,7 +378,7 @@ def test_the_published_resnet20_is_right_on_916_of_a_thousand_test_images() -> N
     assert (~found.is_test).sum() == 5170
     assert len(found.classes) == 10
     network = CifarResNet(20).eval()
-    load_weights(network, read_state_dict(RESNET20), "checkpoint")
+    load_checkpoint(network, RESNET20)
     chosen = found.is_test
     error = top1_error(
         predict(network, normalise(found.images[chosen], CIFAR_MEAN, CIFAR_STD), 128), found.labels[chosen]

@@ -112,6 +112,9 @@ def network_settings(wildcards):
     if settings["checkpoint"] is not None:
         path = configuration.data_path(config, settings["checkpoint"])
         settings["checkpoint"] = str(path)
+        # Left out where it says nothing, so that naming none reruns nothing.
+        if network.get("checkpoint_key") is not None:
+            settings["checkpoint_key"] = network["checkpoint_key"]
     return settings
 
 

@@ -1,16 +1,12 @@
-"""Reading and writing trained weights, never by unpickling code."""
+"""Weights and dense networks as the workflow writes and reads them."""
 
+import difflib
 import json
 import os
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from paretoprune.networks.architectures import Architecture
@@ -40,53 +36,6 @@ def with_weights(network: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     return other
 
 
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read the weights in a checkpoint file.
-
-    Understands safetensors, and torch files that hold a state dict, plain or under `state_dict`, `model` or `net`;
-    prefixes left by wrappers (`module.`, `_orig_mod.`) are taken off.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Parameter and buffer names to tensors, on the CPU.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is no checkpoint, or needs code to be unpickled.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"expected a checkpoint at '{path}', found no file; correct `checkpoint` or `data_directory`"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(
-            f"'{path}' cannot be read as plain weights ({reason[0]}); a checkpoint must hold tensors only: save it "
-            "with torch.save(network.state_dict(), path) or as safetensors"
-        ) from error
-    for key in ("state_dict", "model", "net"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(
-            f"'{path}' holds no state dict (names to tensors); save it with torch.save(network.state_dict(), path)"
-        )
-    state = {str(name): tensor for name, tensor in content.items()}
-    # A compiled network inside a parallel wrapper has both, in either order.
-    while prefix := next((p for p in ("module.", "_orig_mod.") if all(name.startswith(p) for name in state)), None):
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
-
-
 def load_weights(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Copy weights into a network in place.
 
@@ -98,27 +47,39 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], source: str) -
     Raises:
         ValueError: Keys are missing, unexpected or of another shape; all of them are named.
     """
-    own = network.state_dict()
-    # Counters of batches seen exist only for training and are absent from older checkpoints.
-    optional = {name for name in own if name.endswith("num_batches_tracked")}
-    missing = [name for name in own if name not in state and name not in optional]
-    unexpected = [name for name in state if name not in own]
-    misshapen = [
-        f"{name} (expected {tuple(own[name].shape)}, found {tuple(state[name].shape)})"
-        for name in own
-        if name in state and own[name].shape != state[name].shape
-    ]
-    problems = [
-        f"{kind}: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
-        if names
-    ]
-    if problems:
+    if problems := misfits(network, state):
         raise ValueError(
             f"{source} does not fit the network: {'; '.join(problems)}; check `architecture`, its `arguments`, and "
             "that the dataset has the number of classes and channels that the checkpoint was trained with"
         )
     network.load_state_dict(dict(state), strict=False)
+
+
+def misfits(network: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """What keeps weights from fitting a network: missing, unexpected and misshapen names, none where they fit."""
+    own = network.state_dict()
+    missing = [name for name in own if name not in state and not is_counter(name)]
+    unexpected = [name for name in state if name not in own and not is_counter(name)]
+    misshapen = [
+        f"{name} (expected {tuple(own[name].shape)}, found {tuple(state[name].shape)})"
+        for name in own
+        if name in state and own[name].shape != state[name].shape
+    ]
+    near = {name: difflib.get_close_matches(name, unexpected, n=1, cutoff=0.6) for name in missing[:8]}
+    missing = [f"{name} (near: {near[name][0]})" if near.get(name) else name for name in missing]
+    return [
+        f"{kind}: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+        if names
+    ]
+
+
+def is_counter(name: str) -> bool:
+    """Whether a tensor only counts something while a network is trained or profiled, so that it may come or not.
+
+    Batch norm counts batches, averaged networks what they average, and thop operations and parameters.
+    """
+    return name.rpartition(".")[2] in ("num_batches_tracked", "n_averaged", "total_ops", "total_params")
 
 
 @dataclass(frozen=True)

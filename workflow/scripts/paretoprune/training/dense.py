@@ -12,9 +12,10 @@ from paretoprune.data.splits import SPLITS, LabelledImages, Splits, channel_stat
 from paretoprune.evaluation.metrics import predict, top1_error
 from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.architectures import Architecture
-from paretoprune.networks.checkpoints import DenseNetwork, load_weights, read_state_dict
+from paretoprune.networks.checkpoints import DenseNetwork
 from paretoprune.networks.guessing import compare_with_guessing, images_to_compare
 from paretoprune.networks.inspection import check_answers, inspect_network
+from paretoprune.networks.pretrained import load_checkpoint
 from paretoprune.training.loop import Recipe, train
 
 BATCH_SIZE = 256
@@ -36,7 +37,8 @@ def prepare_dense(
     Args:
         images: File of the decoded images.
         splits: File of the splits.
-        network: `architecture`, `arguments`, `checkpoint` (path or None), `normalisation` (with `mean` and `std`, or
+        network: `architecture`, `arguments`, `checkpoint` (path or None), perhaps
+            `checkpoint_key` (dotted path to the weights in it), `normalisation` (with `mean` and `std`, or
             None for the training images' own) and `exclude`.
         training: Fields of `Recipe`; not used with a checkpoint.
         seed: Fixes the initial weights and the training.
@@ -78,7 +80,7 @@ def prepare_dense(
             f"{len(image_set.classes)} classes; correct its `arguments`"
         )
     if network["checkpoint"] is not None:
-        load_weights(module, read_state_dict(network["checkpoint"]), f"checkpoint '{network['checkpoint']}'")
+        log.info("%s", load_checkpoint(module, network["checkpoint"], network.get("checkpoint_key")))
     else:
         recipe = Recipe(**training)
 

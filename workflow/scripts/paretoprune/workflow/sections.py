@@ -122,6 +122,13 @@ class Network(Settings):
     )
     arguments: Mapping[str, Any] = required("further keyword arguments of the constructor", type="object")
     checkpoint: str | None = required("file of trained weights, null to train", type=["string", "null"])
+    checkpoint_key: str | None = setting(
+        None,
+        "dotted path to the weights in a checkpoint that holds several, for instance ema_state_dict; null takes those "
+        "that fit, as trained before averaged ones",
+        type=["string", "null"],
+        minLength=1,
+    )
     search_held_out: bool = setting(
         False,
         "true where the checkpoint was not trained on the search images, so that their labels can be trusted",
