@@ -58,9 +58,12 @@ test: .venv/test.stamp
 	$(BIN)/pytest --numprocesses $(CORES) --dist loadfile --no-loadscope-reorder
 	@touch $@
 
+# Without the tests that train networks or run searches on them.
+LONG := $(foreach name,api benchmarks brought_networks library_inputs other_layers,tests/test_$(name).py)
+
 quick: .venv/dev.stamp
-	$(BIN)/pytest --numprocesses $(CORES) --dist loadfile --no-loadscope-reorder -m "not workflow" tests/masks tests/search tests/workflow tests/test_*.py \
-		--ignore tests/test_api.py --ignore tests/test_benchmarks.py
+	$(BIN)/pytest --numprocesses $(CORES) --dist loadfile --no-loadscope-reorder -m "not workflow" \
+		tests/masks tests/search tests/workflow $(filter-out $(LONG),$(wildcard tests/test_*.py))
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
