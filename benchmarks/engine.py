@@ -37,7 +37,7 @@ from paretoprune.masks.packed import WORD_BITS, PackedMasks  # noqa: E402
 from paretoprune.masks.units import PlainUnits, WeightUnits  # noqa: E402
 from paretoprune.search.algorithms import ALGORITHMS  # noqa: E402
 from paretoprune.search.corridor import Corridor  # noqa: E402
-from paretoprune.search.flat import blind_algorithm  # noqa: E402
+from paretoprune.search.flat import unguided_algorithm  # noqa: E402
 from paretoprune.search.phase2 import guided_algorithm  # noqa: E402
 from paretoprune.search.problem import Problem as SearchProblem  # noqa: E402
 from paretoprune.search.pymoo_adapter import PruningProblem  # noqa: E402
@@ -164,7 +164,7 @@ def _prepare(case: Case) -> Callable[[], tuple[Algorithm, Problem]]:
     rng = np.random.default_rng(SEED)
     if case.engine == "flat":
         return lambda: (
-            blind_algorithm(
+            unguided_algorithm(
                 Objective(n).problem, Flat(algorithm=case.algorithm, flip_rate=FLIP_RATE), case.population, rng
             ),
             PruningProblem.packed(Objective(n)),

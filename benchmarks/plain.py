@@ -128,7 +128,7 @@ def search_corridor(
     """Phase 2 by NSGA-II on booleans; arguments as for `paretoprune.search.phase2.search_corridor`, one corridor."""
     (corridor,) = corridors
     n_weights, population = problem.units.n_units, effort.population
-    recorder = Recorder(problem, budget=effort.evaluations, stage="phase2", before=before)
+    recorder = Recorder(problem, budget=effort.evaluations, stage="phase2", previous=before)
     packed, variation = guided_algorithm(
         corridor,
         [corridor.rank(scores) for scores in guides],

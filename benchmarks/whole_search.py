@@ -24,7 +24,7 @@ from paretoprune.importance.scores import compute_importance, flat_scores
 from paretoprune.masks.units import WeightUnits
 from paretoprune.search.corridor import Corridor, choose_anchors
 from paretoprune.search.phase2 import search_corridor
-from paretoprune.search.problem import Effort, Evaluate, Problem
+from paretoprune.search.problem import Effort, Evaluator, Problem
 from paretoprune.search.recorder import SearchResult
 from paretoprune.search.thresholds import search_thresholds
 from paretoprune.settings import Compute, Evaluating, Phase1, Phase2
@@ -68,7 +68,7 @@ def both_phases(
     return found, [middle - start, time.perf_counter() - middle]
 
 
-def evaluate_again(front: Front, evaluate: Evaluate) -> Front:
+def evaluate_again(front: Front, evaluate: Evaluator) -> Front:
     """The same masks evaluated by another evaluator, without those that others now dominate."""
     evaluated = Front(front.masks, np.column_stack([evaluate(front.masks), front.density]), front.stages)
     return Front.empty(front.masks.n_units).merge(evaluated)

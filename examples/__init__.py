@@ -1,1 +1,1 @@
-"""Problems without networks, searched by the two-phase method; each runs by itself, see docs/problems.md."""
+"""Problems without networks, searched by the two-phase method; see docs/problems.md for how to run them."""

@@ -1,4 +1,4 @@
-"""What the examples compare with, at equal evaluations: searches of bits without importance, and importance alone."""
+"""The methods that the examples compare at equal evaluations: two phases, importance alone, and plain NSGA-II."""
 
 from collections.abc import Mapping, Sequence
 
@@ -19,7 +19,7 @@ OURS, SORTED, FLAT, PYMOO = "two phases", "sorted by the score", "NSGA-II, sprea
 
 
 def compare(problem: Problem, score: np.ndarray, effort: Effort) -> dict[str, SearchResult]:
-    """The two-phase method and what it is compared with, by name, ours first; each evaluates as many masks."""
+    """Run the two-phase method and those it is compared with; results by name, ours first."""
     return {
         OURS: search(problem, score, effort),
         SORTED: by_score_alone(problem, score, effort),
@@ -29,7 +29,7 @@ def compare(problem: Problem, score: np.ndarray, effort: Effort) -> dict[str, Se
 
 
 def by_score_alone(problem: Problem, score: np.ndarray, effort: Effort) -> SearchResult:
-    """The units of the highest scores, as many of them as evenly spaced numbers say."""
+    """Masks of the units with the highest scores, with evenly spaced numbers of units."""
     n_units = problem.units.n_units
     ranks = np.argsort(np.argsort(-score, kind="stable"))
     counts = np.linspace(0, n_units, effort.evaluations).round()
@@ -40,7 +40,7 @@ def by_score_alone(problem: Problem, score: np.ndarray, effort: Effort) -> Searc
 
 
 def nsga2_of_pymoo(problem: Problem, effort: Effort) -> SearchResult:
-    """NSGA-II with what pymoo has for bits: coins at first, two-point crossover, and a flip of one bit on average."""
+    """NSGA-II with pymoo's operators for bits: fair coins at first, two-point crossover, one bit flip on average."""
     recorder = Recorder(problem, budget=effort.evaluations, stage="pymoo")
     algorithm = NSGA2(
         pop_size=effort.population,
@@ -55,7 +55,7 @@ def nsga2_of_pymoo(problem: Problem, effort: Effort) -> SearchResult:
 
 
 def table(title: str, rows: Mapping[str, Sequence[float]], *, digits: int = 4, gains: bool = False) -> str:
-    """A row of numbers per method, a column per seed; with `gains` how far the first row is above each other one."""
+    """Format a row per method and a column per seed; with `gains` also how far the first row is above the others."""
     ours = np.array(next(iter(rows.values())))
     lines = [f"{title:<34}" + "".join(f"{f'seed {seed}':>10}" for seed in range(len(ours)))]
     lines[0] += f"{'ours above it by':>30}" if gains else ""

@@ -1,9 +1,9 @@
-"""Feature selection: which of 10,000 features a classifier gets, its error against their number.
+"""Feature selection: which of 10,000 features a classifier uses, its error against the number of features.
 
-Features come from 20 sensors. Few of them know anything about the class, all of these equally much by themselves, and
-features of one sensor share its noise, of some sensors more than of others. What scikit-learn's F-values tell is how
-much a feature knows by itself, so they are right within a sensor, but not between sensors: where noise is shared, a
-second feature adds little.
+Features come from 20 sensors. A few of them are informative, each of these equally by itself. The informative features
+of one sensor share its noise, which is stronger in some sensors than in others. scikit-learn's F-values say how
+informative a feature is by itself. So they are right within a sensor, but not between sensors: if noise is shared, a
+second feature of the sensor adds little.
 
 Run it from the root of the repository: `PYTHONPATH=workflow/scripts python -m examples.feature_selection`
 """
@@ -25,7 +25,7 @@ N_TRAIN, N_SEARCH, N_TEST = 400, 1500, 1500
 
 
 def draw_samples(n_features: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Samples of all three splits, float32 (n_samples, n_features), and their classes, 0 or 1, int64 (n_samples,)."""
+    """Draw samples of all splits, float32 (n_samples, n_features), and their classes, 0 or 1, int64 (n_samples,)."""
     rng = np.random.default_rng(seed)
     classes = rng.integers(0, 2, N_TRAIN + N_SEARCH + N_TEST)
     shared = rng.uniform(0, 2, N_SENSORS)
@@ -39,30 +39,30 @@ def draw_samples(n_features: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class NearestCentroid:
-    """Nearest centroid of standardised features, for many choices of features at once.
+    """A nearest-centroid classifier on standardised features, for many sets of features at once.
 
-    Each feature has a vote that does not depend on the others, so a choice of features is evaluated by adding votes.
+    The vote of a feature does not depend on the others, so that a set of features is evaluated by adding votes.
 
     Attributes:
         votes: float32 (n_samples, n_features), above 0 for class 1.
-        classes: int64 (n_samples,).
+        classes: int64 (n_samples,), 0 or 1.
     """
 
     votes: np.ndarray
     classes: np.ndarray
 
     def error(self, masks: PackedMasks) -> np.ndarray:
-        """Share of wrong classes, float64 (n_masks,); without any feature all are taken for class 0."""
+        """Share of wrong classes, float64 (n_masks,); without any feature all samples are classified as 0."""
         chosen = np.stack([masks.unpack(i) for i in range(len(masks))], axis=1).astype(np.float32)
         return np.asarray(((self.votes @ chosen > 0) != self.classes[:, None]).mean(axis=0))
 
     def hypervolume(self, front: Front) -> float:
-        """That of a front's masks on these samples."""
+        """The hypervolume of a front's masks with their errors on these samples."""
         return hypervolume(np.column_stack([self.error(front.masks), front.costs]), front.reference)
 
 
 def run(n_features: int, effort: Effort) -> tuple[NearestCentroid, dict[str, SearchResult]]:
-    """The classifier on the test split, which no search sees, and what each method finds on the search split."""
+    """Run all methods on the search split; returns the classifier on the test split, and results by method."""
     features, classes = draw_samples(n_features, effort.seed)
     train, search, test = np.split(np.arange(len(classes)), [N_TRAIN, N_TRAIN + N_SEARCH])
     f_values, _ = f_classif(features[train], classes[train])
@@ -74,7 +74,7 @@ def run(n_features: int, effort: Effort) -> tuple[NearestCentroid, dict[str, Sea
 
 
 def main() -> None:
-    """Three data sets, each searched with 1500 evaluations."""
+    """Search three data sets with 1500 evaluations each, and print the tables of docs/problems.md."""
     results = [run(10_000, Effort(evaluations=1500, population=60, seed=seed)) for seed in range(3)]
     on_search, on_test, n_features, error = {}, {}, {}, {}
     for name in results[0][1]:

@@ -1,8 +1,9 @@
-"""A knapsack of 10,000 items: which items to pack, for every weight that one may carry.
+"""A knapsack of 10,000 items: which items to pack, for every possible weight limit.
 
-Profit shall be high and weight low; there is no limit, as the front answers for every limit. Dividing true profits by
-weights and sorting would all but solve it. What is known beforehand are estimates, each of which is off by itself and
-by a factor that is common to all items of a kind: within a kind the order is roughly right, between kinds it is not.
+Profit should be high and weight low. There is no limit, as the front has an answer for each one. Sorting by the true
+ratio of profit to weight would nearly solve the problem, but only estimates of it are known. Each estimate is wrong by
+a factor of its own, and by a factor that all items of a kind share. So the order is roughly right within a kind, but
+not between kinds.
 
 Run it from the root of the repository: `PYTHONPATH=workflow/scripts python -m examples.knapsack`
 """
@@ -24,12 +25,12 @@ N_KINDS = 20
 
 @dataclass(frozen=True)
 class Knapsack:
-    """Items in kinds, side by side.
+    """Items; those of a kind lie side by side.
 
     Attributes:
         weights: float64 (n_items,).
-        profits: float64 (n_items,); dear items are heavy ones, but not only.
-        estimates: float64 (n_items,), of profit by weight.
+        profits: float64 (n_items,), larger for heavy items on average.
+        estimates: float64 (n_items,), estimates of the ratio of profit to weight.
     """
 
     weights: np.ndarray
@@ -38,7 +39,7 @@ class Knapsack:
 
     @classmethod
     def draw(cls, n_items: int, seed: int) -> "Knapsack":
-        """A random one; `n_items` is a multiple of the number of kinds."""
+        """Draw a random knapsack; `n_items` is a multiple of the number of kinds."""
         rng = np.random.default_rng(seed)
         weights = rng.uniform(1, 100, n_items)
         ratios = rng.lognormal(0, 0.7, n_items)
@@ -46,31 +47,31 @@ class Knapsack:
         return cls(weights, ratios * weights, ratios * rng.lognormal(0, 0.5, n_items) * off_by_kind)
 
     def lost_profit(self, masks: PackedMasks) -> np.ndarray:
-        """The share of all profit that is left behind, float64 (n_masks,)."""
+        """The share of all profit that is not packed, float64 (n_masks,)."""
         packed = np.array([self.profits[masks.unpack(i)].sum() for i in range(len(masks))])
         return np.asarray(1 - packed / self.profits.sum())
 
     def problem(self) -> Problem:
-        """A bit per item, lost profit against weight."""
+        """The search problem: one bit per item, lost profit against weight."""
         n_each = len(self.weights) // N_KINDS
         kinds = PlainUnits(tuple(f"kind {i}" for i in range(N_KINDS)), (n_each,) * N_KINDS)
         return Problem(kinds, self.lost_profit, (UnitCost("weight", self.weights),), loss="lost profit")
 
     def best_hypervolume(self, reference: tuple[float, ...]) -> float:
-        """That of packing by the true ratios, one item after the other: what a perfect search would come close to."""
+        """The hypervolume of packing items in the order of their true ratios, which is close to the best possible."""
         order = np.argsort(-self.profits / self.weights)
         lost = 1 - np.cumsum(self.profits[order]) / self.profits.sum()
         return hypervolume(np.column_stack([lost, np.cumsum(self.weights[order]) / self.weights.sum()]), reference)
 
 
 def run(n_items: int, effort: Effort) -> tuple[Knapsack, dict[str, SearchResult]]:
-    """A knapsack, and what each method finds."""
+    """Draw a knapsack and run all methods on it; results by method."""
     knapsack = Knapsack.draw(n_items, effort.seed)
     return knapsack, compare(knapsack.problem(), knapsack.estimates, effort)
 
 
 def main() -> None:
-    """Three knapsacks, each searched with 2000 evaluations."""
+    """Search three knapsacks with 2000 evaluations each, and print the table of docs/problems.md."""
     results = [run(10_000, Effort(evaluations=2000, population=80, seed=seed)) for seed in range(3)]
     names = list(results[0][1])
     rows = {name: [found[name].front.hypervolume() for _, found in results] for name in names}

@@ -12,7 +12,7 @@ from paretoprune.masks.units import PlainUnits, WeightUnits
 from paretoprune.search.corridor import Corridor, anchors_between, choose_anchors, corridors_of
 from paretoprune.search.flat import search_flat
 from paretoprune.search.phase2 import Guide, search_corridor
-from paretoprune.search.problem import Effort, Evaluate, Problem
+from paretoprune.search.problem import Effort, Evaluator, Problem
 from paretoprune.search.recorder import HISTORY_COLUMNS, SearchResult
 from paretoprune.search.sweep import sweep_allocation
 from paretoprune.search.thresholds import search_thresholds
@@ -28,14 +28,14 @@ SPARSE = ("sparse_ea", "mskea")
 class Analytic:
     """A loss that needs no network: each layer lets through the importance it keeps, and layers multiply.
 
-    What it remembers of its calls is what the tests ask about.
+    It records the masks that it evaluates, for the tests.
     """
 
     def __init__(self, layout: WeightUnits) -> None:
         self.layout = layout
         rng = np.random.default_rng(42)
         self.importance = rng.exponential(size=layout.n_weights) * np.repeat([1.0, 2.0, 0.5], layout.sizes)
-        # What a search is told is only roughly what matters.
+        # The scores that a search gets are only roughly the true importance.
         self.scores = self.importance * np.exp(0.5 * rng.standard_normal(layout.n_weights))
         self.seen = PackedMasks.empty(layout.n_weights)
 
@@ -60,7 +60,7 @@ def starts_of(evaluate: Analytic) -> list[np.ndarray]:
 
 
 def split_options(options: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Take some options out of others."""
+    """Remove some options from others, and return them."""
     return {name: options.pop(name) for name in names if name in options}
 
 
@@ -83,7 +83,7 @@ def corridor_of(front: Front, layout: WeightUnits) -> Corridor:
 
 
 def in_corridor(
-    evaluate: Evaluate,
+    evaluate: Evaluator,
     corridor: Corridor | Sequence[Corridor],
     before: SearchResult,
     guides: Sequence[Guide],
@@ -105,7 +105,7 @@ def both_phases(layout: WeightUnits, algorithm: str, seed: int = 0) -> SearchRes
     return in_corridor(evaluate, corridor, before, [evaluate.scores], algorithm=algorithm, seed=seed)
 
 
-def flat(evaluate: Evaluate, layout: WeightUnits, **changed: Any) -> SearchResult:
+def flat(evaluate: Evaluator, layout: WeightUnits, **changed: Any) -> SearchResult:
     """The flat search; `changed` are settings of it, and `evaluations`, `population`, `seed`, `is_feasible`."""
     problem = Problem(layout, evaluate, **split_options(changed, "is_feasible", "costs"))
     effort = Effort(changed.pop("evaluations", 90), changed.pop("population", 12), changed.pop("seed", 0))
@@ -148,7 +148,7 @@ def n_distinct(masks: PackedMasks) -> int:
 
 
 def assert_sound(result: SearchResult, layout: WeightUnits) -> None:
-    """What holds after every search: the front is what the evaluator says of its masks, the history only rises."""
+    """Check that the front has the objectives of its masks, and that the columns of the history rise."""
     front, history = result.front, result.history
     columns = {name: np.array([row[name] for row in history]) for name in HISTORY_COLUMNS}
     np.testing.assert_array_equal(front.objectives, Analytic(layout).objectives(front.masks))

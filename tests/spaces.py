@@ -13,7 +13,7 @@ from paretoprune.search.groups import Ranking, searched_groups
 
 N_BITS = st.integers(1, 200)
 SEEDS = st.integers(0, 2**32 - 1)
-# A corridor need not search in every layer, and several layers may lie in one word.
+# Some groups may have no searched bits, and several groups may share a word.
 SIZES = st.lists(st.integers(1, 150), min_size=1, max_size=6)
 
 
@@ -39,7 +39,7 @@ def offsets_of(sizes: list[int]) -> np.ndarray:
 
 
 class Space:
-    """Layers of given sizes of which a random part is searched, and random scores, all as booleans too."""
+    """Groups of given sizes of which a random part is searched, and random scores, all as booleans too."""
 
     def __init__(self, sizes: list[int], seed: int, share: float = 0.6, n_rankings: int = 2) -> None:
         rng = np.random.default_rng(seed)
@@ -51,13 +51,13 @@ class Space:
         self.rankings = [self.rank(scores) for scores in self.scores]
 
     def rank(self, scores: np.ndarray) -> Ranking:
-        return [layer.rank(scores) for layer in self.groups]
+        return [group.rank(scores) for group in self.groups]
 
     def inside(self, chosen: Sequence[int]) -> np.ndarray:
-        """The searched bits of some of the layers, bool (n_bits,)."""
-        layer_of = np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
-        usable = np.unique(layer_of[self.searched])
-        return self.searched & np.isin(layer_of, usable[list(chosen)])
+        """The searched bits of some of the groups, bool (n_bits,)."""
+        group_of = np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+        usable = np.unique(group_of[self.searched])
+        return self.searched & np.isin(group_of, usable[list(chosen)])
 
     def coordinates(self, scores: np.ndarray) -> np.ndarray:
         """The coordinate of each searched bit, from the definition; nan elsewhere."""

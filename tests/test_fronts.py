@@ -1,4 +1,4 @@
-"""Fronts: hypervolume and non-dominated sets against brute force, the members people ask for, and files."""
+"""Fronts: hypervolume and non-dominated sets against brute force, the choice of members, and files."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from paretoprune.fronts import Front, hypervolume, knee, non_dominated, spread_subset
+from paretoprune.fronts import Front, hypervolume, hypervolume_subset, knee, non_dominated
 from paretoprune.masks.packed import PackedMasks
 from torch import nn
 
@@ -69,26 +69,26 @@ def test_non_dominated_points_are_those_of_a_brute_force(points: list[tuple[int,
 
 @pytest.mark.parametrize("highest_error", [1.0, 1.3])
 @pytest.mark.parametrize("seed", range(5))
-def test_spread_subset_takes_the_least_contributor_away_each_time(seed: int, highest_error: float) -> None:
+def test_hypervolume_subset_takes_the_least_contributor_away_each_time(seed: int, highest_error: float) -> None:
     objectives = sorted_front(12, seed, highest_error)
     kept = list(range(12))
     for size in range(11, 1, -1):
         without = [hypervolume(objectives[[k for k in kept if k != i]]) for i in kept]
         kept.pop(int(np.argmax(without)))
-        subset = spread_subset(objectives, size)
+        subset = hypervolume_subset(objectives, size)
         assert len(subset) == size
         assert hypervolume(objectives[subset]) == pytest.approx(hypervolume(objectives[kept]), abs=1e-12)
 
 
-def test_spread_subset_sorts_by_density_whatever_the_order() -> None:
+def test_hypervolume_subset_sorts_by_density_whatever_the_order() -> None:
     objectives = sorted_front(8, seed=3)
     shuffled = np.random.default_rng(0).permutation(8)
-    subset = spread_subset(objectives[shuffled], 4)
-    np.testing.assert_array_equal(objectives[shuffled][subset], objectives[spread_subset(objectives, 4)])
+    subset = hypervolume_subset(objectives[shuffled], 4)
+    np.testing.assert_array_equal(objectives[shuffled][subset], objectives[hypervolume_subset(objectives, 4)])
 
 
 def test_a_front_that_is_small_enough_is_kept_whole() -> None:
-    assert spread_subset(sorted_front(5, seed=0), 9).tolist() == [0, 1, 2, 3, 4]
+    assert hypervolume_subset(sorted_front(5, seed=0), 9).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_the_knee_is_farthest_below_the_line_between_the_ends() -> None:
@@ -138,13 +138,15 @@ def test_a_merged_front_never_loses_hypervolume(ours: list[tuple[int, int]], the
 
 
 def test_fronts_over_different_numbers_of_weights_do_not_merge() -> None:
-    with pytest.raises(ValueError, match="expected masks over 70 weights, found 71"):
+    with pytest.raises(ValueError, match="expected masks of 70 units, found 71"):
         Front.empty(70).merge(Front.empty(71))
 
 
-def test_thinning_keeps_what_spread_subset_keeps_and_none_keeps_all() -> None:
+def test_thinning_keeps_what_hypervolume_subset_keeps_and_none_keeps_all() -> None:
     front = front_of([(e, d) for e, d in sorted_front(7, seed=2)])
-    np.testing.assert_array_equal(front.thinned(3).objectives, front.objectives[spread_subset(front.objectives, 3)])
+    np.testing.assert_array_equal(
+        front.thinned(3).objectives, front.objectives[hypervolume_subset(front.objectives, 3)]
+    )
     assert len(front.thinned(None)) == 7
 
 
@@ -228,7 +230,7 @@ def test_three_objectives_have_the_volume_of_their_boxes() -> None:
     front = Front(PackedMasks.pack(np.eye(3, 70, dtype=bool)), BOXES, ["x"] * 3, ("error", "density", "macs"))
     assert front.reference == (1.0, 1.1, 1.1)
     first, second, third = (np.prod(front.reference - row) for row in BOXES)
-    # Boxes up to the reference overlap in the box of the worse of both in each objective.
+    # Two boxes up to the reference point overlap in the box of the larger value in each objective.
     both = [np.prod(front.reference - np.maximum(BOXES[a], BOXES[b])) for a, b in ((0, 1), (0, 2), (1, 2))]
     every = np.prod(front.reference - BOXES.max(axis=0))
     assert front.hypervolume() == pytest.approx(first + second + third - sum(both) + every, abs=1e-12)
@@ -244,7 +246,7 @@ def test_three_objectives_are_merged_thinned_and_kept_in_files(tmp_path: Path) -
     assert sorted(front.objectives.tolist()) == sorted(points[~np.array(dominated)].tolist())
     assert np.all(np.diff(front.costs[:, 0]) >= 0)
     small = front.thinned(5)
-    # By hand: the member without which least is lost goes, one after the other.
+    # By hand: one after the other, the member whose removal loses least.
     expected = front
     while len(expected) > 5:
         losses = [expected.select(np.delete(np.arange(len(expected)), i)).hypervolume() for i in range(len(expected))]

@@ -85,7 +85,7 @@ def test_concatenation_keeps_the_order() -> None:
 
 
 def test_masks_over_different_numbers_of_weights_do_not_concatenate() -> None:
-    with pytest.raises(ValueError, match="expected masks over 70 weights, found 71"):
+    with pytest.raises(ValueError, match="expected masks of 70 units, found 71"):
         PackedMasks.empty(70).concatenate(PackedMasks.empty(71))
 
 
@@ -99,14 +99,14 @@ def test_masks_over_different_numbers_of_weights_do_not_concatenate() -> None:
     ],
 )
 def test_words_of_another_shape_or_type_are_refused(words: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"expected uint64 words of shape \(n_masks, 2\) for 70 weights"):
+    with pytest.raises(ValueError, match=r"expected uint64 words of shape \(n_masks, 2\) for 70 units"):
         PackedMasks(words, 70)
 
 
 @pytest.mark.parametrize("bit", [6, 63])
 def test_padding_bits_that_are_set_are_refused(bit: int) -> None:
     words = np.array([[0, 1 << bit]], dtype=np.uint64)
-    with pytest.raises(ValueError, match="padding bits beyond the last weight must be 0"):
+    with pytest.raises(ValueError, match="padding bits beyond the last unit must be 0"):
         PackedMasks(words, 70)
     words[0, 1] = 1 << 5
     assert PackedMasks(words, 70).n_kept.tolist() == [1]
@@ -141,7 +141,7 @@ def test_the_masks_of_genomes_are_in_their_order(n: int) -> None:
     np.testing.assert_array_equal(masks.words, packed.words[:n][::-1])
 
 
-def test_a_genome_owns_its_words_and_nobody_can_change_them() -> None:
+def test_a_genome_owns_its_words_and_nothing_can_change_them() -> None:
     words = PackedMasks.pack(random_masks(3, 70)).words
     genome = Genome(words[1])
     # A view into the masks of a generation would keep all of them in memory.

@@ -38,34 +38,34 @@ def test_variation_changes_no_genome_in_place_but_drafts() -> None:
 
 
 def first_changes(space: Space, n: int, seed: int) -> np.ndarray:
-    """Index of the first layer that a move changed, for `n` moves."""
+    """Index of the first group that a move changed, for `n` moves."""
     words, rng = some_words(1, space.n_bits, seed)[0], np.random.default_rng(seed)
     children = space.variation(first_rate=0.2).vary([Genome(words)] * n, rng)
     changed = booleans([child.words ^ words for child in children], space.n_bits)
     return np.searchsorted(space.offsets, changed.argmax(axis=1), side="right") - 1
 
 
-def test_a_move_is_as_likely_to_begin_in_a_late_layer_as_its_size_says() -> None:
-    # A move that drew any layers after the first would begin in the first of them far more often.
+def test_a_move_is_as_likely_to_begin_in_a_late_group_as_its_size_says() -> None:
+    # If all groups of a move were drawn alike, the earliest of them would mostly be an early group.
     space = Space([400, 400, 100, 400], seed=0, share=1.0)
     shares = np.bincount(first_changes(space, 4000, 0), minlength=4) / 4000
-    # Of a swap only the first of its two sides is drawn this way, of a drop a later layer may offer all the bits.
+    # Not exactly: only the first side of a swap is drawn this way, and a drop may find all its bits in a later group.
     np.testing.assert_allclose(shares, np.array([2, 2, 1, 2]) / 7, atol=0.03)
 
 
-def test_layers_of_a_move_are_drawn_from_the_earliest_on_and_in_order() -> None:
+def test_groups_of_a_move_are_drawn_from_the_earliest_on_and_in_order() -> None:
     space, rng = Space([50] * 8, seed=0), np.random.default_rng(0)
     variation = space.variation()
-    drawn = [variation._some_groups(rng, earliest) for earliest in (0, 3, 7) for _ in range(1000)]
-    assert all(layers == sorted(set(layers)) for layers in drawn)
-    assert all(min(layers) >= 3 for layers in drawn[1000:])
+    drawn = [variation._draw_groups(rng, earliest) for earliest in (0, 3, 7) for _ in range(1000)]
+    assert all(groups == sorted(set(groups)) for groups in drawn)
+    assert all(min(groups) >= 3 for groups in drawn[1000:])
     assert drawn[2000:] == [[7]] * 1000
-    counts = np.bincount([len(layers) for layers in drawn[:1000] if layers[0] <= 2], minlength=4)
+    counts = np.bincount([len(groups) for groups in drawn[:1000] if groups[0] <= 2], minlength=4)
     np.testing.assert_allclose(counts[1:4] / counts.sum(), [1 / 2, 1 / 4, 1 / 8], atol=0.06)
-    assert {layers[0] for layers in drawn[:1000]} == set(range(8))
+    assert {groups[0] for groups in drawn[:1000]} == set(range(8))
 
 
-def test_a_swap_may_move_weights_to_earlier_layers_as_well_as_to_later_ones() -> None:
+def test_a_swap_may_move_weights_to_earlier_groups_as_well_as_to_later_ones() -> None:
     space, rng = Space([300, 300], seed=0, share=1.0), np.random.default_rng(0)
     variation, words = space.variation(), pack_rows(rng.random((1, 600)) < 0.5)[0]
     before = boolean(words, 600)[:300].sum()
@@ -160,7 +160,7 @@ def test_success_of_larger_steps_enlarges_the_steps() -> None:
 
 
 @pytest.mark.parametrize("success", [True, False])
-def test_genomes_made_by_nobody_here_are_ignored(success: bool) -> None:
+def test_genomes_made_elsewhere_are_ignored(success: bool) -> None:
     space, rng = Space([40, 30], 0), np.random.default_rng(0)
     variation = space.variation()
     before = variation.probabilities()
@@ -199,11 +199,11 @@ def test_a_variation_that_does_not_adapt_stays_as_it_was() -> None:
     assert len({arm.log_rate for arm in learning._arms}) > 1
 
 
-def test_moves_follow_a_moving_ranking_of_the_mask_itself() -> None:
+def test_moves_follow_a_ranking_of_the_candidate_of_the_mask_itself() -> None:
     space = Space([120, 90, 60], 0, share=1.0)
 
     def moving(words: np.ndarray, chosen: Sequence[int]) -> dict[int, np.ndarray]:
-        # Whatever the first bit of the mask says, this way round or that.
+        # The first bit of the mask decides the direction of the order.
         ranking = space.rankings[int(words[0]) & 1]
         return {k: ranking[k] for k in chosen}
 
@@ -222,7 +222,7 @@ def test_moves_follow_a_moving_ranking_of_the_mask_itself() -> None:
     )
 
 
-def test_a_moving_ranking_learns_beside_others_and_is_only_asked_when_it_is_drawn() -> None:
+def test_a_ranking_of_the_candidate_learns_beside_others_and_is_only_asked_when_it_is_drawn() -> None:
     space, asked = Space([120, 90, 60], 0), []
 
     def moving(words: np.ndarray, chosen: Sequence[int]) -> dict[int, np.ndarray]:

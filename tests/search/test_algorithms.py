@@ -1,4 +1,4 @@
-"""What algorithms make of a first population, and reference directions."""
+"""Algorithms: their first population, and reference directions."""
 
 import numpy as np
 import pytest

@@ -17,7 +17,7 @@ DENSITIES = [0.1, 0.2, 0.4, 0.6, 0.8]
 
 
 def random_corridor(sizes: list[int], seed: int) -> Corridor:
-    """Anchors that do not nest, so that some layers may have nothing to search."""
+    """Anchors that do not nest, so that some groups may have nothing to search."""
     rng = np.random.default_rng(seed)
     n = sum(sizes)
     light, heavy = rng.random(n) < 0.7, rng.random(n) < 0.3
@@ -63,7 +63,7 @@ def test_masks_outside_move_to_the_nearest_mask_in_the_corridor(sizes: list[int]
     corridor = random_corridor(sizes, seed)
     lower, upper = ends(corridor)
     masks = np.random.default_rng(seed).random((3, sum(sizes))) < 0.5
-    # What a PackedMasks accepts has no padding bits.
+    # PackedMasks refuses padding bits that are set.
     moved = corridor.restrict(PackedMasks.pack(masks))
     for i, mask in enumerate(masks):
         np.testing.assert_array_equal(moved.unpack(i), (mask | lower) & upper)
@@ -75,16 +75,16 @@ def test_no_masks_move_to_no_masks() -> None:
 
 
 @given(SIZES, SEEDS)
-def test_the_layers_and_their_rankings_cover_what_is_searched_once(sizes: list[int], seed: int) -> None:
+def test_the_groups_and_their_rankings_cover_what_is_searched_once(sizes: list[int], seed: int) -> None:
     corridor = random_corridor(sizes, seed)
     scores = np.random.default_rng(seed).random(sum(sizes))
     ranking = corridor.rank(scores)
     lower, upper = ends(corridor)
-    per_layer = [part.sum() for part in np.split(upper & ~lower, corridor.units.offsets[1:-1])]
-    assert [layer.n_searched for layer in corridor.groups] == [n for n in per_layer if n]
-    bits = [layer.at.start * 64 + order for layer, order in zip(corridor.groups, ranking, strict=True)]
+    per_group = [part.sum() for part in np.split(upper & ~lower, corridor.units.offsets[1:-1])]
+    assert [group.n_searched for group in corridor.groups] == [n for n in per_group if n]
+    bits = [group.word_slice.start * 64 + order for group, order in zip(corridor.groups, ranking, strict=True)]
     np.testing.assert_array_equal(np.sort(np.concatenate(bits)), np.flatnonzero(upper & ~lower))
-    assert corridor.n_searched == sum(per_layer)
+    assert corridor.n_searched == sum(per_group)
     assert all(np.all(np.diff(scores[order]) > 0) for order in bits)
 
 
@@ -192,7 +192,7 @@ def test_everything_is_searched_without_a_corridor(sizes: list[int]) -> None:
     layout = WeightUnits(tuple(map(str, range(len(sizes)))), tuple((size,) for size in sizes))
     corridor = Corridor.everything(layout)
     assert corridor.n_searched == sum(sizes)
-    assert [layer.n_searched for layer in corridor.groups] == sizes
+    assert [group.n_searched for group in corridor.groups] == sizes
     masks = PackedMasks.pack(np.random.default_rng(0).random((3, sum(sizes))) < 0.5)
     np.testing.assert_array_equal(corridor.restrict(masks).words, masks.words)
 
@@ -212,7 +212,7 @@ def test_anchors_cut_the_front_into_stretches_of_about_equal_length(n: int, n_co
     assert np.all(np.diff(front.density[found]) < 0)
 
     def length(a: int, b: int) -> float:
-        """Along the front between two of its members, both objectives falling or rising in between."""
+        """Length of the front between two members: one objective falls and the other rises all the way."""
         return float(np.abs(front.objectives[a] - front.objectives[b]).sum())
 
     whole = length(light, heavy)
@@ -220,7 +220,7 @@ def test_anchors_cut_the_front_into_stretches_of_about_equal_length(n: int, n_co
     steps = [
         length(int(np.flatnonzero(order == a)[0]), int(np.flatnonzero(order == b)[0])) for a, b in pairwise(members)
     ]
-    # Each anchor is as near to where it should be as the members' own gaps allow.
+    # Each anchor is as near to its cut as the distances between members allow.
     for i in range(1, n_corridors):
         wanted = whole * i / n_corridors
         nearest = min(abs(length(light, int(np.flatnonzero(order == m)[0])) - wanted) for m in members)

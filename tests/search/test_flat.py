@@ -32,7 +32,7 @@ def test_the_flat_search_spends_its_budget_exactly(algorithm: str, evaluations: 
 def test_scores_and_the_first_population_are_paid_for(algorithm: str, evaluate: Analytic) -> None:
     result = flat(evaluate, evaluate.layout, algorithm=algorithm, score_share=0.11)
     masks = evaluate.booleans()
-    # A tenth of 90, and what it says of groups is the first that is asked.
+    # A tenth of 90; the masks without a group are evaluated first.
     np.testing.assert_array_equal((~masks[:9]).sum(axis=0), np.ones(evaluate.layout.n_weights))
     assert [row["evaluations"] for row in result.history[:2]] == [9, 21]
     assert 0 < masks[9:21].mean(axis=1).min() < 0.4 < 0.9 < masks[9:21].mean(axis=1).max() < 1
@@ -83,7 +83,7 @@ def test_mskea_learns_from_the_non_dominated_of_each_generation(
     evaluate = Analytic(evaluate.layout)
     monkeypatch.setattr(sparse.StagedVariation, "learn", watched)
     result = flat(evaluate, evaluate.layout, algorithm="mskea", evaluations=150, score_share=0.1)
-    # Before every generation that spends anything, after the scores and the first population.
+    # Once before each generation that spends evaluations, after the scores and the first population.
     spent = [row["evaluations"] / 150 for row in result.history[1:-1]]
     assert [share for share in dict.fromkeys(told) if share < 1] == spent
 
@@ -98,10 +98,10 @@ def test_what_scores_tell_is_worth_what_they_cost(algorithm: str) -> None:
         return 1 - kept**2
 
     settings: dict[str, Any] = {"evaluations": 400, "seed": 1}
-    blind = flat(evaluate, layout, algorithm="nsga2", **settings).front.hypervolume()
+    unguided = flat(evaluate, layout, algorithm="nsga2", **settings).front.hypervolume()
     scored = flat(evaluate, layout, algorithm=algorithm, score_share=0.1, **settings).front.hypervolume()
     unscored = flat(evaluate, layout, algorithm=algorithm, score_share=0.001, **settings).front.hypervolume()
-    assert scored > blind + 0.05
+    assert scored > unguided + 0.05
     assert scored > unscored + 0.05
 
 
@@ -141,12 +141,12 @@ def test_a_sparse_search_holds_its_population_as_bits(algorithm: str) -> None:
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    # Parents, children, their masks as the evaluator is given them, and the front; beside them a few numbers per weight
-    # for knowledge and the child at hand. One byte a weight of every mask would be 8 masks more.
+    # Parents, children, the children's masks for the evaluator, and the front, besides a few numbers per weight for
+    # penalties and votes and for the current child. One byte a weight of every mask would be 8 masks more.
     assert peak < 5 * masks + 80 * n
 
 
-def test_the_allocation_sweep_evaluates_each_rung_once(evaluate: Analytic) -> None:
+def test_the_allocation_sweep_evaluates_each_density_once(evaluate: Analytic) -> None:
     result = allocation_sweep(evaluate)
     ranks = ranks_within_groups(evaluate.scores, evaluate.layout)
     expected = [
@@ -160,7 +160,7 @@ def test_the_allocation_sweep_evaluates_each_rung_once(evaluate: Analytic) -> No
     assert same(result, allocation_sweep(Analytic(evaluate.layout)))
 
 
-def test_rungs_that_round_to_the_same_counts_are_evaluated_once(evaluate: Analytic) -> None:
+def test_densities_that_round_to_the_same_counts_are_evaluated_once(evaluate: Analytic) -> None:
     counts = allocate("uniform", evaluate.scores, evaluate.layout, 0.5)
     result = sweep_allocation(Problem(evaluate.layout, evaluate), evaluate.scores, [counts, counts])
     assert len(evaluate.seen) == len(result.front) == len(result.history) == 1

@@ -40,10 +40,10 @@ class Guided:
 
     def bits(self, k: int, order: np.ndarray) -> np.ndarray:
         """Positions in the whole mask."""
-        return order + self.groups[k].at.start * 64
+        return order + self.groups[k].word_slice.start * 64
 
     def error(self, name: str, mask: np.ndarray) -> float:
-        """What re-fitting a layer leaves, weighed by how much its outputs matter; solved in float64."""
+        """The error of a layer after re-fitting, weighted by the sensitivity of its outputs, in float64."""
         dense = self.network.get_parameter(name).detach().double()
         layer = self.statistics[name]
         h = damped(layer.curvature).double()
@@ -88,7 +88,7 @@ def test_the_order_is_that_of_solving_every_change_anew(kind: str) -> None:
             other = mask.copy()
             other[bit] ^= True
             changes.append(abs(space.error(name, other) - before))
-        # Least first; float32 tells costs apart to about a thousandth.
+        # Least first; in float32, costs are accurate to about a thousandth.
         assert np.all(np.diff(changes) > -2e-3 * np.array(changes[1:]) - 1e-9), name
 
 
@@ -120,7 +120,7 @@ def test_only_so_many_layers_are_remembered() -> None:
         asked.append(name)
         return np.arange(len(kept), dtype=np.float32)
 
-    guide = CandidateGuide(costs, space.layout, space.groups, n_remembered=2)
+    guide = CandidateGuide(costs, space.layout, space.groups, cache_size=2)
     words = pack_rows(magnitude_mask(space.network, space.layout, 0.4)[None])[0]
     orders = guide(words, [0, 1, 2])
     assert guide(words, [1, 2])[2] is orders[2]
@@ -148,7 +148,7 @@ def test_moves_along_the_guide_harm_less_than_moves_against_it(softness: float) 
         return space.error(name, unpack_row(changed, space.layout.n_weights))
 
     against = {k: order[k][::-1]}
-    # Costs are those of single changes, so that twenty at once are not additive, but far from the other end.
+    # Costs are those of single changes and do not add up for twenty at once, but the two directions differ clearly.
     assert before < after(order, "drop") < 0.5 * after(against, "drop") + 0.5 * before
     assert after(order, "grow") < after(against, "grow") < before
     assert after(order, "swap") < after(against, "swap")

@@ -1,4 +1,4 @@
-"""Ladders of densities and moves along them."""
+"""Rungs, and moves between them."""
 
 import copy
 
@@ -30,7 +30,7 @@ def test_rungs_are_nearest_to_themselves_and_the_ends_to_the_ends(rungs: np.ndar
 def test_level_switches_keep_the_total_to_within_one_step(sizes: list[int], n_rungs: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     kept = np.rint(np.geomspace(0.005, 1.0, n_rungs) * np.array(sizes)[:, None]).astype(int)
-    layers = np.arange(len(sizes))
+    groups = np.arange(len(sizes))
     levels = rng.integers(0, n_rungs, len(sizes))
     before = levels.copy()
     way = 1 if copy.deepcopy(rng).random() < 0.5 else -1
@@ -40,30 +40,30 @@ def test_level_switches_keep_the_total_to_within_one_step(sizes: list[int], n_ru
     assert np.abs(moved).max() <= 1
     assert found.min() >= 0
     assert found.max() < n_rungs
-    # One layer goes one way, and all others that move go the other.
+    # One group moves in one direction, all others that move in the other.
     first = np.flatnonzero(moved == way)
     assert len(first) <= 1
-    change = kept[layers, found] - kept[layers, levels]
+    change = kept[groups, found] - kept[groups, levels]
     if len(first):
         assert abs(int(change.sum())) <= abs(int(change[first[0]]))
     else:
         assert not np.any(moved)
 
 
-def test_level_switches_go_either_way_from_any_layer_and_are_paid_back_by_others() -> None:
+def test_level_switches_go_either_way_from_any_group_and_are_compensated_by_others() -> None:
     rng = np.random.default_rng(0)
     kept = np.array([[10, 20, 40]] * 6)
     levels = np.ones(6, dtype=int)
     moves = [switch_levels(levels, kept, rng) - levels for _ in range(300)]
-    # Up by 20 is paid back by two layers down by 10; down by 10 by one layer up by 20, twice what is owed and no more.
+    # 20 up is compensated by two groups 10 down; 10 down by one group 20 up, exactly twice the excess.
     kinds = {((m == 1).sum().item(), (m == -1).sum().item()) for m in moves}
     assert kinds == {(1, 2), (1, 1)}
     assert {int(np.flatnonzero(m == 1)[0]) for m in moves} == set(range(6))
     assert len({int(np.flatnonzero(m == -1)[0]) for m in moves}) >= 5
 
 
-def test_a_layer_much_larger_than_what_is_owed_does_not_pay() -> None:
+def test_a_group_much_larger_than_the_excess_does_not_move() -> None:
     kept = np.array([[1, 2], [1000, 5000]])
     found = {tuple(switch_levels(np.array([0, 1]), kept, np.random.default_rng(i)).tolist()) for i in range(50)}
-    # The small layer cannot be paid for by the large one; the large one down takes the small one up.
+    # A step of the large group is too large to compensate the small one; the small one moves if the large one does.
     assert found == {(1, 1), (1, 0)}

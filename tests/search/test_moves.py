@@ -1,4 +1,4 @@
-"""Crossover and moves on packed words: against the same thing on booleans, and what each may and may not change."""
+"""Crossover and moves on packed words: against booleans, and what each of them may change."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,13 +12,13 @@ from spaces import N_BITS, SEEDS, SIZES, Space, boolean, booleans, padding_is_ze
 
 
 @given(SIZES, SEEDS)
-def test_one_point_crossover_joins_the_layers_of_two_parents_at_a_boundary(sizes: list[int], seed: int) -> None:
+def test_one_point_crossover_joins_the_groups_of_two_parents_at_a_boundary(sizes: list[int], seed: int) -> None:
     space = Space(sizes, seed)
     words = some_words(2, space.n_bits, seed)
     child = one_point_crossover(words[0], words[1], space.groups, np.random.default_rng(seed))
     assert padding_is_zero(child, space.n_bits)
     bits, (first, second) = boolean(child, space.n_bits), booleans(words, space.n_bits)
-    starts = [layer.start for layer in space.groups[1:]] or [space.n_bits]
+    starts = [group.start for group in space.groups[1:]] or [space.n_bits]
     joined = [
         np.where(np.arange(space.n_bits) < start, *pair)
         for start in starts
@@ -27,7 +27,7 @@ def test_one_point_crossover_joins_the_layers_of_two_parents_at_a_boundary(sizes
     assert any(np.array_equal(bits, expected) for expected in joined)
 
 
-def test_crossover_leaves_its_parents_alone_even_with_a_single_layer() -> None:
+def test_crossover_leaves_its_parents_alone_even_with_a_single_group() -> None:
     space = Space([100], seed=0)
     words = some_words(2, 100, 0)
     before = words.copy()
@@ -93,7 +93,7 @@ Move = Callable[[Moves, np.ndarray, Sequence[int], int, np.random.Generator], in
 
 @pytest.mark.parametrize(("move", "value"), [(Moves.drop, True), (Moves.grow, False)])
 @given(sizes=SIZES, n=st.integers(1, 220), softness=st.floats(0, 2), seed=SEEDS)
-def test_drop_only_clears_and_grow_only_sets_and_only_where_allowed(
+def test_drop_only_clears_and_grow_only_sets_and_only_in_the_chosen_groups(
     move: Move, value: bool, sizes: list[int], n: int, softness: float, seed: int
 ) -> None:
     space, rng = Space(sizes, seed), np.random.default_rng(seed)
@@ -126,7 +126,7 @@ def test_without_noise_drop_takes_what_matters_least_and_grow_what_matters_most(
 def moved_like_the_definition(
     space: Space, bits: np.ndarray, n: int, softness: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Which ones drop clears, by its definition: noise on every coordinate, and the lowest of all go."""
+    """The ones that drop clears by its definition: noise on every coordinate, then the lowest of all."""
     noise = np.sqrt(12) * softness * rng.random(space.n_bits)
     noisy = np.where(bits & space.searched, space.coordinates(space.scores[0]) + noise, np.inf)
     moved = np.zeros(space.n_bits, dtype=bool)
@@ -154,8 +154,8 @@ def test_each_bit_is_dropped_as_often_as_by_the_definition(softness: float, n: i
 @pytest.mark.parametrize("kept_from", [0.0, 0.7], ids=["ones anywhere", "ones among the most important only"])
 @pytest.mark.parametrize("n", [1, 300, 6000])
 @pytest.mark.parametrize("softness", [0.0, 0.03])
-def test_large_layers_move_like_small_ones(kept_from: float, n: int, softness: float) -> None:
-    # Large enough that only part of each order is looked at, and that every so many bits stand for all.
+def test_large_groups_move_like_small_ones(kept_from: float, n: int, softness: float) -> None:
+    # Large enough that only part of each order is read, and that markers stand for several bits.
     space, rng = Space([40_000, 15_000], seed=0, share=0.9), np.random.default_rng(0)
     coordinates = space.coordinates(space.scores[0])
     before = (coordinates > kept_from) & (rng.random(space.n_bits) < 0.8)

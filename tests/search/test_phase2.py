@@ -8,7 +8,7 @@ import pytest
 from paretoprune.fronts import Front
 from paretoprune.masks.packed import PackedMasks, unpack_row
 from paretoprune.search.corridor import Corridor
-from paretoprune.search.groups import MovingRanking
+from paretoprune.search.groups import CandidateRanking
 from paretoprune.search.phase2 import WAITING_TURN, take_turns
 from paretoprune.search.recorder import SearchResult
 from searches import (
@@ -133,7 +133,7 @@ def test_several_corridors_share_the_budget_exactly_and_are_never_left(
     assert result.front.hypervolume() >= phase1.front.hypervolume()
     assert_sound(result, evaluate.layout)
     if evaluations == 150:
-        # Each has had its first population at least.
+        # Each one has had at least its first population.
         assert within.sum(axis=1).min() >= 8
     again = in_corridor(Analytic(evaluate.layout), corridors, phase1, [evaluate.scores], **settings)
     assert same(result, again)
@@ -158,10 +158,12 @@ def test_without_a_corridor_everything_is_searched(evaluate: Analytic, phase1: S
         in_corridor(evaluate, [], phase1, [evaluate.scores])
 
 
-def test_a_moving_guide_is_made_for_each_corridor_and_followed(evaluate: Analytic, phase1: SearchResult) -> None:
+def test_a_guide_that_depends_on_the_candidate_is_made_for_each_corridor_and_followed(
+    evaluate: Analytic, phase1: SearchResult
+) -> None:
     corridors, asked = several(phase1, evaluate.layout, 2), []
 
-    def guide_of(corridor: Corridor) -> MovingRanking:
+    def guide_of(corridor: Corridor) -> CandidateRanking:
         ranking = corridor.rank(evaluate.importance)
 
         def order(words: np.ndarray, chosen: Sequence[int]) -> dict[int, np.ndarray]:
@@ -187,7 +189,7 @@ def test_a_search_that_does_not_adapt_is_another_one(evaluate: Analytic, phase1:
 
 
 class Scripted:
-    """A run that adds so much hypervolume in each of its turns, and notes when it had them."""
+    """A run that adds given amounts of hypervolume, one in each of its turns, and records its turns."""
 
     def __init__(self, turns: list[int], recorder: Any, gains: Callable[[int], float], length: int = 1000) -> None:
         self.turns, self._recorder, self._gains, self._length, self.own = turns, recorder, gains, length, 0
@@ -229,9 +231,9 @@ def turns_of(gains: Sequence[Callable[[int], float]], n_turns: int, lengths: Seq
     return turns
 
 
-def test_turns_go_to_the_run_that_gains_most_and_nobody_waits_for_ever() -> None:
+def test_turns_go_to_the_run_that_gains_most_and_no_run_waits_for_ever() -> None:
     turns = turns_of([lambda i: 0.001, lambda i: 0.01, lambda i: 0.0], 120)
-    # Everyone once; then the best, but for every fourth turn.
+    # Each run once; then the best one, except for every fourth turn.
     assert sorted(turns[:3]) == [0, 1, 2]
     counts = np.bincount(turns)
     assert counts[1] > 0.7 * 120

@@ -1,4 +1,4 @@
-"""pymoo on packed genomes: what it is handed, and what it takes."""
+"""pymoo on packed genomes: genomes are passed on unchanged, and take little memory."""
 
 import tracemalloc
 from collections.abc import Iterable
@@ -43,7 +43,7 @@ def test_pymoo_hands_genomes_on_as_they_are(
     for genome in seen:
         assert type(genome) is Genome
         assert genome.words.dtype == np.uint64
-        # Neither a draft, nor changed after others have learnt its fingerprint, nor a part of something larger.
+        # It is not a draft, it was not changed after its fingerprint was computed, and it is not a view.
         assert not genome.words.flags.writeable
         assert genome.fingerprint == fingerprint(genome.words)
         assert genome.words.base is None
@@ -78,7 +78,7 @@ def test_nsga2_starts_with_genomes_that_differ_in_one_bit_only(layout: WeightUni
     algorithm = make_algorithm("nsga2", 4, given, Operators(lambda a, b, rng: a.copy(), lambda g, rng: g, 0.5), 2)
     algorithm.setup(PruningProblem.packed(recorder), seed=0)
     np.testing.assert_array_equal(words_of(algorithm.ask()), first[[0, 2, 3]])
-    # Whoever dies out must not be held by the list it came from.
+    # A genome that dies out must not stay in memory because of the list it came from.
     assert not given
 
 
@@ -153,14 +153,14 @@ def test_a_large_population_takes_little_more_memory_than_its_bits(algorithm: st
             children = chosen.ask()
             chosen.evaluator.eval(problem, children)
             chosen.tell(infills=children)
-            # pymoo remembers its last offspring, most of which are dead by now.
+            # pymoo would keep its last offspring in memory, though most did not survive.
             children = chosen.off = None
         retained, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    # Parents, children, and the children's masks as the evaluator is given them; one float a weight would be 8 more.
+    # Parents, children, and the children's masks for the evaluator; one float per weight would be 8 more.
     assert peak < 3.2 * masks + rankings
-    # Survivors of five generations hold on to nobody who died out.
+    # After five generations, no genome that died out is still in memory.
     assert retained < 1.15 * masks + rankings
 
 
@@ -174,6 +174,6 @@ def test_phase_2_tells_its_variation_what_became_of_each_genome(
     in_corridor(
         evaluate, corridor_of(phase1.front, layout), phase1, [evaluate.importance], algorithm=algorithm, evaluations=60
     )
-    # All but a last generation that the budget cuts short.
+    # All generations but a last one that the budget cuts short.
     assert len(told) >= 48
     assert 0 < sum(told) < len(told)

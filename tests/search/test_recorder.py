@@ -94,14 +94,14 @@ def even(masks: PackedMasks) -> np.ndarray:
     return masks.n_kept % 2 == 0
 
 
-@pytest.mark.parametrize("name", ["thresholds", "ladder", "corridor", "corridors", "moead", "flat", "allocation"])
-def test_masks_that_are_not_allowed_are_neither_evaluated_nor_published(name: str, layout: WeightUnits) -> None:
+@pytest.mark.parametrize("name", ["thresholds", "rungs", "corridor", "corridors", "moead", "flat", "allocation"])
+def test_infeasible_masks_are_neither_evaluated_nor_published(name: str, layout: WeightUnits) -> None:
     evaluate = Analytic(layout)
     before = thresholds(evaluate, is_feasible=even)
     corridor = corridor_of(before.front, layout)
     searches: dict[str, Callable[[], SearchResult]] = {
         "thresholds": lambda: before,
-        "ladder": lambda: thresholds(evaluate, is_feasible=even, rungs=9, level_switches=0.5),
+        "rungs": lambda: thresholds(evaluate, is_feasible=even, rungs=9, level_switches=0.5),
         "corridor": lambda: in_corridor(evaluate, corridor, before, [evaluate.scores], is_feasible=even),
         "corridors": lambda: in_corridor(
             evaluate, several(before, layout, 2), before, [evaluate.scores], is_feasible=even, evaluations=60
@@ -120,7 +120,7 @@ def test_masks_that_are_not_allowed_are_neither_evaluated_nor_published(name: st
     assert even(result.front.masks).all()
 
 
-def test_a_mask_that_is_not_allowed_counts_as_wrong_on_every_image() -> None:
+def test_an_infeasible_mask_has_the_loss_of_being_wrong_on_every_image() -> None:
     masks = PackedMasks.pack(np.arange(70) < np.array([[3], [4], [5]]))
     evaluated: list[int] = []
 
@@ -167,7 +167,7 @@ def test_a_search_from_files_continues_as_one_from_memory(
 def test_a_search_of_other_objectives_is_not_continued(evaluate: Analytic, phase1: SearchResult) -> None:
     price = GroupCost("price", evaluate.layout, np.ones(3))
     with pytest.raises(ValueError, match="expected to continue a search of error, price, found one of error, density"):
-        Recorder(Problem(evaluate.layout, evaluate, (price,)), budget=9, stage="phase2", before=phase1)
+        Recorder(Problem(evaluate.layout, evaluate, (price,)), budget=9, stage="phase2", previous=phase1)
     assert len(evaluate.seen) == 0
 
 
@@ -182,7 +182,7 @@ def test_absent_units_count_as_dropped_whatever_a_mask_says() -> None:
     masks = PackedMasks.pack(np.array([np.ones(70, dtype=bool), ~absent, np.arange(70) < 50]))
     recorder = Recorder(Problem(SEVENTY, evaluate, absent=PackedMasks.pack(absent).words[0]), budget=9, stage="flat")
     objectives, joined = recorder(masks)
-    # The first two are one mask, evaluated once; the third keeps 20 units that are there.
+    # Without absent units the first two are equal and evaluated once; the third keeps 20 of the other units.
     assert recorder.evaluations == len(seen) == 2
     assert not any((kept & absent).any() for kept in seen)
     np.testing.assert_allclose(objectives, [[30 / 70, 40 / 70], [30 / 70, 40 / 70], [50 / 70, 20 / 70]])

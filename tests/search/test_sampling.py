@@ -1,11 +1,11 @@
-"""First populations."""
+"""Samples for a first population."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from paretoprune.masks.packed import n_words_for, pack_rows
-from paretoprune.search.sampling import keep_probabilities, random_words, sample_bernoulli, sample_blind
+from paretoprune.search.sampling import keep_probabilities, random_words, sample_bernoulli, sample_unguided
 from spaces import N_BITS, SEEDS, SIZES, Space, booleans, padding_is_zero
 
 
@@ -18,13 +18,13 @@ def test_keep_probabilities_rise_with_importance_and_average_to_the_density(
     assert np.all(np.diff(probabilities) >= 0)
     assert probabilities.min() >= 0
     assert probabilities.max() <= 1
-    # The steepest step crosses one bit, so the mean cannot be placed finer than that.
+    # The steepest step lies within one bit, so the mean is not finer than that.
     assert probabilities.mean() == pytest.approx(density, abs=1 / n_bits)
 
 
 @pytest.mark.parametrize("density", [0.03, 0.5, 0.9])
 @pytest.mark.parametrize("softness", [1e-4, 0.05, 3.0])
-def test_the_mean_probability_of_a_large_layer_is_the_density_itself(density: float, softness: float) -> None:
+def test_the_mean_probability_of_a_large_group_is_the_density_itself(density: float, softness: float) -> None:
     probabilities = keep_probabilities(1_000_000, density, softness).astype(float)
     assert probabilities.mean() == pytest.approx(density, abs=2e-6)
 
@@ -66,8 +66,8 @@ def test_samples_stay_in_the_corridor(sizes: list[int], seed: int) -> None:
         np.testing.assert_array_equal(row[~space.searched], lower[~space.searched])
 
 
-def test_blind_samples_have_about_the_density_asked_for() -> None:
-    words = list(sample_blind(40_001, [0.0, 0.001, 0.25, 0.7, 1.0], np.random.default_rng(1)))
+def test_unguided_samples_have_about_the_density_asked_for() -> None:
+    words = list(sample_unguided(40_001, [0.0, 0.001, 0.25, 0.7, 1.0], np.random.default_rng(1)))
     assert all(padding_is_zero(row, 40_001) for row in words)
     bits = booleans(words, 40_001)
     np.testing.assert_allclose(bits.mean(axis=1), [0.0, 0.001, 0.25, 0.7, 1.0], atol=0.01)

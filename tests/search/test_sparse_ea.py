@@ -1,4 +1,4 @@
-"""What SparseEA and MSKEA know and how they vary masks: packed words against booleans, and what each stage follows."""
+"""SparseEA and MSKEA: scores, variation of packed words against booleans, and what each stage follows."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,17 +15,17 @@ from paretoprune.search import sparse_ea as sparse
 from paretoprune.search.sparse_ea import (
     StagedVariation,
     TournamentVariation,
-    costs_of_weights,
     cut_into_groups,
     masks_without_each,
+    penalties_of_weights,
     sample_by_tournaments,
     win_tournaments,
 )
 
 N = 394
 GUIDES = ("prior", "front", "statistics")
-# Costs of 1 to 4 in four groups, the last the cheapest.
-COSTS = np.repeat(np.array([4, 3, 2, 1], dtype=np.float32), [100, 100, 100, 94])
+# Penalties of 1 to 4 in four groups, the last the lowest.
+PENALTIES = np.repeat(np.array([4, 3, 2, 1], dtype=np.float32), [100, 100, 100, 94])
 
 
 def packed(mask: np.ndarray) -> np.ndarray:
@@ -34,7 +34,7 @@ def packed(mask: np.ndarray) -> np.ndarray:
 
 
 def booleans(words: np.ndarray, n: int = N) -> np.ndarray:
-    """The mask, once its padding is found to be 0."""
+    """Check that the padding is 0, and unpack the mask."""
     assert words.dtype == np.uint64
     assert words.shape == (n_words_for(n),)
     assert np.bitwise_count(words).sum() == unpack_row(words, n).sum()
@@ -49,7 +49,7 @@ def random_mask(seed: int, density: float) -> np.ndarray:
 
 def staged(guide: str, least_share: float = 0.01) -> StagedVariation:
     """MSKEA's variation that has seen a front of three members."""
-    variation = StagedVariation(COSTS, least_share)
+    variation = StagedVariation(PENALTIES, least_share)
     members = [Genome(packed(random_mask(i, 0.1 * (i + 1)))) for i in range(3)]
     variation.learn(members, 0.1, np.random.default_rng(0))
     variation.guide = guide  # type: ignore[assignment]
@@ -58,7 +58,7 @@ def staged(guide: str, least_share: float = 0.01) -> StagedVariation:
 
 # Every variation by name, as a function of its least share.
 VARIATIONS: dict[str, Callable[[float], TournamentVariation]] = {
-    "sparse_ea": partial(TournamentVariation, COSTS),
+    "sparse_ea": partial(TournamentVariation, PENALTIES),
     **{guide: partial(staged, guide) for guide in GUIDES},
 }
 each_variation = pytest.mark.parametrize("name", VARIATIONS)
@@ -91,7 +91,7 @@ def test_groups_are_runs_of_whole_filters_or_of_whole_layers(layout: WeightUnits
 
 def test_groups_are_of_similar_size() -> None:
     layout = WeightUnits(("a", "b", "c"), ((8, 10), (16, 20), (3, 2)))
-    # The smallest layer is a group of its own; the others share eight groups by their sizes, in whole filters.
+    # The smallest layer is one group; the others share eight groups by their sizes, in whole filters.
     assert np.diff(cut_into_groups(layout, 9)).tolist() == [40, 40, 40, 60, 60, 40, 60, 60, 6]
     assert np.diff(cut_into_groups(layout, 2)).tolist() == [80, 326]
 
@@ -108,10 +108,10 @@ def test_a_group_is_evaluated_by_the_mask_that_lacks_it() -> None:
     np.testing.assert_array_equal([masks.unpack(i) for i in range(3)], expected)
 
 
-def test_weights_are_the_costlier_to_keep_the_better_the_network_without_their_group() -> None:
-    costs = costs_of_weights(np.array([0, 2, 3, 6]), np.array([0, 2, 1]))
-    assert costs.tolist() == [3, 3, 1, 2, 2, 2]
-    assert costs.dtype == np.float32
+def test_weights_are_the_more_penalised_the_better_the_network_without_their_group() -> None:
+    penalties = penalties_of_weights(np.array([0, 2, 3, 6]), np.array([0, 2, 1]))
+    assert penalties.tolist() == [3, 3, 1, 2, 2, 2]
+    assert penalties.dtype == np.float32
 
 
 # Tournaments
@@ -121,7 +121,7 @@ def test_weights_are_the_costlier_to_keep_the_better_the_network_without_their_g
 def test_tournaments_choose_so_many_different_candidates(candidates: set[int], n: int, prefer: str, seed: int) -> None:
     chosen = win_tournaments(
         np.array(sorted(candidates), dtype=np.int64),
-        COSTS,
+        PENALTIES,
         n,
         np.random.default_rng(seed),
         prefer=prefer,  # type: ignore[arg-type]
@@ -130,20 +130,20 @@ def test_tournaments_choose_so_many_different_candidates(candidates: set[int], n
     assert set(chosen.tolist()) <= candidates
 
 
-def frequencies(costs: list[float], prefer: str, n: int = 1, trials: int = 4000) -> np.ndarray:
+def frequencies(penalties: list[float], prefer: str, n: int = 1, trials: int = 4000) -> np.ndarray:
     """How often each of three bits is chosen."""
     bits, rng = np.array([5, 70, 99]), np.random.default_rng(0)
-    all_costs = np.zeros(100)
-    all_costs[bits] = costs
+    all_penalties = np.zeros(100)
+    all_penalties[bits] = penalties
     counts = np.zeros(100)
     for _ in range(trials):
-        counts[win_tournaments(bits, all_costs, n, rng, prefer=prefer)] += 1  # type: ignore[arg-type]
+        counts[win_tournaments(bits, all_penalties, n, rng, prefer=prefer)] += 1  # type: ignore[arg-type]
     assert counts.sum() == counts[bits].sum() == n * trials
     return counts[bits] / trials
 
 
 def test_a_tournament_is_between_two_and_chance_settles_ties() -> None:
-    # The best wins unless both are others: 1 - (2 / 3) ** 2.
+    # The best one wins unless both contestants are others: 1 - (2 / 3) ** 2.
     assert frequencies([1, 2, 3], "low") == pytest.approx([5 / 9, 3 / 9, 1 / 9], abs=0.03)
     assert frequencies([1, 2, 3], "high") == pytest.approx([1 / 9, 3 / 9, 5 / 9], abs=0.03)
     assert frequencies([2, 2, 2], "low") == pytest.approx([1 / 3] * 3, abs=0.03)
@@ -151,7 +151,7 @@ def test_a_tournament_is_between_two_and_chance_settles_ties() -> None:
 
 
 def test_who_has_won_a_tournament_is_in_none_of_the_next_round() -> None:
-    # One loses altogether: mostly the costliest, and never twice the same winner.
+    # One is not chosen, mostly that of the highest penalty; the two winners are different.
     lost = 1 - frequencies([1, 2, 3], "low", n=2)
     assert lost.sum() == pytest.approx(1)
     assert lost[0] < lost[1] < lost[2]
@@ -159,17 +159,17 @@ def test_who_has_won_a_tournament_is_in_none_of_the_next_round() -> None:
 
 def test_many_tournaments_are_held_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparse, "TOURNAMENTS_AT_ONCE", 7)
-    chosen = win_tournaments(np.arange(N), COSTS, 200, np.random.default_rng(0), prefer="low")
+    chosen = win_tournaments(np.arange(N), PENALTIES, 200, np.random.default_rng(0), prefer="low")
     assert len(set(chosen.tolist())) == 200
     shares = [np.isin(np.arange(a, b), chosen).mean() for a, b in ((0, 100), (100, 200), (200, 300), (300, 394))]
     assert shares == sorted(shares)
     assert shares[3] - shares[0] > 0.4
 
 
-def test_the_first_masks_have_any_density_and_lack_the_costliest() -> None:
-    masks = np.array([booleans(words) for words in sample_by_tournaments(COSTS, 300, np.random.default_rng(0))])
+def test_the_first_masks_have_any_density_and_lack_the_highest_penalties() -> None:
+    masks = np.array([booleans(words) for words in sample_by_tournaments(PENALTIES, 300, np.random.default_rng(0))])
     density = masks.mean(axis=1)
-    # Uniform: below every q there are as many as q says.
+    # Uniform: a share q of the densities lies below q.
     assert np.quantile(density, [0.25, 0.5, 0.75]) == pytest.approx([0.25, 0.5, 0.75], abs=0.08)
     assert 0 < density.min() < 0.02
     assert 0.98 < density.max() < 1
@@ -191,30 +191,30 @@ def naive_step(n_bits: int, least: float, rng: np.random.Generator) -> int:
 
 
 def naive_flip(
-    mask: np.ndarray, candidates: np.ndarray, n: int, costs: np.ndarray, prefer: str, rng: np.random.Generator
+    mask: np.ndarray, candidates: np.ndarray, n: int, penalties: np.ndarray, prefer: str, rng: np.random.Generator
 ) -> np.ndarray:
     result = mask.copy()
-    for bit in win_tournaments(np.flatnonzero(candidates), costs, n, rng, prefer=prefer):  # type: ignore[arg-type]
+    for bit in win_tournaments(np.flatnonzero(candidates), penalties, n, rng, prefer=prefer):  # type: ignore[arg-type]
         result[bit] = not result[bit]
     return result
 
 
 def naive_cross(
-    first: np.ndarray, second: np.ndarray, costs: np.ndarray, least: float, rng: np.random.Generator
+    first: np.ndarray, second: np.ndarray, penalties: np.ndarray, least: float, rng: np.random.Generator
 ) -> np.ndarray:
     if rng.random() < 0.5:
         only = first & ~second
         n = min(naive_step(only.sum(), least, rng), first.sum() - 1)
-        return naive_flip(first, only, n, costs, "high", rng)
+        return naive_flip(first, only, n, penalties, "high", rng)
     only = second & ~first
-    return naive_flip(first, only, naive_step(only.sum(), least, rng), costs, "low", rng)
+    return naive_flip(first, only, naive_step(only.sum(), least, rng), penalties, "low", rng)
 
 
-def naive_mutation(mask: np.ndarray, costs: np.ndarray, least: float, rng: np.random.Generator) -> np.ndarray:
+def naive_mutation(mask: np.ndarray, penalties: np.ndarray, least: float, rng: np.random.Generator) -> np.ndarray:
     n = naive_step(mask.sum(), least, rng)
     if rng.random() < 0.5:
-        return naive_flip(mask, mask, min(n, mask.sum() - 1), costs, "high", rng)
-    return naive_flip(mask, ~mask, n, costs, "low", rng)
+        return naive_flip(mask, mask, min(n, mask.sum() - 1), penalties, "high", rng)
+    return naive_flip(mask, ~mask, n, penalties, "low", rng)
 
 
 @pytest.mark.parametrize("name", ["sparse_ea", "prior"])
@@ -225,13 +225,13 @@ def test_scores_lead_crossover_and_mutation_as_they_do_on_booleans(name: str, se
     words = [packed(first), packed(second)]
     before = [row.copy() for row in words]
     crossed = variation.cross(words[0], words[1], np.random.default_rng(seed))
-    expected = naive_cross(first, second, variation.costs, 0.05, np.random.default_rng(seed))
+    expected = naive_cross(first, second, variation.penalties, 0.05, np.random.default_rng(seed))
     np.testing.assert_array_equal(booleans(crossed), expected)
     assert not np.array_equal(expected, first)
     np.testing.assert_array_equal(words, before)
 
     (varied,) = variation.vary([Genome(words[0])], np.random.default_rng(seed))
-    expected = naive_mutation(first, variation.costs, 0.05, np.random.default_rng(seed))
+    expected = naive_mutation(first, variation.penalties, 0.05, np.random.default_rng(seed))
     np.testing.assert_array_equal(booleans(varied.words), expected)
     assert not np.array_equal(expected, first)
     assert not varied.words.flags.writeable
@@ -239,7 +239,7 @@ def test_scores_lead_crossover_and_mutation_as_they_do_on_booleans(name: str, se
 
 
 def test_steps_up_and_down_have_any_size_from_the_least_share_to_all() -> None:
-    variation, mask = TournamentVariation(COSTS, 0.05), random_mask(0, 0.25)
+    variation, mask = TournamentVariation(PENALTIES, 0.05), random_mask(0, 0.25)
     rng = np.random.default_rng(0)
     sizes = np.array([booleans(g.words).sum() for g in variation.vary([Genome(packed(mask))] * 400, rng)]) - mask.sum()
     least = int(np.ceil(0.05 * mask.sum()))
@@ -280,7 +280,7 @@ def test_variation_repeats_itself_with_equal_draws(name: str) -> None:
 
 def test_frequencies_remember_earlier_fronts_by_the_size_of_the_last() -> None:
     fronts = [np.array([random_mask(10 * k + i, 0.3) for i in range(n)]) for k, n in enumerate((4, 2, 6))]
-    variation = StagedVariation(COSTS, 0.01)
+    variation = StagedVariation(PENALTIES, 0.01)
     expected, n_last = np.zeros(N), 0
     for front in fronts:
         variation.learn([Genome(row) for row in pack_rows(front)], 0.9, np.random.default_rng(0))
@@ -291,23 +291,23 @@ def test_frequencies_remember_earlier_fronts_by_the_size_of_the_last() -> None:
         np.testing.assert_array_equal(variation._votes, front.sum(axis=0))
 
 
-def test_weights_that_fronts_rarely_keep_become_costlier_until_the_last_stage() -> None:
-    variation = StagedVariation(COSTS, 0.01)
+def test_weights_that_fronts_rarely_keep_are_penalised_until_the_last_stage() -> None:
+    variation = StagedVariation(PENALTIES, 0.01)
     front, rng = np.array([random_mask(i, 0.3) for i in range(5)]), np.random.default_rng(0)
     genomes = [Genome(row) for row in pack_rows(front)]
-    costs = COSTS.astype(np.float64)
+    penalties = PENALTIES.astype(np.float64)
     for spent in (0.2, 0.6):
         variation.learn(genomes, spent, rng)
-        costs = costs * (1 - front.mean(axis=0)) * np.sqrt(spent) + costs
-        np.testing.assert_allclose(np.exp(variation.costs), costs, rtol=1e-5)
-    before = variation.costs.copy()
+        penalties = penalties * (1 - front.mean(axis=0)) * np.sqrt(spent) + penalties
+        np.testing.assert_allclose(np.exp(variation.penalties), penalties, rtol=1e-5)
+    before = variation.penalties.copy()
     variation.learn(genomes, 0.62, rng)
-    np.testing.assert_array_equal(variation.costs, before)
+    np.testing.assert_array_equal(variation.penalties, before)
     # Thousands of generations do not overflow.
     for _ in range(2000):
         variation.learn(genomes[:1], 0.6, rng)
-    assert np.isfinite(variation.costs).all()
-    np.testing.assert_array_equal(COSTS, np.repeat([4, 3, 2, 1], [100, 100, 100, 94]))
+    assert np.isfinite(variation.penalties).all()
+    np.testing.assert_array_equal(PENALTIES, np.repeat([4, 3, 2, 1], [100, 100, 100, 94]))
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def test_the_front_has_set_what_members_keep_and_cleared_what_none_does() -> Non
         n_cleared += went.any()
         votes_of_set.extend(variation._votes[came])
     assert 30 < n_cleared < 70
-    # Those of most members first.
+    # Bits that most members keep come first.
     assert np.mean(votes_of_set) > variation._votes[used & ~mask].mean() + 0.05
 
 
@@ -362,7 +362,7 @@ def test_where_parents_differ_frequencies_decide() -> None:
 
 def test_a_mutation_of_the_last_stage_redraws_some_bits_by_their_frequency() -> None:
     variation, mask = staged("statistics", 0.2), random_mask(3, 0.5)
-    # Whatever is picked is settled.
+    # With frequencies of 0 and 1, each picked bit has the value of its frequency.
     variation._frequency = np.round(variation._frequency)
     target = variation._frequency > 0.5
     rng = np.random.default_rng(0)

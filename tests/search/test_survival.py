@@ -45,7 +45,7 @@ class Bounded(Plain):
     def bounded(self, masks: PackedMasks, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         truth = self.full(masks)
         stops = truth > bounds
-        # What an early look leaves: somewhere from just above the bound up to the truth, different for each mask.
+        # The bound of a stopped evaluation: between the given bound and the true loss, different for each mask.
         share = np.modf(truth * 7919 + masks.density * 104729)[0]
         lower = np.floor(bounds * self.n_images + 1e-9) / self.n_images + 1 / self.n_images
         lower = np.where(stops, np.minimum(truth, lower + share * np.maximum(truth - lower, 0)), truth)
@@ -160,13 +160,13 @@ def test_what_ranks_leave_undecided_covers_everything_that_may_survive(
     lower = truth.copy()
     lower[:, 0] *= np.where(complete, 1.0, data.draw(values))
     survival = RankSurvival(before, len(before))
-    while (open_ := survival.undecided(lower, complete)).any():
-        assert not (open_ & complete).any()
-        lower[open_], complete = truth[open_], complete | open_
+    while (undecided := survival.undecided(lower, complete)).any():
+        assert not (undecided & complete).any()
+        lower[undecided], complete = truth[undecided], complete | undecided
 
     def survivors(objectives: np.ndarray) -> list[int]:
-        together = np.concatenate([before, objectives])
-        individuals = Population.new("X", np.arange(len(together))[:, None], "F", together)
+        merged = np.concatenate([before, objectives])
+        individuals = Population.new("X", np.arange(len(merged))[:, None], "F", merged)
         kept = RankAndCrowding().do(
             Problem(n_var=1, n_obj=2), individuals, n_survive=len(before), random_state=np.random.default_rng(1)
         )

@@ -1,11 +1,11 @@
-"""Phase 1: budget, starts, ladders, members chosen anew."""
+"""Phase 1: budget, starts, rungs, members chosen anew."""
 
 import numpy as np
 import pytest
 from paretoprune.fronts import hypervolume
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import PlainUnits, WeightUnits, keep_top, ranks_within_groups
-from paretoprune.search.levels import ladder_of_densities, nearest_rungs
+from paretoprune.search.levels import nearest_rungs, rung_densities
 from paretoprune.search.problem import Problem
 from paretoprune.search.pymoo_adapter import PruningProblem
 from paretoprune.search.recorder import Recorder
@@ -24,7 +24,7 @@ def test_phase_1_spends_its_budget_exactly_and_evaluates_each_mask_once(evaluati
 def test_phase_1_never_exceeds_its_budget_where_many_thresholds_give_the_same_mask() -> None:
     tiny = WeightUnits(("a", "b", "c"), ((3,), (2,), (2,)))
     evaluate = Analytic(tiny)
-    # There are 4 * 3 * 3 masks that thresholds can spell.
+    # Thresholds can only encode 4 * 3 * 3 masks.
     result = thresholds(evaluate, 60, starts=[])
     assert n_distinct(evaluate.seen) == len(evaluate.seen) <= 36
     assert result.history[-1]["evaluations"] == len(evaluate.seen)
@@ -75,19 +75,19 @@ def starting_masks(evaluate: Analytic) -> np.ndarray:
 
 
 @pytest.mark.parametrize("level_switches", [0.0, 0.5, 1.0])
-def test_on_a_ladder_starts_are_evaluated_as_they_are_and_candidates_use_rungs_only(
+def test_on_rungs_starts_are_evaluated_as_they_are_and_candidates_use_rungs_only(
     level_switches: float, evaluate: Analytic
 ) -> None:
     result = thresholds(evaluate, rungs=7, level_switches=level_switches)
     masks, layout = evaluate.booleans(), evaluate.layout
     np.testing.assert_array_equal(masks[:N_STARTS], starting_masks(evaluate))
-    rungs = np.rint(ladder_of_densities(7) * layout.sizes[:, None]).astype(int)
+    rungs = np.rint(rung_densities(7) * layout.sizes[:, None]).astype(int)
     counts = layout.n_kept(evaluate.seen)[N_STARTS:]
     assert len(counts) > 0
     for layer in range(layout.n_groups):
         assert set(counts[:, layer]) <= set(rungs[layer])
         assert len(set(counts[:, layer])) > 2
-    # Without a ladder that is not so.
+    # Without rungs that is not so.
     free = Analytic(layout)
     thresholds(free)
     assert not set(layout.n_kept(free.seen)[N_STARTS:, 1]) <= set(rungs[1])
@@ -95,7 +95,7 @@ def test_on_a_ladder_starts_are_evaluated_as_they_are_and_candidates_use_rungs_o
     assert_sound(result, layout)
 
 
-def test_what_a_ladder_needs_is_told_before_anything_is_evaluated(evaluate: Analytic) -> None:
+def test_what_rungs_need_is_told_before_anything_is_evaluated(evaluate: Analytic) -> None:
     told: list[PackedMasks] = []
 
     def precompute(masks: PackedMasks) -> None:
@@ -104,7 +104,7 @@ def test_what_a_ladder_needs_is_told_before_anything_is_evaluated(evaluate: Anal
 
     thresholds(evaluate, rungs=5, precompute=precompute)
     (masks,) = told
-    expected = np.rint(ladder_of_densities(5)[:, None] * evaluate.layout.sizes)
+    expected = np.rint(rung_densities(5)[:, None] * evaluate.layout.sizes)
     np.testing.assert_array_equal(evaluate.layout.n_kept(masks), expected)
     ranks = ranks_within_groups(evaluate.scores, evaluate.layout)
     np.testing.assert_array_equal(masks.unpack(2), keep_top(ranks, expected[2].astype(int), evaluate.layout))
@@ -112,15 +112,15 @@ def test_what_a_ladder_needs_is_told_before_anything_is_evaluated(evaluate: Anal
     assert len(told) == 1
 
 
-def test_a_ladder_reaches_from_the_sparsest_rung_to_the_dense_layer() -> None:
-    ladder = ladder_of_densities(24)
-    assert len(ladder) == 24
-    assert (ladder[0], ladder[-1]) == (pytest.approx(0.005), 1.0)
-    np.testing.assert_allclose(np.diff(np.log(ladder)), np.log(200) / 23)
+def test_rungs_reach_from_the_sparsest_rung_to_the_dense_layer() -> None:
+    rungs = rung_densities(24)
+    assert len(rungs) == 24
+    assert (rungs[0], rungs[-1]) == (pytest.approx(0.005), 1.0)
+    np.testing.assert_allclose(np.diff(np.log(rungs)), np.log(200) / 23)
 
 
 def test_level_switches_vary_the_share_asked_for_and_keep_the_total() -> None:
-    sizes, rungs = np.array([1000, 5000, 3000, 800]), ladder_of_densities(9)
+    sizes, rungs = np.array([1000, 5000, 3000, 800]), rung_densities(9)
     units = PlainUnits(("a", "b", "c", "d"), tuple(sizes.tolist()))
     recorder = Recorder(Problem(units, lambda m: m.density), budget=1, stage="")
     problem = PruningProblem(4, lambda x: PackedMasks.empty(units.n_units), recorder, bounds=(0, 1))
@@ -152,7 +152,7 @@ def test_members_chosen_anew_are_evaluated_within_the_budget(
     given: list[PackedMasks] = []
 
     def better(masks: PackedMasks) -> PackedMasks:
-        """As many of each layer, by what truly matters."""
+        """Keep as many units of each group, but by their true importance."""
         given.append(masks)
         ranks = ranks_within_groups(evaluate.importance, evaluate.layout)
         rows = [keep_top(ranks, counts, evaluate.layout) for counts in evaluate.layout.n_kept(masks)]
@@ -188,7 +188,7 @@ def test_the_best_members_beyond_given_sparsities_are_chosen_anew(evaluate: Anal
 def test_members_that_come_back_as_they_were_cost_nothing(evaluate: Analytic) -> None:
     result = thresholds(evaluate, 60, n_reselected=5, reselect=lambda masks: masks)
     assert len(evaluate.seen) == result.history[-1]["evaluations"] == 55
-    # Nothing to choose them anew with: the budget is the search's.
+    # Without a function that chooses anew, the search gets the whole budget.
     assert len(Analytic(evaluate.layout).seen) == 0
     other = Analytic(evaluate.layout)
     thresholds(other, 60, n_reselected=5)

@@ -18,7 +18,7 @@ EFFORT = Effort(evaluations=160, population=12, seed=0)
 
 
 class Profit:
-    """A loss that falls with the profit of what is kept; it counts the masks that it is asked about."""
+    """A loss that falls with the profit of the kept units; it counts the masks that it evaluates."""
 
     def __init__(self) -> None:
         rng = np.random.default_rng(1)
@@ -99,7 +99,7 @@ def test_one_score_and_a_mapping_of_it_are_the_same_and_further_scores_guide_too
 
 
 def test_the_best_masks_lie_in_the_corridor_though_keeping_everything_is_bad() -> None:
-    """As with features that are noise: here all but a fifth of each group do harm."""
+    """As with features that are noise: all units but a fifth of each group increase the loss."""
     good = np.concatenate([np.arange(size) < size // 5 for size in UNITS.sizes])
     worth = np.where(good, 1 / good.sum(), -0.9 / (~good).sum())
 
@@ -142,7 +142,7 @@ def test_a_budget_that_pays_for_no_population_and_an_unknown_algorithm_are_refus
         found(phase2=Phase2(algorithm="nsga9"))
 
 
-def test_without_any_mask_that_is_allowed_there_is_no_front() -> None:
+def test_without_any_feasible_mask_there_is_no_front() -> None:
     problem = Profit().problem(is_feasible=lambda masks: masks.n_kept > 300)
     with pytest.raises(ValueError, match="Phase 1 front of at least one member, found none"):
         search(problem, Profit().estimates, EFFORT)
@@ -151,7 +151,7 @@ def test_without_any_mask_that_is_allowed_there_is_no_front() -> None:
 def test_from_a_front_of_one_member_all_masks_are_searched() -> None:
     only_everything = Profit().problem(is_feasible=lambda masks: masks.n_kept == 300)
     assert search(only_everything, Profit().estimates, EFFORT).front.objectives.tolist() == [[0.0, 1.0]]
-    # As with a dense network that guesses: nothing is as good as anything.
+    # As with a dense network that guesses: keeping nothing is as good as keeping anything.
     flat = replace(Profit().problem(), evaluate=lambda masks: np.full(len(masks), 0.5))
     result = search(flat, Profit().estimates, EFFORT)
     assert result.front.objectives.tolist() == [[0.5, 0.0]]

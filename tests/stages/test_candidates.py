@@ -1,4 +1,4 @@
-"""Candidates of a search: evaluated, repaired and computed by the settings."""
+"""Candidates of a search are repaired and evaluated as the settings say."""
 
 import copy
 from typing import Any
@@ -63,7 +63,7 @@ def test_an_evaluator_follows_the_settings() -> None:
 
 
 def test_an_evaluator_repairs_by_the_settings() -> None:
-    """Each one decides what comes out, and what comes out is what the evaluator makes of it by itself."""
+    """Each repair gives other results, and those of an evaluator that is made by hand."""
     found = []
     for changed in ({}, {"repair_images": 20}, {"damping": 1.0}, {"sequential_refit": True}):
         chosen = SETTINGS | {"repair": "reconstruct"} | changed

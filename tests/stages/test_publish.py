@@ -69,13 +69,13 @@ def inputs(tmp_path: Path) -> dict[str, str]:
 
 
 def make_setup(inputs: dict[str, str], **changed: Any) -> Setup:
-    """As a step that searches makes it."""
+    """As a search step makes it."""
     settings = SETTINGS | changed
     return Setup(read_task(inputs), Searching.of(settings), Compute.of(settings))
 
 
 def make_search_evaluator(inputs: dict[str, str], **changed: Any) -> PopulationEvaluator:
-    """As a step that searches makes it."""
+    """As a search step makes it."""
     return make_setup(inputs, **changed).evaluator()
 
 
@@ -86,7 +86,7 @@ def by_hand(
     statistics: dict[str, LayerStatistics] | None = None,
     **changed: Any,
 ) -> tuple[PopulationEvaluator, Finisher]:
-    """An evaluator and a finisher on the search split, repaired on the calibration split."""
+    """An evaluator and a finisher on the search split, with repairs on the calibration split."""
     images, splits, network = ImageSet.load(inputs["images"]), Splits.load(inputs["splits"]), dense().network
     search, calibration = (
         LabelledImages.of(images, indices, (0.5,), (0.25,)) for indices in (splits.search, splits.calibration)
@@ -171,7 +171,7 @@ def published(
 
 
 def a_search(masks: PackedMasks) -> SearchResult:
-    """One that has evaluated its masks wrongly, so that each is on its front."""
+    """A search result with made-up objectives, so that each mask is on its front."""
     wrong = np.column_stack([np.linspace(0.9, 0.1, len(masks)), masks.density])
     return SearchResult(Front(masks, wrong, [f"stage{i}" for i in range(len(masks))]), HISTORY)
 
@@ -193,21 +193,21 @@ def test_a_front_is_thinned_and_then_its_networks_are_finished_and_measured(
     masks = some_masks(9)
     found = a_search(masks)
     front, states = published(inputs, tmp_path, found, precision=precision, front_size=5, **changed)
-    # By hand: five members are chosen by what the search says of them, and only then is anything built.
+    # By hand: first five members are chosen by the objectives of the search, then their networks are built.
     thinned = found.front.thinned(5)
     made: dict[str, Any] = {"repair": "batchnorm", "sequential_refit": True} | {
         k: v for k, v in changed.items() if k != "search_repair"
     }
-    _, exact = by_hand(inputs, "float32", **made)
-    tried = [(mask, exact.build(mask)) for mask in map(thinned.masks.unpack, range(5))]
+    _, finisher = by_hand(inputs, "float32", **made)
+    tried = [(mask, finisher.build(mask)) for mask in map(thinned.masks.unpack, range(5))]
     refits = made["repair"] == "reconstruct" and made["sequential_refit"]
-    anew = exact.reselect(thinned.masks) if refits else thinned.masks
+    anew = finisher.reselect(thinned.masks) if refits else thinned.masks
     tried = [
-        min(pair, (mask, exact.build(mask)), key=lambda p: exact.measure(p[1])[1])
+        min(pair, (mask, finisher.build(mask)), key=lambda p: finisher.measure(p[1])[1])
         for pair, mask in zip(tried, map(anew.unpack, range(5)), strict=True)
     ]
     masks, built = PackedMasks.pack(np.array([mask for mask, _ in tried])), [network for _, network in tried]
-    objectives = np.column_stack([[exact.measure(network)[1] for network in built], thinned.density])
+    objectives = np.column_stack([[finisher.measure(network)[1] for network in built], thinned.density])
     kept = non_dominated(objectives)
     assert np.array_equal(front.objectives, objectives[kept])
     assert front.masks.fingerprints() == masks.select(kept).fingerprints()
@@ -226,8 +226,8 @@ def test_members_that_others_dominate_once_they_are_measured_are_dropped(
 ) -> None:
     masks = some_masks(9)
     front, states = published(inputs, tmp_path, a_search(masks), front_size=None)
-    _, exact = by_hand(inputs, "float32")
-    objectives = np.array([exact.measure(exact.build(masks.unpack(i)))[1] for i in range(9)])
+    _, finisher = by_hand(inputs, "float32")
+    objectives = np.array([finisher.measure(finisher.build(masks.unpack(i)))[1] for i in range(9)])
     best = [i for i in range(9) if not np.any(objectives[:i] <= objectives[i])]  # sparsest first
     assert 1 <= len(best) < 9
     assert front.stages == [f"stage{i}" for i in best]

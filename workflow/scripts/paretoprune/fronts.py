@@ -1,6 +1,6 @@
-"""Fronts of pruned networks: non-dominated sets, hypervolume, and the members people ask for.
+"""Fronts of pruned networks: non-dominated sets, hypervolume, and the choice of members.
 
-Objectives are always minimised; the loss lies in the first column, the costs in the others. Nothing here needs torch.
+Objectives are always minimised. The loss is the first column, the costs are the others. Nothing here needs torch.
 """
 
 import copy
@@ -22,27 +22,27 @@ from paretoprune.objectives import ERROR_AND_DENSITY, reference_point
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# How far beyond a density still counts as the density.
+# Costs that are larger than a limit by no more than this count as equal to it.
 _ROUNDING = 1e-9
 
 
 def networks_beside(path: str | os.PathLike[str]) -> Path:
-    """Where the networks of a front lie that is saved at a path."""
+    """The file of the networks of a front that is saved at `path`."""
     return Path(path).with_suffix(".safetensors")
 
 
 def hypervolume(objectives: np.ndarray, reference: Sequence[float] = (1.0, 1.0)) -> float:
-    """Volume dominated by points up to the reference point.
+    """Volume between the points and the reference point, which is the part of the space that they dominate.
 
     Args:
-        objectives: float (n, n_objectives), minimised; points at or beyond the reference add nothing.
-        reference: One value for each objective, see `objectives.reference_point`.
+        objectives: float (n, n_objectives), minimised; points at or beyond the reference point add nothing.
+        reference: The reference point, one value for each objective, see `objectives.reference_point`.
 
     Returns:
-        At least 0 and at most the product of the reference, larger is better; 0 for no points.
+        At least 0, larger is better; at most the product of the reference point if no objective is negative.
 
     Raises:
-        ValueError: The points have more or fewer objectives than the reference.
+        ValueError: The points have more or fewer objectives than the reference point.
     """
     objectives = np.asarray(objectives, dtype=float)
     if not len(objectives):
@@ -56,7 +56,7 @@ def hypervolume(objectives: np.ndarray, reference: Sequence[float] = (1.0, 1.0))
 
 
 def non_dominated(objectives: np.ndarray) -> np.ndarray:
-    """Which points no other point dominates; of equal points the first counts.
+    """Find the points that no other point dominates; of equal points the first one.
 
     Args:
         objectives: float (n, n_objectives), minimised, the loss in the first column.
@@ -69,65 +69,71 @@ def non_dominated(objectives: np.ndarray) -> np.ndarray:
         return np.zeros(0, dtype=np.int64)
     _, first = np.unique(objectives, axis=0, return_index=True)
     front = first[find_non_dominated(objectives[first])]
-    return front[by_cost(objectives[front])]
+    return front[order_by_cost(objectives[front])]
 
 
-def by_cost(objectives: np.ndarray) -> np.ndarray:
-    """Order of points by their first cost, then the further ones; equal points stay in order.
+def order_by_cost(objectives: np.ndarray) -> np.ndarray:
+    """Sort points by their first cost, then by the further ones; equal points stay in order.
 
     Args:
         objectives: float (n, n_objectives), the loss in the first column.
+
+    Returns:
+        Indices, int64 (n,).
     """
+    # `lexsort` takes the most important key last: the columns from the last to the second one.
     return np.lexsort(objectives[:, :0:-1].T)
 
 
-def spread_subset(
+def hypervolume_subset(
     objectives: np.ndarray, size: int, sparsities: Sequence[float] = (), reference: Sequence[float] = (1.0, 1.0)
 ) -> np.ndarray:
-    """Members of a front that keep most of its hypervolume, taking away the least contributor until `size` are left.
+    """Thin a front: remove the member that contributes least to the hypervolume, until `size` members are left.
 
     Args:
         objectives: float (n, n_objectives), mutually non-dominated.
         size: Largest number of members to keep, at least 2.
-        sparsities: For each, of the members whose first cost is at most 1 - sparsity the best goes last.
-        reference: See `hypervolume`.
+        sparsities: For each of these, the member of least loss whose first cost is at most 1 - sparsity is protected:
+            it is only removed when all members left are protected.
+        reference: The reference point, see `hypervolume`.
 
     Returns:
         Indices int64, sorted by cost, cheapest first.
     """
-    order = by_cost(objectives)
+    order = order_by_cost(objectives)
     kept = list(order)
-    wanted = np.zeros(len(objectives), dtype=bool)
+    protected = np.zeros(len(objectives), dtype=bool)
     for sparsity in sparsities:
         within = order[objectives[order, 1] <= 1 - sparsity + _ROUNDING]
         if len(within):
-            # Of equal losses the dearest, as two objectives have it: there the last one is the best.
-            wanted[within[np.lexsort((-np.arange(len(within)), objectives[within, 0]))[0]]] = True
-    contributions = _boxes if objectives.shape[1] == 2 else _volumes
+            # Of equal losses (possible with two costs) the last one. With one cost the last one is always the best.
+            protected[within[np.lexsort((-np.arange(len(within)), objectives[within, 0]))[0]]] = True
+    contributions = _contributions_2d if objectives.shape[1] == 2 else _contributions
     while len(kept) > size:
-        added = contributions(objectives[kept], np.asarray(reference, dtype=float))
-        kept.pop(int(np.lexsort((added, wanted[kept]))[0]))
+        contributed = contributions(objectives[kept], np.asarray(reference, dtype=float))
+        kept.pop(int(np.lexsort((contributed, protected[kept]))[0]))
     return np.array(kept, dtype=np.int64)
 
 
-def _boxes(front: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Area that only each member dominates, float (n,): to its left neighbour's loss, to its right neighbour's cost."""
-    # Sorted by cost, they are sorted by loss too.
+def _contributions_2d(front: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """The area that no other member dominates, for each member, float (n,); `front` (n, 2) is sorted by cost."""
+    # Sorted by rising cost, members have falling losses. So the area is a rectangle, which reaches to the loss of the
+    # member before and to the cost of the member after.
     loss, cost = front[:, 0], front[:, 1]
     width = np.concatenate([reference[:1], loss[:-1]]) - loss
     height = np.concatenate([cost[1:], reference[1:]]) - cost
     return width * height
 
 
-def _volumes(front: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Volume that only each member dominates, float (n,)."""
+def _contributions(front: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """The volume that no other member dominates, for each member, float (n,)."""
     return np.asarray(moocore.hv_contributions(front, ref=reference), dtype=float)
 
 
 def knee(objectives: np.ndarray) -> int:
-    """The member farthest below the straight line between the two ends of the front.
+    """Find the member farthest below the straight line between the two ends of the front.
 
-    Both axes are scaled to the front's own range first. A front of one or two members has its sparsest as knee.
+    All axes are scaled to the front's own range first. With one or two members it is the cheapest one.
 
     Args:
         objectives: float (n, n_objectives), non-dominated.
@@ -145,21 +151,25 @@ def knee(objectives: np.ndarray) -> int:
         raise ValueError("expected a front with at least one member, found none")
     low, high = objectives.min(axis=0), objectives.max(axis=0)
     scaled = (objectives - low) / np.where(high > low, high - low, 1.0)
-    # The line (plane) joins the ends (0, 1) and (1, 0), so the distance below it grows with -(x + y).
+    # The ends are (0, 1) and (1, 0), so the distance below the line between them grows with -(x + y). With three
+    # objectives it is a plane, and the sum has three terms.
     return int(np.lexsort((objectives[:, 1], scaled.sum(axis=1)))[0])
 
 
 @dataclass
 class Front:
-    """Pruned networks, none of which is better than another in every objective.
+    """Pruned networks, none of which dominates another.
 
     Attributes:
-        masks: One mask per member.
+        masks: One mask for each member.
         objectives: float64 (n_members, n_objectives): the loss on the search split, and the costs.
-        stages: Which stage of the search found each member.
-        names: Of the objectives.
+        stages: The stage of the search that found each member.
+        names: Names of the objectives, the loss first.
         dense: The network that the members are pruned from; None for a front from a file.
         states: The state of each member's finished network, as it was measured; None for a front from a file.
+
+    Raises:
+        ValueError: There are not as many objectives and stages as masks.
     """
 
     masks: PackedMasks
@@ -182,17 +192,17 @@ class Front:
 
     @classmethod
     def empty(cls, n_units: int, names: tuple[str, ...] = ERROR_AND_DENSITY) -> "Front":
-        """A front without members, over `n_units` units."""
+        """A front without members, whose masks have `n_units` units."""
         return cls(PackedMasks.empty(n_units), np.zeros((0, len(names))), [], names)
 
     @property
     def error(self) -> np.ndarray:
-        """The loss per member, float64 (n_members,)."""
+        """The loss of each member, float64 (n_members,)."""
         return self.objectives[:, 0]
 
     @property
     def costs(self) -> np.ndarray:
-        """The costs per member, float64 (n_members, n_objectives - 1), relative to the dense network."""
+        """The costs of each member relative to the dense network, float64 (n_members, n_objectives - 1)."""
         return self.objectives[:, 1:]
 
     @property
@@ -207,10 +217,10 @@ class Front:
 
     @property
     def sparsity_of_parameters(self) -> np.ndarray:
-        """Removed weights as a share of all parameters, also those that cannot be pruned, float64 (n_members,).
+        """Removed weights as a share of all parameters, prunable or not, float64 (n_members,).
 
         Raises:
-            RuntimeError: The front was read from a file and knows no network.
+            RuntimeError: The front was read from a file, which holds no networks.
         """
         if self.dense is None:
             raise RuntimeError("this front was read from a file and knows no network; call pareto_prune")
@@ -219,11 +229,11 @@ class Front:
 
     @property
     def reference(self) -> tuple[float, ...]:
-        """Up to where hypervolume is measured."""
+        """The reference point of the hypervolume."""
         return reference_point(self.names)
 
     def hypervolume(self) -> float:
-        """Hypervolume of all objectives, see `objectives.reference_point`."""
+        """The hypervolume in all objectives, up to `reference`."""
         return hypervolume(self.objectives, self.reference)
 
     def select(self, indices: np.ndarray) -> "Front":
@@ -239,12 +249,12 @@ class Front:
         )
 
     def merge(self, other: "Front") -> "Front":
-        """The non-dominated members of both, cheapest first; of equal points this front's own is kept.
+        """The non-dominated members of both, cheapest first; of equal points this front's own member stays.
 
-        The result knows no networks.
+        The result has neither `dense` nor `states`.
 
         Raises:
-            ValueError: The two fronts are over different numbers of units, or have different objectives.
+            ValueError: The two fronts have masks of different numbers of units, or different objectives.
         """
         if self.names != other.names:
             raise ValueError(
@@ -259,22 +269,24 @@ class Front:
         return both.select(non_dominated(both.objectives))
 
     def thinned(self, size: int | None, sparsities: Sequence[float] = ()) -> "Front":
-        """At most `size` members, all of them for None: those that keep most of the hypervolume.
+        """Thin the front to at most `size` members that keep most of the hypervolume, see `hypervolume_subset`.
 
-        The best members beyond each of `sparsities` are among them, see `spread_subset`.
+        Args:
+            size: At least 2; None for all members.
+            sparsities: The best member beyond each of these stays, as far as `size` allows.
         """
         if size is None:
             return self
-        return self.select(spread_subset(self.objectives, size, sparsities, self.reference))
+        return self.select(hypervolume_subset(self.objectives, size, sparsities, self.reference))
 
     def closest(self, *, sparsity: float) -> int:
-        """Index of the member of nearest sparsity; of two, the one with less error.
+        """Index of the member of the nearest sparsity; of two equally near ones, that of less error.
 
         Args:
-            sparsity: Share of weights removed, 0 to 1.
+            sparsity: Share of the prunable weights removed, 0 to 1.
 
         Raises:
-            ValueError: `sparsity` is not a share, or the front is empty.
+            ValueError: `sparsity` is not between 0 and 1, or the front is empty.
         """
         if not 0 <= sparsity <= 1:
             raise ValueError(f"expected a sparsity between 0 and 1, found {sparsity}; 80 % is 0.8")
@@ -287,13 +299,13 @@ class Front:
         return knee(self.objectives)
 
     def network(self, index: int) -> "nn.Module":
-        """A pruned and repaired copy of the network as it was measured, which needs nothing of this package to run.
+        """Build the finished network of a member, as it was measured; it runs without this package.
 
         Args:
             index: Member of the front.
 
         Raises:
-            RuntimeError: The front was read from a file and knows no network.
+            RuntimeError: The front was read from a file, which holds no networks.
         """
         if self.dense is None or self.states is None:
             raise RuntimeError(
@@ -306,7 +318,7 @@ class Front:
         return network
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The front as plain arrays, for an npz file; names of objectives only where they are not error and density."""
+        """The front as plain arrays for an npz file; without names if the objectives are error and density."""
         names = {} if self.names == ERROR_AND_DENSITY else {"names": np.array(self.names, dtype=np.str_)}
         return {
             "words": self.masks.words,
@@ -318,19 +330,20 @@ class Front:
 
     @classmethod
     def of_arrays(cls, arrays: dict[str, Any]) -> "Front":
-        """Undo `arrays`."""
+        """Make a front from what `arrays` returned."""
         masks = PackedMasks(arrays["words"], int(arrays["n_weights"]))
         names = tuple(str(name) for name in arrays.get("names", ERROR_AND_DENSITY))
         return cls(masks, arrays["objectives"], [str(stage) for stage in arrays["stages"]], names)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the front to an npz file: `words`, `n_weights`, `objectives`, `stages`, see `arrays`.
+        """Write the front to an npz file with the arrays of `arrays`; a member's id is its position.
 
-        A member's id is its position. The networks of a front that has them go to a safetensors file beside it, each
-        tensor under `<member>/<name>`, with the masks' fingerprint: it is written first, so that no front is without.
+        If the front has networks, they are written to a safetensors file beside it, each tensor as `<member>/<name>`,
+        with a fingerprint of the front.
         """
+        # The networks first: if writing stops in between, no front lacks its networks.
         if self.states is not None:
-            # Imported here: reports depend on this module, and not on torch.
+            # Imported here, since reports use this module and should not need torch.
             from safetensors.torch import save_file
 
             tensors = {
@@ -348,12 +361,12 @@ class Front:
 
         Args:
             path: The npz file.
-            network: One of the architecture that was pruned, trained or not: with it, `network(i)` gives the members'
-                networks again, bit for bit. It is copied. None for the masks and numbers alone.
+            network: A network of the architecture that was pruned, trained or not; it is copied. With it, `network(i)`
+                returns the saved networks, bit for bit. None to read only masks and numbers.
 
         Raises:
-            FileNotFoundError: There is no such file, or no networks beside it.
-            ValueError: The networks are those of another front, or of another architecture.
+            FileNotFoundError: The file, or the file of the networks beside it, does not exist.
+            ValueError: The networks belong to another front, or have another architecture.
         """
         front = cls.of_arrays(read_npz(path))
         if network is not None:
@@ -361,6 +374,7 @@ class Front:
         return front
 
     def _read_networks(self, path: Path, network: "nn.Module") -> None:
+        """Read the networks that `save` wrote into `dense` and `states`; errors as for `load`."""
         import torch
         from safetensors import safe_open
         from safetensors.torch import load_file
@@ -391,5 +405,5 @@ class Front:
 
     @property
     def _fingerprint(self) -> str:
-        """Tells fronts apart: of masks and objectives."""
+        """A hash of masks and objectives, which tells fronts apart."""
         return hashlib.sha256(self.masks.words.tobytes() + self.objectives.tobytes()).hexdigest()

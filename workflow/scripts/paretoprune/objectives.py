@@ -1,7 +1,7 @@
-"""Objectives, all of them minimised: one measured loss, and costs that follow from a mask alone.
+"""Objectives, all of them minimised: one measured loss, and costs that depend on the mask alone.
 
-The *loss* (error, divergence) needs an evaluator. A *cost* (density, parameters, ...) is exact, cheap and known before
-anything is evaluated, so that evaluating a candidate may stop as soon as its loss is certain to be of no use.
+An evaluator computes the *loss* (error, divergence). A *cost* (density, parameters, ...) is exact, cheap, and known
+before the evaluation. So the evaluation may stop as soon as the loss is certain to be too large for that cost.
 """
 
 from collections.abc import Sequence
@@ -13,45 +13,48 @@ import numpy as np
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import Units
 
-# Of the objectives that a front has unless it says otherwise.
+# Names of the objectives that a front has by default.
 ERROR_AND_DENSITY = ("error", "density")
-# Costs are relative to the dense network, which shall still add to a hypervolume; guessing shall not.
+# A loss of 1 adds nothing to a hypervolume. The dense network has the cost 1 and still adds to it.
 LOSS_REFERENCE, COST_REFERENCE = 1.0, 1.1
 
 
 class Cost(Protocol):
-    """What a mask costs."""
+    """A cost of masks."""
 
     @property
     def name(self) -> str:
-        """Of the objective, as files and settings call it."""
+        """Name of the objective, in files and settings."""
         ...
 
     def of(self, masks: PackedMasks) -> np.ndarray:
-        """Costs relative to the mask that keeps everything, float64 (n_masks,); equal masks cost the same."""
+        """Costs relative to the mask that keeps everything, float64 (n_masks,); equal masks have equal costs."""
         ...
 
 
 @dataclass(frozen=True)
 class Density:
-    """The share of units that is kept."""
+    """The share of units that are kept."""
 
     name: str = "density"
 
     def of(self, masks: PackedMasks) -> np.ndarray:
-        """float64 (n_masks,), 0 to 1."""
+        """Densities, float64 (n_masks,), 0 to 1."""
         return masks.density
 
 
 @dataclass(frozen=True)
 class GroupCost:
-    """A cost that grows with the number of kept units of each group.
+    """A cost that depends on the number of kept units of each group: a price per unit, and a fixed cost.
 
     Attributes:
-        name: Of the objective.
+        name: Name of the objective.
         units: The groups.
-        prices: float64 (n_groups,), what a unit of each group costs, at least 0.
-        fixed: What the mask that keeps nothing costs, at least 0.
+        prices: float64 (n_groups,), the price of a unit of each group, at least 0.
+        fixed: The cost of the mask that keeps nothing, in the unit of the prices, at least 0.
+
+    Raises:
+        ValueError: Prices have another shape or are negative, or every mask costs 0.
     """
 
     name: str
@@ -70,19 +73,22 @@ class GroupCost:
             raise ValueError(f"cost '{self.name}' is 0 for every mask; give at least one group a price")
 
     def of(self, masks: PackedMasks) -> np.ndarray:
-        """float64 (n_masks,), 1 for the mask that keeps everything."""
+        """Relative costs, float64 (n_masks,), 1 for the mask that keeps everything."""
         full = self.fixed + float(self.prices @ self.units.sizes)
-        found: np.ndarray = (self.fixed + self.units.n_kept(masks) @ self.prices) / full
-        return found
+        costs: np.ndarray = (self.fixed + self.units.n_kept(masks) @ self.prices) / full
+        return costs
 
 
 @dataclass(frozen=True)
 class UnitCost:
-    """A cost that is a sum over the kept units, each with a price of its own.
+    """The sum of the prices of the kept units.
 
     Attributes:
-        name: Of the objective.
-        prices: float64 (n_units,), at least 0, not all 0.
+        name: Name of the objective.
+        prices: float64 (n_units,), the price of each unit, at least 0, not all 0.
+
+    Raises:
+        ValueError: Prices are not one-dimensional, negative, or all 0.
     """
 
     name: str
@@ -96,19 +102,19 @@ class UnitCost:
             )
 
     def of(self, masks: PackedMasks) -> np.ndarray:
-        """float64 (n_masks,), 1 for the mask that keeps everything."""
+        """Relative costs, float64 (n_masks,), 1 for the mask that keeps everything."""
         full = float(self.prices.sum())
         return np.array([float(self.prices[masks.unpack(i)].sum()) / full for i in range(len(masks))])
 
 
 def reference_point(names: Sequence[str]) -> tuple[float, ...]:
-    """Up to where hypervolume is measured.
+    """The reference point of the hypervolume.
 
     Args:
-        names: Of the objectives, the loss first.
+        names: Names of the objectives, the loss first.
 
     Returns:
-        (1, 1) for a loss and the density, as files have had it from the start; otherwise 1 for the loss and 1.1 for
+        (1, 1) for a loss and the density, as in all files since the first version; otherwise 1 for the loss and 1.1 for
         each cost.
     """
     if tuple(names[1:]) == ("density",):

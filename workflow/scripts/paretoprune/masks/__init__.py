@@ -1,1 +1,1 @@
-"""Masks: what may be removed, and which of it is, as packed bits."""
+"""Masks: the units that may be removed, and packed bits that say which of them are kept."""

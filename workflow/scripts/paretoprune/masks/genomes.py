@@ -6,7 +6,7 @@ from paretoprune.masks.packed import fingerprint
 
 
 class Genome:
-    """One mask as an individual of an evolutionary search, handed around by reference and never changed.
+    """One mask as an individual of an evolutionary search, passed by reference and never changed.
 
     Attributes:
         words: uint64 (n_words,), one row of `PackedMasks`; read-only, except in a draft.
@@ -18,16 +18,16 @@ class Genome:
         """Take over `words`.
 
         Args:
-            words: uint64 (n_words,). A view is copied: it would keep alive the whole array that it looks into, for
-                instance all masks of a generation of which only one survives.
-            draft: The words may still be changed by the next operator, see `edit`.
+            words: uint64 (n_words,). A view is copied. Otherwise it would keep its whole array in memory, for instance
+                all masks of a generation of which only one survives.
+            draft: Whether the next operator may change the words in place, see `edit`.
         """
         self.words = words if words.flags.owndata else words.copy()
         self.words.flags.writeable = draft
         self._fingerprint: bytes | None = None
 
     def edit(self) -> np.ndarray:
-        """Words to change and to make a new genome of: a draft's own, which is then used up, otherwise a copy."""
+        """Words to change and to make a new genome of: a copy, or those of a draft, which must not be used again."""
         return self.words if self.words.flags.writeable else self.words.copy()
 
     @property

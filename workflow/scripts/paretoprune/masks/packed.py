@@ -17,7 +17,7 @@ WORD_BITS = 64
 
 
 def n_words_for(n_bits: int) -> int:
-    """Number of 64-bit words that hold `n_bits`."""
+    """Number of 64-bit words that `n_bits` bits need."""
     return -(-n_bits // WORD_BITS)
 
 
@@ -47,8 +47,8 @@ def unpack_row(words: np.ndarray, n_bits: int) -> np.ndarray:
 def fingerprint(words: np.ndarray) -> bytes:
     """A 128-bit fingerprint of one row of words; equal rows have equal fingerprints.
 
-    It is no cryptographic hash, but among the millions of masks of a long search two different ones share a fingerprint
-    with a probability below 1e-24.
+    It is not a cryptographic hash. Among the millions of masks of a long search, the probability that two different
+    ones have the same fingerprint is below 1e-24.
     """
     return xxhash.xxh3_128_digest(np.ascontiguousarray(words).data)
 
@@ -58,8 +58,11 @@ class PackedMasks:
     """Many pruning masks, one bit a unit.
 
     Attributes:
-        words: uint64 (n_masks, n_words); bit 1 = the unit is kept; padding bits are 0.
-        n_units: Number of units a mask covers.
+        words: uint64 (n_masks, n_words); a bit is 1 if the unit is kept; padding bits are 0.
+        n_units: Number of units of a mask.
+
+    Raises:
+        ValueError: The words have another type or shape, or a padding bit is 1.
     """
 
     words: np.ndarray
@@ -69,25 +72,25 @@ class PackedMasks:
         expected = n_words_for(self.n_units)
         if self.words.dtype != np.uint64 or self.words.ndim != 2 or self.words.shape[1] != expected:
             raise ValueError(
-                f"expected uint64 words of shape (n_masks, {expected}) for {self.n_units} weights, "
+                f"expected uint64 words of shape (n_masks, {expected}) for {self.n_units} units, "
                 f"found {self.words.dtype} {self.words.shape}"
             )
         used = self.n_units % WORD_BITS
         if used and len(self.words) and np.any(self.words[:, -1] >> np.uint64(used)):
-            raise ValueError("padding bits beyond the last weight must be 0; build masks with PackedMasks.pack")
+            raise ValueError("padding bits beyond the last unit must be 0; build masks with PackedMasks.pack")
 
     def __len__(self) -> int:
         return len(self.words)
 
     @classmethod
     def pack(cls, masks: np.ndarray) -> "PackedMasks":
-        """Pack boolean masks (n_masks, n_units)."""
+        """Pack boolean masks (n_masks, n_units), or a single one (n_units,)."""
         masks = np.atleast_2d(np.asarray(masks, dtype=bool))
         return cls(pack_rows(masks), masks.shape[1])
 
     @classmethod
     def pack_each(cls, masks: Iterable[np.ndarray], n_units: int) -> "PackedMasks":
-        """Pack boolean masks, each (n_units,), one by one as they come: no more than one is ever held as booleans."""
+        """Pack boolean masks, each (n_units,), one after the other, so that only one is in memory as booleans."""
         rows = [pack_rows(mask[None])[0] for mask in masks]
         return cls(np.array(rows, dtype=np.uint64).reshape(len(rows), n_words_for(n_units)), n_units)
 
@@ -99,7 +102,7 @@ class PackedMasks:
 
     @classmethod
     def empty(cls, n_units: int) -> "PackedMasks":
-        """No masks at all, over `n_units` units."""
+        """No masks, of `n_units` units."""
         return cls(np.zeros((0, n_words_for(n_units)), dtype=np.uint64), n_units)
 
     def unpack(self, index: int) -> np.ndarray:
@@ -109,24 +112,24 @@ class PackedMasks:
     def select(self, indices: np.ndarray | Sequence[int]) -> "PackedMasks":
         """The masks at `indices` (integers or booleans), in that order."""
         rows = np.asarray(indices)
-        # An empty list has no integer type of its own.
+        # numpy makes an empty list an array of floats, which are no indices.
         return PackedMasks(self.words[rows if rows.size else rows.astype(np.int64)], self.n_units)
 
     def concatenate(self, other: "PackedMasks") -> "PackedMasks":
         """These masks followed by the other's.
 
         Raises:
-            ValueError: The two cover different numbers of weights.
+            ValueError: The masks have different numbers of units.
         """
         if other.n_units != self.n_units:
-            raise ValueError(f"expected masks over {self.n_units} weights, found {other.n_units}")
+            raise ValueError(f"expected masks of {self.n_units} units, found {other.n_units}")
         return PackedMasks(np.concatenate([self.words, other.words]), self.n_units)
 
     def without(self, absent: np.ndarray) -> "PackedMasks":
-        """These masks, without some units.
+        """These masks without some units.
 
         Args:
-            absent: uint64 (n_words,), 1 = the unit is never kept.
+            absent: uint64 (n_words,), packed like a mask; a bit is 1 if no mask shall keep the unit.
         """
         return PackedMasks(self.words & ~absent, self.n_units)
 
@@ -145,7 +148,7 @@ class PackedMasks:
         return [fingerprint(row) for row in self.words]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to an npz file with arrays `words` and `n_weights`."""
+        """Write to an npz file with the arrays `words` and `n_weights`, the number of units."""
         write_npz(path, {"words": self.words, "n_weights": np.array(self.n_units)})
 
     @classmethod

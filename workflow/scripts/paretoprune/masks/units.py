@@ -1,7 +1,7 @@
-"""Units: what is removed in one piece, and the groups in which they compete.
+"""Units: what a mask keeps or removes as a whole, in groups.
 
-A unit is a weight, or whatever else goes as a whole; a group is a set of units that compete, such as a layer. Phase 1
-has one threshold for each group, Phase 2 one bit for each unit. The search sees nothing else of a problem.
+A unit is for instance a weight. A group is a set of units that scores can compare, for instance a layer. Phase 1
+searches one threshold for each group, Phase 2 one bit for each unit. The search knows nothing else about a network.
 """
 
 import fnmatch
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 class Units(ABC):
-    """Units in groups; those of a group lie side by side in a mask.
+    """Units in groups; the units of a group lie side by side in a mask.
 
     Attributes:
-        names: Of the groups, in the order in which they lie in the mask.
+        names: Names of the groups, in the order of the mask.
     """
 
     names: tuple[str, ...]
@@ -42,7 +42,7 @@ class Units(ABC):
 
     @property
     def n_units(self) -> int:
-        """Number of units, the bits of a mask."""
+        """Number of units, which is the number of bits of a mask."""
         return int(self.offsets[-1])
 
     @property
@@ -52,7 +52,7 @@ class Units(ABC):
 
     @cached_property
     def group_of(self) -> np.ndarray:
-        """Index of the group that each unit belongs to, int32 (n_units,)."""
+        """Index of each unit's group, int32 (n_units,)."""
         return np.repeat(np.arange(self.n_groups, dtype=np.int32), self.sizes)
 
     def n_kept(self, masks: PackedMasks) -> np.ndarray:
@@ -63,11 +63,14 @@ class Units(ABC):
 
 @dataclass(frozen=True)
 class PlainUnits(Units):
-    """Units that are nothing but bits in groups, for problems without networks.
+    """Units without further properties, for problems without networks.
 
     Attributes:
-        names: Of the groups.
+        names: Names of the groups.
         counts: Number of units of each group, at least 1.
+
+    Raises:
+        ValueError: There is no group, a group without units, or not one count for each name.
     """
 
     names: tuple[str, ...]
@@ -91,7 +94,7 @@ class WeightUnits(Units):
     """The prunable weights of a network: a unit is a weight, a group is a tensor.
 
     Attributes:
-        names: Parameter names in the order in which they lie in the mask.
+        names: Names of the parameters, in the order of the mask.
         shapes: Their shapes.
     """
 
@@ -100,16 +103,16 @@ class WeightUnits(Units):
 
     @classmethod
     def of(cls, network: "nn.Module", exclude: Sequence[str] = ()) -> "WeightUnits":
-        """Lay out the weights of `network`: of convolutions, linear layers, attention and recurrent layers.
+        """The prunable weights of a network: those of convolutions, linear, attention and recurrent layers.
 
-        Biases and normalisation parameters are never pruned. A weight shared by several modules appears once.
+        Biases and normalisation parameters are never pruned. A weight that several modules share appears once.
 
         Args:
             network: Any module.
             exclude: Shell patterns of parameter names that stay dense, for instance `conv1.weight` or `linear.*`.
 
         Raises:
-            ValueError: Nothing is left to prune, a pattern matches no prunable weight, or a weight is no plain
+            ValueError: No weight is left to prune, a pattern matches no prunable weight, or a weight is not a plain
                 parameter.
         """
         parameters = dict(network.named_parameters())
@@ -145,10 +148,10 @@ class WeightUnits(Units):
         return np.array([prod(shape) for shape in self.shapes], dtype=np.int64)
 
     def flatten(self, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Concatenate one array per tensor, in layout order.
+        """Concatenate one array for each tensor, in the order of the mask.
 
         Args:
-            tensors: An array of the layout's shape for each of its names; others are ignored.
+            tensors: For each of the names an array of the tensor's shape; other names are ignored.
 
         Returns:
             Array (n_weights,).
@@ -177,19 +180,20 @@ class WeightUnits(Units):
         return self.n_units
 
     def to_weights(self, bits: np.ndarray) -> np.ndarray:
-        """Which weights a mask keeps, bool (n_weights,): here the bits themselves, bool (n_units,)."""
+        """Which weights the units of a mask keep, bool (n_weights,): here the same, bool (n_units,)."""
         return bits
 
 
 def prunable_parameters(module: "nn.Module") -> list[str]:
-    """Names of the matrices with which a layer multiplies its inputs, as attributes of the layer; none for others."""
-    # Imported here so that figures and reports, which only read masks, never wait for torch.
+    """The attribute names of the matrices with which a layer multiplies its inputs; none for other modules."""
+    # Imported here, since figures and reports only read masks and should not have to wait for torch.
     from torch import nn
 
     if isinstance(module, nn.modules.conv._ConvNd | nn.Linear | nn.Bilinear):
         return ["weight"]
     if isinstance(module, nn.MultiheadAttention):
-        # One matrix for queries, keys and values, or three where they differ in width; the output's is a layer itself.
+        # One matrix for queries, keys and values, or three if they differ in width. The output matrix belongs to a
+        # linear layer inside.
         names = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
         return [name for name in names if getattr(module, name) is not None]
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
@@ -198,7 +202,7 @@ def prunable_parameters(module: "nn.Module") -> list[str]:
 
 
 def ranks_within_groups(scores: np.ndarray, units: Units) -> np.ndarray:
-    """Rank every unit inside its own group; ties are broken by position.
+    """Rank every unit within its group; of equal scores the first comes first.
 
     Args:
         scores: float (n_units,), higher = keep.
@@ -215,11 +219,11 @@ def ranks_within_groups(scores: np.ndarray, units: Units) -> np.ndarray:
 
 
 def keep_top(ranks: np.ndarray, n_keep: Iterable[int], units: Units) -> np.ndarray:
-    """The mask that keeps exactly the `n_keep` best-ranked units of each group.
+    """The mask that keeps the best-ranked units of each group, as many as given.
 
     Args:
-        ranks: int (n_units,) from `ranks_within_groups`.
-        n_keep: Number to keep per group, (n_groups,).
+        ranks: int (n_units,), from `ranks_within_groups`.
+        n_keep: Number of units to keep in each group, (n_groups,).
         units: The groups.
 
     Returns:

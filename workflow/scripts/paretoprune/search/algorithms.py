@@ -25,11 +25,11 @@ Vary = Callable[[Sequence[Genome], np.random.Generator], Sequence[Genome]]
 
 @dataclass(frozen=True)
 class Operators:
-    """How children are made.
+    """How children are made: crossover of two parents, then variation.
 
     Attributes:
-        cross: Of two parents.
-        vary: Afterwards.
+        cross: Crossover.
+        vary: Variation of what crossover made.
         crossover_probability: Probability that a child has two parents.
     """
 
@@ -38,87 +38,93 @@ class Operators:
     crossover_probability: float
 
     def pymoo(self) -> dict[str, Any]:
-        """As arguments of pymoo's algorithms."""
+        """The operators as arguments of pymoo's algorithms."""
         return {
             "crossover": PackedCrossover(self.cross, self.crossover_probability),
             "mutation": PackedMutation(self.vary),
         }
 
 
-def handing_over(first: list[Genome]) -> Callable[..., Population]:
-    """pymoo's sampling of a given first population, which empties the list."""
+def sampling_of(first_population: list[Genome]) -> Callable[..., Population]:
+    """A sampling for pymoo that returns the given first population and empties the list."""
 
-    # pymoo would hold an array that it is given, and with it all genomes that die out, until the end.
+    # If pymoo were given an array, it would keep it to the end, and with it all genomes that have died out.
     def sample(*args: Any, **kwargs: Any) -> Population:
-        x = individuals(first)
-        first.clear()
+        x = individuals(first_population)
+        first_population.clear()
         return Population.new("X", x)
 
     return sample
 
 
 def reference_directions(n_objectives: int, population: int) -> np.ndarray:
-    """Evenly spread trade-offs, at most as many as the population where there are more than two objectives.
+    """Evenly spread weight vectors, one for each member of a population.
+
+    With more than two objectives only some numbers of evenly spread vectors exist. Then there are as many as possible,
+    but no more than members.
 
     Args:
         n_objectives: At least 2.
-        population: At least `n_objectives`.
+        population: Size of the population, at least `n_objectives`.
 
     Returns:
-        float (n_directions, n_objectives), each adding up to 1.
+        float (n_directions, n_objectives), each row adding up to 1.
 
     Source:
         Das and Dennis, "Normal-boundary intersection", 1998, in pymoo.
     """
     n_partitions = population - 1
+    # p partitions give (p + m - 1) over (m - 1) directions of m objectives; with two that is p + 1, the population.
     while n_partitions > 1 and comb(n_partitions + n_objectives - 1, n_objectives - 1) > population:
         n_partitions -= 1
-    found: np.ndarray = get_reference_directions("uniform", n_objectives, n_partitions=n_partitions)
-    return found
+    directions: np.ndarray = get_reference_directions("uniform", n_objectives, n_partitions=n_partitions)
+    return directions
 
 
 def nsga2(
-    population: int, first: list[Genome], operators: Operators, n_objectives: int, **changed: Any
+    population: int, first_population: list[Genome], operators: Operators, n_objectives: int, **options: Any
 ) -> PymooAlgorithm:
     """NSGA-II; with more than two objectives NSGA-III, which spreads its members along reference directions.
 
     Args:
         population: Size of the population.
-        first: The first population; the list is emptied when the algorithm takes it.
+        first_population: The first population; the list is emptied when the algorithm takes it.
         operators: How children are made.
-        n_objectives: Loss and costs.
-        changed: Further arguments of pymoo's NSGA2.
+        n_objectives: Number of objectives, the loss included.
+        options: Further arguments of pymoo's NSGA2; with any of them it is NSGA-II in all cases.
 
     Source:
         Deb et al., 2002, and Deb and Jain, 2014; both in pymoo.
     """
     common: dict[str, Any] = {
         "pop_size": population,
-        "sampling": handing_over(first),
+        "sampling": sampling_of(first_population),
         "eliminate_duplicates": PackedDuplicates(),
         **operators.pymoo(),
     }
-    if n_objectives > 2 and not changed:
+    if n_objectives > 2 and not options:
         return NSGA3(ref_dirs=reference_directions(n_objectives, population), **common)
-    return NSGA2(**common, **changed)
+    return NSGA2(**common, **options)
 
 
-def moead(population: int, first: list[Genome], operators: Operators, n_objectives: int) -> PymooAlgorithm:
+def moead(population: int, first_population: list[Genome], operators: Operators, n_objectives: int) -> PymooAlgorithm:
     """MOEA/D with Tchebycheff decomposition; arguments as for `nsga2`.
 
     Source:
         Zhang and Li, 2007, in pymoo.
     """
     directions = reference_directions(n_objectives, population)
-    # One member for each direction, from the whole range where there are more.
-    first[:] = [first[i] for i in np.linspace(0, len(first) - 1, min(len(directions), len(first))).round().astype(int)]
-    # pymoo would take another decomposition where there are more than two objectives, of which `search.survival` knows
-    # no bounds.
+    # One member for each direction. Where there are more members, they are left out evenly over the whole range.
+    n_members = min(len(directions), len(first_population))
+    first_population[:] = [
+        first_population[i] for i in np.linspace(0, len(first_population) - 1, n_members).round().astype(int)
+    ]
+    # With more than two objectives pymoo's default is another decomposition, for which `search.survival` has no bounds.
     return ParallelMOEAD(
         ref_dirs=directions,
         n_neighbors=max(2, min(20, population // 3)),
         decomposition=Tchebicheff(),
-        sampling=handing_over(first),
+        sampling=sampling_of(first_population),
         **operators.pymoo(),
     )
 
@@ -128,7 +134,8 @@ class Algorithm:
     """An evolutionary algorithm on packed genomes.
 
     Attributes:
-        make: Size of the population, first population, operators and number of objectives to pymoo's algorithm.
+        make: From the size of the population, the first population, operators and the number of objectives to an
+            algorithm of pymoo.
     """
 
     make: Callable[[int, list[Genome], Operators, int], PymooAlgorithm]
@@ -138,13 +145,13 @@ ALGORITHMS: dict[str, Algorithm] = {"nsga2": Algorithm(nsga2), "moead": Algorith
 
 
 def make_algorithm(
-    name: str, population: int, first: list[Genome], operators: Operators, n_objectives: int
+    name: str, population: int, first_population: list[Genome], operators: Operators, n_objectives: int
 ) -> PymooAlgorithm:
-    """One of `ALGORITHMS`.
+    """Make one of `ALGORITHMS`; arguments as for `nsga2`.
 
     Raises:
-        ValueError: The algorithm is unknown.
+        ValueError: The name is unknown.
     """
     if name not in ALGORITHMS:
         raise ValueError(f"expected an algorithm among {', '.join(ALGORITHMS)}, found '{name}'")
-    return ALGORITHMS[name].make(population, first, operators, n_objectives)
+    return ALGORITHMS[name].make(population, first_population, operators, n_objectives)

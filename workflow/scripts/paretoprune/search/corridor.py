@@ -14,12 +14,15 @@ from paretoprune.search.groups import Ranking, SearchedGroup, searched_groups
 
 @dataclass(frozen=True)
 class Corridor:
-    """Masks that keep every weight of `lower` and none outside `upper`.
+    """Masks that keep every unit of `lower` and none outside `upper`.
 
     Attributes:
-        lower: uint64 (n_words,), always kept; packed like a mask.
-        upper: uint64 (n_words,), may be kept; contains `lower`.
+        lower: uint64 (n_words,), the units that are always kept; packed like a mask.
+        upper: uint64 (n_words,), the units that may be kept; contains `lower`.
         units: The groups.
+
+    Raises:
+        ValueError: The ends are not packed masks over the units, `lower` is not inside `upper`, or both are the same.
     """
 
     lower: np.ndarray
@@ -27,7 +30,7 @@ class Corridor:
     units: Units
 
     def __post_init__(self) -> None:
-        # Checks shape, type and padding of both.
+        # `PackedMasks` checks the shape, the type and the padding of both.
         PackedMasks(np.stack([self.lower, self.upper]), self.units.n_units)
         if np.any(self.lower & ~self.upper):
             raise ValueError("the lower end of a corridor must lie inside its upper end")
@@ -39,10 +42,10 @@ class Corridor:
 
     @classmethod
     def between(cls, light: np.ndarray, heavy: np.ndarray, units: Units) -> "Corridor":
-        """The corridor that two anchors cut out.
+        """The corridor between two anchors: its ends are their intersection and their union.
 
-        The thresholds of Phase 1 do not nest: in a group the heavy anchor may keep what the light one drops. The ends
-        are therefore the anchors' intersection and union, so that both anchors always lie in the corridor.
+        The thresholds of Phase 1 do not nest: in some group the heavy anchor may keep a unit that the light one drops.
+        With these ends both anchors lie in the corridor nevertheless.
 
         Args:
             light: bool (n_units,).
@@ -53,27 +56,27 @@ class Corridor:
 
     @classmethod
     def around(cls, masks: PackedMasks, units: Units) -> "Corridor":
-        """The smallest corridor that several masks lie in: their intersection and their union."""
+        """The smallest corridor that contains several masks: its ends are their intersection and their union."""
         return cls(np.bitwise_and.reduce(masks.words), np.bitwise_or.reduce(masks.words), units)
 
     @classmethod
     def everything(cls, units: Units) -> "Corridor":
-        """All masks: no corridor at all."""
+        """The corridor that contains all masks."""
         ends = pack_rows(np.stack([np.zeros(units.n_units, dtype=bool), np.ones(units.n_units, dtype=bool)]))
         return cls(ends[0], ends[1], units)
 
     @cached_property
     def searched(self) -> np.ndarray:
-        """The weights that a mask in the corridor decides about, uint64 (n_words,)."""
+        """The units that a mask in the corridor decides about, uint64 (n_words,)."""
         return self.upper & ~self.lower
 
     @cached_property
     def n_searched(self) -> int:
-        """How many they are."""
+        """Number of searched units."""
         return int(np.bitwise_count(self.searched).sum())
 
     def restrict(self, masks: PackedMasks) -> PackedMasks:
-        """Each mask moved to the nearest one in the corridor."""
+        """Move each mask to the nearest one in the corridor."""
         return PackedMasks((masks.words & self.upper) | self.lower, masks.n_units)
 
     @cached_property
@@ -82,9 +85,7 @@ class Corridor:
         return searched_groups(self.units.offsets, self.searched)
 
     def rank(self, scores: np.ndarray) -> Ranking:
-        """The searched weights of each of `groups` from the least to the most important.
-
-        It is the order in which a group crosses the corridor from the light to the heavy anchor.
+        """Order the searched units of each of `groups` from the least to the most important.
 
         Args:
             scores: float (n_units,), higher = keep.
@@ -95,23 +96,26 @@ class Corridor:
 def choose_anchors(
     front: Front, dense_error: float, chance_error: float, *, light_tolerance: float, heavy_tolerance: float
 ) -> tuple[int, int]:
-    """Pick the light and the heavy anchor from a Phase 1 front.
+    """Choose the light and the heavy anchor from a Phase 1 front.
 
-    With more than one cost they are chosen along the trade-off of the loss and the first cost.
+    A tolerance is a share of the way from the dense network's loss to that of guessing, so that one rule serves any
+    number of classes and each loss.
 
-    Both tolerances are shares of the way from the dense network's error to that of guessing, so that one rule serves
-    any number of classes and both objectives. Light: the sparsest member within `light_tolerance` (none: the densest
-    member). Heavy: the sparsest member within `heavy_tolerance`, sparser than light (none: the next sparser one).
+    - The light anchor is the sparsest member within `light_tolerance`, or the densest member if there is none.
+    - The heavy anchor is the sparsest member within `heavy_tolerance`, or the next one after the light anchor if there
+      is none that is sparser than that.
 
-    A front of one member has that one as both: one network is as good as any and cheaper, as where the dense network
-    does little better than guessing. No corridor lies between, see `corridors_of`.
+    With two costs, only members on the trade-off of the loss and the first cost are considered.
+
+    If the front has a single member, that is both anchors. This happens if one network is as good as any and cheaper,
+    for instance if the dense network is hardly better than guessing. Then there is no corridor, see `corridors_of`.
 
     Args:
         front: Phase 1's front.
-        dense_error: Error-like objective of the dense network.
-        chance_error: Error-like objective of guessing, 1 - 1/n_classes.
-        light_tolerance: Share of the way, 0 to 1.
-        heavy_tolerance: Share of the way, larger than `light_tolerance`.
+        dense_error: Loss of the dense network.
+        chance_error: Loss of guessing, 1 - 1/n_classes.
+        light_tolerance: 0 to 1.
+        heavy_tolerance: 0 to 1, larger than `light_tolerance`.
 
     Returns:
         Indices of the light and the heavy anchor.
@@ -119,63 +123,65 @@ def choose_anchors(
     Raises:
         ValueError: The front is empty.
     """
-    along = _along(front)
-    if not len(along):
+    members = _on_first_tradeoff(front)
+    if not len(members):
         raise ValueError(
             "expected a Phase 1 front of at least one member, found none: each mask that was tried has an empty group, "
             "or is forbidden otherwise; allow more (`empty_layers: allow`), or give Phase 1 more evaluations"
         )
-    if len(along) == 1:
-        return int(along[0]), int(along[0])
-    reach = chance_error - dense_error
+    if len(members) == 1:
+        return int(members[0]), int(members[0])
+    way = chance_error - dense_error
 
     def sparsest_within(tolerance: float) -> int:
-        """Position in `along`."""
-        within = np.flatnonzero(front.error[along] <= dense_error + tolerance * reach)
+        """Position in `members`."""
+        within = np.flatnonzero(front.error[members] <= dense_error + tolerance * way)
         return int(within[-1]) if len(within) else 0
 
-    light = min(sparsest_within(light_tolerance), len(along) - 2)
+    light = min(sparsest_within(light_tolerance), len(members) - 2)
     heavy = max(sparsest_within(heavy_tolerance), light + 1)
-    return int(along[light]), int(along[heavy])
+    return int(members[light]), int(members[heavy])
 
 
-def _along(front: Front) -> np.ndarray:
-    """Members along the trade-off of the loss and the first cost, the dearest first, int64."""
-    # Of two objectives, all members of a front.
+def _on_first_tradeoff(front: Front) -> np.ndarray:
+    """Indices of the members on the trade-off of the loss and the first cost, the most costly one first, int64."""
+    # With two objectives these are all members.
     members = non_dominated(front.objectives[:, :2]) if len(front.names) > 2 else np.arange(len(front))
     order: np.ndarray = members[np.argsort(-front.costs[members, 0], kind="stable")]
     return order
 
 
 def anchors_between(front: Front, light: int, heavy: int, n_corridors: int) -> list[int]:
-    """Anchors from light to heavy that cut the front between them into stretches of about equal length.
+    """Choose anchors from light to heavy that cut the front between them into stretches of about equal length.
 
-    Length is measured along the front, loss and first cost counting alike.
+    The length of a step from one member to the next is the sum of its changes in the loss and in the first cost.
 
     Args:
         front: Phase 1's front.
         light: Index of the light anchor.
         heavy: Index of the heavy anchor.
-        n_corridors: Stretches wanted; a front with fewer members in between gives fewer.
+        n_corridors: Number of stretches; there are fewer if the front has too few members in between.
 
     Returns:
-        Indices of at most n_corridors + 1 different members, light first, heavy last; one, where both are the same.
+        Indices of at most n_corridors + 1 different members from light to heavy; a single one if both are the same.
     """
     if light == heavy:
         return [light]
-    ordered = _along(front)
+    ordered = _on_first_tradeoff(front)
     positions = {int(member): i for i, member in enumerate(ordered)}
     members = ordered[positions[light] : positions[heavy] + 1]
     steps = np.abs(np.diff(front.objectives[members, :2], axis=0)).sum(axis=1)
-    along = np.concatenate([[0.0], np.cumsum(steps)])
-    wanted = np.linspace(0.0, along[-1], n_corridors + 1)[1:-1]
-    inner = np.unique(np.abs(along[None] - wanted[:, None]).argmin(axis=1)) if len(wanted) else np.array([], dtype=int)
+    length = np.concatenate([[0.0], np.cumsum(steps)])
+    cuts = np.linspace(0.0, length[-1], n_corridors + 1)[1:-1]
+    # The member that is nearest to each cut. Two cuts may have the same one, or one of the two ends, which are there
+    # already.
+    inner = np.unique(np.abs(length[None] - cuts[:, None]).argmin(axis=1)) if len(cuts) else np.array([], dtype=int)
     inner = inner[(inner > 0) & (inner < len(members) - 1)]
     return [light, *members[inner].tolist(), heavy]
 
 
 def corridors_of(anchors: PackedMasks, units: Units) -> list[Corridor]:
-    """The corridors between neighbouring anchors, which Phase 2 searches; with a single anchor all masks.
+    """The corridors between neighbouring anchors, which Phase 2 searches; with a single anchor one of all masks.
 
     Args:
         anchors: From light to heavy, at least one.
@@ -187,7 +193,7 @@ def corridors_of(anchors: PackedMasks, units: Units) -> list[Corridor]:
 
 
 def describe_corridor(front: Front, light: int, heavy: int, corridor: Corridor) -> dict[str, Any]:
-    """What a report says about the anchors and the corridor between them, as plain numbers.
+    """Describe the anchors and the corridor between them in plain numbers, as the report shows them.
 
     Args:
         front: Phase 1's front.

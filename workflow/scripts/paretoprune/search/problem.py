@@ -1,4 +1,4 @@
-"""What a search is given: units, a loss to measure, costs that are known, and how much it may spend."""
+"""What a search works on: units, a loss to measure, costs that are known beforehand, and a budget."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,47 +11,58 @@ from paretoprune.masks.units import Units
 from paretoprune.objectives import Cost, Density
 
 # Masks to losses, float64 (n_masks,), minimised; equal masks have equal losses.
-Evaluate = Callable[[PackedMasks], np.ndarray]
+Evaluator = Callable[[PackedMasks], np.ndarray]
+# Called with each new row of the history.
 Progress = Callable[[dict[str, Any]], None]
-Feasible = Callable[[PackedMasks], np.ndarray]
+# Masks to whether each one may be published, bool (n_masks,).
+Constraint = Callable[[PackedMasks], np.ndarray]
 
 
 @runtime_checkable
-class BoundedEvaluate(Protocol):
-    """An evaluator that can stop evaluating a mask whose loss is certain to lie above a bound."""
+class BoundedEvaluator(Protocol):
+    """An evaluator that can stop early at a mask whose loss is certain to lie above a bound."""
 
     def __call__(self, masks: PackedMasks) -> np.ndarray:
-        """Masks to losses (n,)."""
+        """Compute the losses of masks, float64 (n_masks,)."""
         ...
 
     def bounded(self, masks: PackedMasks, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Masks and bounds (n,) to losses (n,) and whether each is complete, bool (n,).
+        """Compute the losses of masks, each one up to its bound.
 
-        A loss that is not complete is a lower bound, above the given one.
+        Args:
+            masks: To evaluate.
+            bounds: float (n_masks,); infinite where the loss is wanted in full.
+
+        Returns:
+            Losses, float64 (n_masks,), and whether each one is complete, bool (n_masks,). A loss that is not complete
+            is a lower bound of the true one, and larger than the given bound.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is searched.
+    """A search problem: what a mask decides about, and what is minimised.
 
     Attributes:
         units: What a mask keeps or drops.
-        evaluate: Measures the loss of masks; it may be a `BoundedEvaluate`.
-        costs: The other objectives, at least one; the first is what anchors, ladders and thinning go along.
-        is_feasible: Which masks may be published, bool (n,). Others are not evaluated, count as wrong on everything and
-            never join a front. None for all.
+        evaluate: Computes the losses of masks; it may be a `BoundedEvaluator`.
+        costs: The other objectives, one or two. Anchors, rungs and thinning follow the first one.
+        is_feasible: The constraint: which masks may be published. A mask that it forbids is not evaluated: it has the
+            loss 1 and never joins a front. None if all masks are feasible.
         progress: Called with each new history row.
         loss: Name of the loss.
-        absent: Units that are gone before the search begins, such as weights that are zero already: uint64 (n_words,)
-            as in a mask, 1 = never kept. None where there are none.
+        absent: Units that no mask keeps, such as weights that are zero from the beginning: uint64 (n_words,), packed
+            like a mask, a bit is 1 if the unit is absent. None if there are none.
+
+    Raises:
+        ValueError: There are fewer than two or more than three objectives, or two of them have the same name.
     """
 
     units: Units
-    evaluate: Evaluate
+    evaluate: Evaluator
     costs: tuple[Cost, ...] = (Density(),)
-    is_feasible: Feasible | None = None
+    is_feasible: Constraint | None = None
     progress: Progress | None = None
     loss: str = "error"
     absent: np.ndarray | None = None
@@ -75,12 +86,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much a search may spend, and its luck.
+    """The budget of a search, the size of its population, and its seed.
 
     Attributes:
         evaluations: Number of masks to evaluate.
         population: Size of the population.
-        seed: Fixes every draw.
+        seed: Fixes every random draw.
     """
 
     evaluations: int

@@ -18,39 +18,40 @@ from paretoprune.search.problem import Problem as SearchProblem
 from paretoprune.search.recorder import BudgetSpentError, Recorder
 from paretoprune.search.survival import survival_of
 
-# Generations without a single new mask after which a search has run dry.
+# Generations in a row without a new mask after which a search ends: the algorithm only repeats itself.
 PATIENCE = 50
 
 
-class Evaluates(Protocol):
-    """What pymoo's problem needs of a `Recorder`."""
+class MaskEvaluator(Protocol):
+    """The part of a `Recorder` that pymoo's problem calls."""
 
     @property
     def problem(self) -> SearchProblem:
-        """Whose masks it evaluates."""
+        """What is searched."""
         ...
 
     def __call__(self, masks: PackedMasks) -> tuple[np.ndarray, np.ndarray]:
-        """Masks to objectives (n, n_objectives), and whether each is new and on the front, bool (n,)."""
+        """Objectives, float64 (n_masks, n_objectives), and whether each mask joined the front, bool (n_masks,)."""
         ...
 
 
 class PruningProblem(Problem):
-    """pymoo's view of pruning: individuals decode to masks, and the recorder evaluates them.
+    """The search as a problem of pymoo: individuals are decoded to masks, which the recorder evaluates.
 
     Args:
-        n_var: Variables of an individual.
-        decode: Individuals (n, n_var) to masks.
+        n_var: Number of variables of an individual.
+        decode: From individuals (n, n_var) to masks.
         recorder: Evaluates masks.
-        reward: Told of each packed genome whether its mask joined the front.
-        bounds: Lower and upper bound of real-valued individuals; packed genomes have none, or pymoo would touch them.
+        reward: Called with each packed genome and whether its mask joined the front.
+        bounds: Lower and upper bound of real-valued individuals. None for packed genomes, whose values pymoo must not
+            repair.
     """
 
     def __init__(
         self,
         n_var: int,
         decode: Callable[[np.ndarray], PackedMasks],
-        recorder: Evaluates,
+        recorder: MaskEvaluator,
         reward: Callable[[Genome, bool], None] | None = None,
         bounds: tuple[float, float] | None = None,
     ) -> None:
@@ -59,8 +60,8 @@ class PruningProblem(Problem):
         self._decode, self._recorder, self._reward = decode, recorder, reward
 
     @classmethod
-    def packed(cls, recorder: Evaluates, reward: Callable[[Genome, bool], None] | None = None) -> "PruningProblem":
-        """The problem whose individuals are genomes: object arrays (n, 1), of which pymoo copies the pointers only."""
+    def packed(cls, recorder: MaskEvaluator, reward: Callable[[Genome, bool], None] | None = None) -> "PruningProblem":
+        """The problem whose individuals are genomes: object arrays (n, 1), of which pymoo copies only the pointers."""
         n_units = recorder.problem.units.n_units
         return cls(1, lambda x: PackedMasks.of_genomes(x[:, 0], n_units), recorder, reward)
 
@@ -79,7 +80,7 @@ def individuals(genomes: Sequence[Genome]) -> np.ndarray:
 
 
 class PackedDuplicates(DuplicateElimination):
-    """Finds equal genomes by fingerprint, where pymoo's default would compute a float distance of all pairs."""
+    """Finds equal genomes by their fingerprints; pymoo's default would compute a float distance of all pairs."""
 
     def _do(self, pop: Population, other: Population | None, is_duplicate: np.ndarray) -> np.ndarray:
         seen = {individual.X[0].fingerprint for individual in other} if other is not None else set()
@@ -92,12 +93,17 @@ class PackedDuplicates(DuplicateElimination):
 
 
 class PackedCrossover(Crossover):
-    """Two genomes to one draft of a child by a function (first, second, rng) -> words, or one parent as it is."""
+    """One child of two genomes: a draft that a function (first, second, rng) -> words makes, or either parent itself.
+
+    Args:
+        cross: Makes the words of a child.
+        probability: Probability that a child has two parents.
+    """
 
     def __init__(
         self, cross: Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray], probability: float
     ) -> None:
-        # pymoo would have all pairs crossed, and then take no notice of those that its own probability spares.
+        # With a probability of its own, pymoo would cross all pairs and then discard some of the results.
         super().__init__(n_parents=2, n_offsprings=1, prob=1.0)
         self._cross, self._probability = cross, probability
 
@@ -112,7 +118,7 @@ class PackedCrossover(Crossover):
 
 
 class PackedMutation(Mutation):
-    """Changes genomes by a function (genomes, rng) -> genomes."""
+    """Varies genomes by a function (genomes, rng) -> genomes."""
 
     def __init__(self, vary: Callable[[Sequence[Genome], np.random.Generator], Sequence[Genome]]) -> None:
         super().__init__()
@@ -123,23 +129,23 @@ class PackedMutation(Mutation):
 
 
 class Run:
-    """One of pymoo's algorithms, asked and told generation by generation."""
+    """One of pymoo's algorithms, run generation by generation."""
 
     def __init__(self, algorithm: Algorithm, problem: PruningProblem, recorder: Recorder, seed: int) -> None:
         algorithm.setup(problem, termination=NoTermination(), seed=seed)
         self._algorithm, self._problem, self._recorder = algorithm, problem, recorder
-        self._dry = 0
+        self._n_stale = 0
         self._ended = False
 
     @property
     def ended(self) -> bool:
-        """Whether nothing new can be expected, or nothing more can be paid for."""
-        return self._ended or self._dry >= PATIENCE or self._recorder.remaining <= 0
+        """Whether the algorithm finds nothing new, or the budget is spent."""
+        return self._ended or self._n_stale >= PATIENCE or self._recorder.remaining <= 0
 
     def step(self) -> None:
         """Evaluate one more generation, as far as the budget pays for it."""
         recorder, algorithm = self._recorder, self._algorithm
-        before = recorder.evaluations
+        evaluations_before = recorder.evaluations
         candidates = algorithm.ask()
         if candidates is None or not len(candidates):
             self._ended = True
@@ -152,13 +158,13 @@ class Run:
             return
         recorder.close_generation()
         algorithm.tell(infills=candidates)
-        # pymoo remembers its last offspring, most of which are dead by now.
+        # pymoo would keep its last offspring in memory until the next generation, though most did not survive.
         candidates = algorithm.off = None
-        self._dry = 0 if recorder.evaluations > before else self._dry + 1
+        self._n_stale = 0 if recorder.evaluations > evaluations_before else self._n_stale + 1
 
 
 def run_algorithm(algorithm: Algorithm, problem: PruningProblem, recorder: Recorder, seed: int) -> None:
-    """Let a pymoo algorithm ask and tell until the budget is spent, exactly."""
+    """Run an algorithm until it repeats itself or the budget is spent; no mask beyond the budget is evaluated."""
     run = Run(algorithm, problem, recorder, seed)
     while not run.ended:
         run.step()

@@ -1,4 +1,4 @@
-"""The recorder: evaluates every mask of a search once, keeps the front of all of them and the course of the search."""
+"""The recorder: evaluates every mask of a search once, and keeps the front of all of them and the history."""
 
 import csv
 import os
@@ -11,7 +11,7 @@ import numpy as np
 
 from paretoprune.fronts import Front
 from paretoprune.masks.packed import PackedMasks
-from paretoprune.search.problem import BoundedEvaluate, Problem
+from paretoprune.search.problem import BoundedEvaluator, Problem
 from paretoprune.search.survival import Survival
 
 HISTORY_COLUMNS = ("generation", "evaluations", "seconds", "hypervolume", "stage")
@@ -19,11 +19,11 @@ HISTORY_COLUMNS = ("generation", "evaluations", "seconds", "hypervolume", "stage
 
 @dataclass
 class SearchResult:
-    """What a search leaves behind.
+    """The result of a search.
 
     Attributes:
-        front: Every non-dominated network that was evaluated, sparsest first.
-        history: One row a generation with the keys `HISTORY_COLUMNS`; evaluations and seconds are cumulative.
+        front: All evaluated networks that no other one dominates, cheapest first.
+        history: One row per generation with the keys `HISTORY_COLUMNS`; evaluations and seconds are cumulative.
     """
 
     front: Front
@@ -32,13 +32,13 @@ class SearchResult:
 
 def read_history(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Read a history written with the columns `HISTORY_COLUMNS`."""
-    kinds = {"generation": int, "evaluations": int, "seconds": float, "hypervolume": float, "stage": str}
+    types = {"generation": int, "evaluations": int, "seconds": float, "hypervolume": float, "stage": str}
     with Path(path).open(newline="", encoding="utf-8") as handle:
-        return [{key: kinds[key](row[key]) for key in HISTORY_COLUMNS} for row in csv.DictReader(handle)]
+        return [{key: types[key](row[key]) for key in HISTORY_COLUMNS} for row in csv.DictReader(handle)]
 
 
 @dataclass(frozen=True)
-class _Evaluated:
+class _Evaluation:
     """Objectives (n_objectives,) of a mask; unless complete, the loss is a lower bound."""
 
     objectives: np.ndarray
@@ -60,42 +60,43 @@ class BudgetSpentError(Exception):
 
 
 class Recorder:
-    """Evaluates masks, each distinct one once, and remembers the non-dominated.
+    """Evaluates masks, each distinct one once, and remembers the non-dominated ones.
 
     Args:
-        problem: Whose masks.
+        problem: What is searched.
         budget: Largest number of masks to evaluate.
-        stage: Name given to what is found from now on; may be changed.
-        before: A search that this one continues: its front is the first front, its history comes first.
+        stage: Recorded with each mask that is evaluated from now on; may be changed.
+        previous: A search that this one continues. Its front is the first front, and its history comes first.
 
     Attributes:
-        survival: What becomes of the masks evaluated next, so that those that it drops anyway may be stopped early;
-            None to evaluate all in full.
+        survival: How the algorithm will select among the masks that are evaluated next. Masks that it drops in any case
+            need not be evaluated in full. None to evaluate all of them in full.
 
     Raises:
-        ValueError: The search before has other objectives.
+        ValueError: The previous search has other objectives.
     """
 
-    def __init__(self, problem: Problem, *, budget: int, stage: str, before: SearchResult | None = None) -> None:
-        if before and before.front.names != problem.objectives:
+    def __init__(self, problem: Problem, *, budget: int, stage: str, previous: SearchResult | None = None) -> None:
+        if previous and previous.front.names != problem.objectives:
             raise ValueError(
                 f"expected to continue a search of {', '.join(problem.objectives)}, found one of "
-                f"{', '.join(before.front.names)}; give both the same loss and costs"
+                f"{', '.join(previous.front.names)}; give both the same loss and costs"
             )
         self.problem = problem
-        self._known: dict[bytes, _Evaluated] = {}
+        self._known: dict[bytes, _Evaluation] = {}
         self._start = time.perf_counter()
         self.stage = stage
         self.budget = budget
         self.evaluations = 0
-        self.front = before.front if before else Front.empty(problem.units.n_units, problem.objectives)
-        self.history = list(before.history) if before else []
+        self.front = previous.front if previous else Front.empty(problem.units.n_units, problem.objectives)
+        self.history = list(previous.history) if previous else []
         last = self.history[-1] if self.history else {"generation": 0, "evaluations": 0, "seconds": 0.0}
         self._offset = {key: last[key] for key in ("generation", "evaluations", "seconds")}
         self._generations = self._closed_at = 0
-        if before:
-            keys = before.front.masks.fingerprints()
-            self._known.update((key, _Evaluated(f, True)) for key, f in zip(keys, before.front.objectives, strict=True))
+        if previous:
+            keys = previous.front.masks.fingerprints()
+            objectives = previous.front.objectives
+            self._known.update((key, _Evaluation(row, True)) for key, row in zip(keys, objectives, strict=True))
         self.survival: Survival | None = None
 
     @property
@@ -104,80 +105,92 @@ class Recorder:
         return self.budget - self.evaluations
 
     def __call__(self, masks: PackedMasks) -> tuple[np.ndarray, np.ndarray]:
-        """Evaluate masks.
-
-        Units that the problem says are absent count as dropped, whatever a mask says of them.
+        """Evaluate masks; absent units of the problem count as dropped, whatever a mask says.
 
         Returns:
-            Objectives (n, n_objectives), and whether each mask is new and on the front, bool (n,). Where `survival` is
-            given, the loss of a mask that it drops in any case may be a lower bound.
+            Objectives, float64 (n_masks, n_objectives), and whether each mask is new and on the front, bool (n_masks,).
+            With a `survival`, the loss of a mask that is dropped in any case may be a lower bound.
 
         Raises:
-            BudgetSpentError: There are more new masks than the budget pays for; those it pays for are evaluated.
+            BudgetSpentError: There are more new masks than the budget pays for. As many as it pays for are evaluated.
         """
         if self.problem.absent is not None:
             masks = masks.without(self.problem.absent)
         batch = _Batch(masks, masks.fingerprints(), self.problem.costs_of(masks))
+        # Built from the end, so that of equal masks the first one stays.
         first_at = {key: i for i, key in reversed(list(enumerate(batch.keys)))}
-        fresh = sorted(i for key, i in first_at.items() if key not in self._known)
-        unpaid = len(fresh) - self.remaining
-        fresh = fresh[: self.remaining]
+        new = sorted(i for key, i in first_at.items() if key not in self._known)
+        n_unpaid = len(new) - self.remaining
+        new = new[: self.remaining]
         bounds = np.full(len(masks), np.inf)
         if self.survival is not None:
             bounds = self.survival.bounds(batch.costs, self.front.objectives)
-        self._evaluate(batch, fresh, bounds)
-        self.evaluations += len(fresh)
-        joined = self._merge(batch, fresh)
-        if unpaid > 0:
+        self._evaluate(batch, new, bounds)
+        self.evaluations += len(new)
+        joined = self._merge(batch, new)
+        if n_unpaid > 0:
             raise BudgetSpentError
+        # A bound only says that a mask is dominated. Whether it is dropped depends on the others of its generation, and
+        # a loss that is completed may change that for a third one; hence the loop.
         while self.survival is not None:
             known = [self._known[key] for key in batch.keys]
             undecided = self.survival.undecided(
-                np.array([j.objectives for j in known]), np.array([j.complete for j in known])
+                np.array([one.objectives for one in known]), np.array([one.complete for one in known])
             )
-            again = sorted({first_at[batch.keys[i]] for i in np.flatnonzero(undecided)})
-            if not again:
+            incomplete = sorted({first_at[batch.keys[i]] for i in np.flatnonzero(undecided)})
+            if not incomplete:
                 break
-            self._evaluate(batch, again, np.full(len(masks), np.inf))
+            self._evaluate(batch, incomplete, np.full(len(masks), np.inf))
         return (
             np.array([self._known[key].objectives for key in batch.keys]).reshape(-1, len(self.problem.objectives)),
             np.array([key in joined for key in batch.keys], dtype=bool),
         )
 
-    def _merge(self, batch: "_Batch", fresh: list[int]) -> set[bytes]:
+    def _merge(self, batch: _Batch, new: list[int]) -> set[bytes]:
         """Add new masks to the front; returns the fingerprints of those that are on it."""
-        # The others are dominated: that is why evaluating them stopped.
-        whole = [i for i in fresh if self._known[batch.keys[i]].complete and self._known[batch.keys[i]].feasible]
-        if not whole:
+        # The others are dominated: that is why their evaluation stopped.
+        complete = [i for i in new if self._known[batch.keys[i]].complete and self._known[batch.keys[i]].feasible]
+        if not complete:
             return set()
-        evaluated = np.array([self._known[batch.keys[i]].objectives for i in whole])
-        stages = [self.stage] * len(whole)
-        self.front = self.front.merge(Front(batch.masks.select(whole), evaluated, stages, self.problem.objectives))
-        return {batch.keys[i] for i in whole}.intersection(self.front.masks.fingerprints())
+        objectives = np.array([self._known[batch.keys[i]].objectives for i in complete])
+        stages = [self.stage] * len(complete)
+        found = Front(batch.masks.select(complete), objectives, stages, self.problem.objectives)
+        self.front = self.front.merge(found)
+        return {batch.keys[i] for i in complete}.intersection(self.front.masks.fingerprints())
 
-    def _evaluate(self, batch: "_Batch", which: list[int], bounds: np.ndarray) -> None:
-        """Have some masks evaluated, each up to its bound, and remember what came out."""
+    def _evaluate(self, batch: _Batch, indices: list[int], bounds: np.ndarray) -> None:
+        """Evaluate some masks of a batch, each one up to its bound, and remember the results.
+
+        Args:
+            batch: The masks.
+            indices: Which of them.
+            bounds: float (n_masks,), of all masks of the batch.
+
+        Raises:
+            ValueError: Losses are not finite, or not one per mask.
+        """
         problem = self.problem
-        if problem.is_feasible is not None and which:
-            good = problem.is_feasible(batch.masks.select(which))
-            for i in which:
-                self._known[batch.keys[i]] = _Evaluated(np.array([1.0, *batch.costs[i]]), True, feasible=False)
-            which = [i for i, fine in zip(which, good, strict=True) if fine]
-        if not which:
+        if problem.is_feasible is not None and indices:
+            feasible = problem.is_feasible(batch.masks.select(indices))
+            # Those that are feasible are overwritten below.
+            for i in indices:
+                self._known[batch.keys[i]] = _Evaluation(np.array([1.0, *batch.costs[i]]), True, feasible=False)
+            indices = [i for i, one in zip(indices, feasible, strict=True) if one]
+        if not indices:
             return
-        chosen = batch.masks if len(which) == len(batch.masks) else batch.masks.select(which)
-        complete = np.ones(len(which), dtype=bool)
-        if isinstance(problem.evaluate, BoundedEvaluate):
-            losses, complete = problem.evaluate.bounded(chosen, bounds[which])
+        masks = batch.masks if len(indices) == len(batch.masks) else batch.masks.select(indices)
+        complete = np.ones(len(indices), dtype=bool)
+        if isinstance(problem.evaluate, BoundedEvaluator):
+            losses, complete = problem.evaluate.bounded(masks, bounds[indices])
         else:
-            losses = np.asarray(problem.evaluate(chosen), dtype=np.float64)
-        if losses.shape != (len(which),) or not np.isfinite(losses).all():
+            losses = np.asarray(problem.evaluate(masks), dtype=np.float64)
+        if losses.shape != (len(indices),) or not np.isfinite(losses).all():
             raise ValueError(
-                f"expected finite losses of shape ({len(which)},) from the evaluator, found shape {losses.shape} with "
-                f"{int((~np.isfinite(losses)).sum())} values that are not finite"
+                f"expected finite losses of shape ({len(indices)},) from the evaluator, found shape {losses.shape} "
+                f"with {int((~np.isfinite(losses)).sum())} values that are not finite"
             )
-        for i, loss, whole in zip(which, losses, complete, strict=True):
-            self._known[batch.keys[i]] = _Evaluated(np.array([loss, *batch.costs[i]]), bool(whole))
+        for i, loss, done in zip(indices, losses, complete, strict=True):
+            self._known[batch.keys[i]] = _Evaluation(np.array([loss, *batch.costs[i]]), bool(done))
 
     def close_generation(self) -> None:
         """Add a row to the history, unless nothing was evaluated since the last one."""

@@ -1,4 +1,4 @@
-"""First populations: masks drawn along a ranking, or blindly."""
+"""Samples for a first population: masks drawn along a ranking, or without any guide."""
 
 from collections.abc import Iterator, Sequence
 
@@ -13,15 +13,16 @@ PROBABILITY_BITS = 24
 
 
 def keep_probabilities(n_bits: int, density: float, softness: float) -> np.ndarray:
-    """Probability of each bit of a group to be 1: a logistic step along its ranking whose mean is `density`.
+    """Probability of each bit of a group to be 1: a logistic function of its coordinate whose mean is `density`.
 
     Args:
-        n_bits: Searched bits of the group.
+        n_bits: Number of searched bits of the group.
         density: Expected share of ones, 0 to 1.
-        softness: Width of the step in coordinates; near 0 the best are kept for sure, large values ignore the ranking.
+        softness: Width of the logistic step in coordinates. Near 0 the most important bits are 1 for sure; with large
+            values the ranking does not matter.
 
     Returns:
-        float32 (n_bits,), rising.
+        float32 (n_bits,), in the order of the ranking, rising.
     """
     density = float(np.clip(density, 1e-9, 1 - 1e-9))
     # The centre c that solves: integral over x from 0 to 1 of 1 / (1 + exp((c - x) / softness)) = density.
@@ -42,10 +43,10 @@ def sample_bernoulli(
 
     Args:
         groups: The groups with searched bits.
-        ranking: Of their bits.
+        ranking: The order of their bits.
         lower: uint64 (n_words,), the bits that are 1 in any case.
         densities: Expected share of ones among the searched bits, 0 to 1.
-        softness: Width of the step, see `keep_probabilities`.
+        softness: Width of the logistic step, see `keep_probabilities`.
         rng: Random generator.
 
     Yields:
@@ -55,21 +56,31 @@ def sample_bernoulli(
         words = lower.copy()
         for group, order in zip(groups, ranking, strict=True):
             drawn = rng.random(len(order), dtype=np.float32) < keep_probabilities(len(order), density, softness)
-            words[group.at] |= words_with(group, order[drawn])
+            words[group.word_slice] |= words_with(group, order[drawn])
         yield words
 
 
 def random_words(n_bits: int, probability: float, rng: Generator) -> np.ndarray:
-    """Words whose bits are 1 with `probability`, rounded to 24 binary digits; uint64 (n_words,), padding 0."""
+    """Draw words whose bits are 1 with `probability`.
+
+    Args:
+        n_bits: Number of bits.
+        probability: 0 to 1, rounded to `PROBABILITY_BITS` binary digits.
+        rng: Random generator.
+
+    Returns:
+        uint64 (n_words,), padding 0.
+    """
     digits = round(probability * 2**PROBABILITY_BITS)
     if digits == 2**PROBABILITY_BITS:
         words = np.full(n_words_for(n_bits), ~np.uint64(0))
     else:
         words = np.zeros(n_words_for(n_bits), dtype=np.uint64)
-        # From the lowest binary digit of the probability up, "or" halves the chance of a 0 and "and" that of a 1.
+        # With fair coins, "or" turns the probability p of a 1 into (1 + p) / 2, and "and" turns it into p / 2. So from
+        # the lowest binary digit up, each digit moves in front of those before it: 0.d becomes 0.1d or 0.0d.
         for place in range(PROBABILITY_BITS):
             digit = digits >> place & 1
-            # Nothing to halve below the lowest 1.
+            # Below the lowest digit that is 1, all words are still 0 and need no coins.
             if digits & ((2 << place) - 1):
                 coins = rng.integers(0, 2**64, size=len(words), dtype=np.uint64)
                 (np.bitwise_or if digit else np.bitwise_and)(words, coins, out=words)
@@ -77,6 +88,6 @@ def random_words(n_bits: int, probability: float, rng: Generator) -> np.ndarray:
     return words
 
 
-def sample_blind(n_bits: int, densities: Sequence[float], rng: Generator) -> Iterator[np.ndarray]:
-    """Draw one mask per density, all bits alike; yields uint64 (n_words,)."""
+def sample_unguided(n_bits: int, densities: Sequence[float], rng: Generator) -> Iterator[np.ndarray]:
+    """Draw one mask per density, with the same probability for all bits; yields uint64 (n_words,)."""
     return (random_words(n_bits, density, rng) for density in densities)

@@ -1,11 +1,11 @@
-"""Which candidates pymoo's survival drops, whatever the images say that they have not been evaluated on.
+"""Which candidates an algorithm drops whatever their exact losses are, so that their evaluation may stop early.
 
-A candidate that is evaluated on some images only has a lower bound for its loss. These functions say how far its
-evaluation must go to be of use (`bounds`), and afterwards which bounds do not settle its fate (`undecided`): those
-candidates are evaluated on all images before pymoo sees them. What pymoo then makes of the generation is, to the last
-bit, what it would have made of all losses in full: a candidate it drops anyway leaves no trace.
+A candidate that was evaluated on some images only has a lower bound for its loss. `bounds` says, before the evaluation,
+how far it must go at least to be of use. `undecided` says, after it, for which candidates a lower bound is not enough;
+these are evaluated on all images before pymoo sees them.
 
-Losses that candidates are dropped for are always those of members evaluated in full, so none of them is on the front.
+With that, pymoo selects exactly the members that it would have selected by complete losses: a candidate that is dropped
+anyway leaves no trace. A candidate is only dropped for members with complete losses, so it is never on the front.
 """
 
 from typing import Protocol
@@ -18,22 +18,22 @@ from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
 
 
 class Survival(Protocol):
-    """The survival of one generation."""
+    """How an algorithm selects the survivors of one generation."""
 
     def bounds(self, costs: np.ndarray, front: np.ndarray) -> np.ndarray:
-        """Losses above which a candidate is most likely of no use, and certainly dominated.
+        """Losses above which a candidate is certainly dominated and most likely dropped.
 
         Args:
             costs: float (n_candidates, n_costs), exact.
-            front: float (n_members, 1 + n_costs), objectives of all non-dominated networks that were evaluated in full.
+            front: float (n_members, 1 + n_costs), objectives of all non-dominated networks with complete losses.
 
         Returns:
-            float (n_candidates,); infinite where a candidate matters whatever its error.
+            float (n_candidates,); infinite where a candidate matters whatever its loss.
         """
         ...
 
     def undecided(self, objectives: np.ndarray, complete: np.ndarray) -> np.ndarray:
-        """Candidates that may survive or change what does.
+        """Candidates that may survive, or may change which others survive.
 
         Args:
             objectives: float (n_candidates, 1 + n_costs); losses of candidates that are not complete are lower bounds.
@@ -46,7 +46,7 @@ class Survival(Protocol):
 
 
 def least_loss_within(costs: np.ndarray, members: np.ndarray) -> np.ndarray:
-    """The least loss among members that cost no more in any respect.
+    """The least loss among the members that cost no more in any respect.
 
     Args:
         costs: float (n, n_costs).
@@ -55,15 +55,15 @@ def least_loss_within(costs: np.ndarray, members: np.ndarray) -> np.ndarray:
     Returns:
         float (n,), infinite where every member costs more.
     """
-    fits = (members[None, :, 1:] <= costs[:, None, :]).all(axis=2)
-    return np.where(fits, members[None, :, 0], np.inf).min(axis=1, initial=np.inf)
+    affordable = (members[None, :, 1:] <= costs[:, None, :]).all(axis=2)
+    return np.where(affordable, members[None, :, 0], np.inf).min(axis=1, initial=np.inf)
 
 
 class RankSurvival:
-    """NSGA-II's: whole ranks survive until one does not fit, of which the least crowded do.
+    """NSGA-II's selection: whole ranks survive until one does not fit; of that rank, the least crowded survive.
 
-    A candidate beyond that rank is dropped. A larger loss of it could only move it further back, and it does not
-    matter for the ranks before its own.
+    A candidate behind that rank is dropped. A larger loss could only move it further back, and a candidate never
+    matters for the ranks before its own.
 
     Args:
         parents: float (n, n_objectives), objectives of the population.
@@ -80,18 +80,21 @@ class RankSurvival:
 
     def undecided(self, objectives: np.ndarray, complete: np.ndarray) -> np.ndarray:
         """Those in the ranks from which survivors are taken; see `Survival`."""
-        together = np.concatenate([self._parents, objectives])
-        ranks = NonDominatedSorting().do(together, n_stop_if_ranked=self._n_survive)
-        counts = np.zeros(len(together), dtype=bool)
-        counts[np.concatenate(ranks)] = True
-        return counts[len(self._parents) :] & ~complete
+        merged = np.concatenate([self._parents, objectives])
+        ranks = NonDominatedSorting().do(merged, n_stop_if_ranked=self._n_survive)
+        in_surviving_ranks = np.zeros(len(merged), dtype=bool)
+        in_surviving_ranks[np.concatenate(ranks)] = True
+        return in_surviving_ranks[len(self._parents) :] & ~complete
 
 
 class NeighbourSurvival:
-    """MOEA/D's: a candidate replaces the neighbours of its subproblem that it is better than, one after the other.
+    """MOEA/D's selection: one after the other, a candidate replaces those neighbours that it improves on.
+
+    The neighbours are those of the candidate's subproblem. Each has a weight vector w, and is replaced by a candidate
+    of a lower Tchebycheff value max_k w_k (f_k - ideal_k), where f are objectives and `ideal` is the ideal point.
 
     Args:
-        algorithm: With a population and the places of the candidates that it has just made.
+        algorithm: MOEA/D with a population, and with the subproblems of the candidates that it has just made.
     """
 
     def __init__(self, algorithm: ParallelMOEAD) -> None:
@@ -100,43 +103,64 @@ class NeighbourSurvival:
         self._neighbours = algorithm.neighbors[algorithm.indices]
         self._weights, self._decomposition = algorithm.ref_dirs, algorithm.decomposition
 
-    def _values(self, objectives: np.ndarray, at: np.ndarray, ideal: np.ndarray) -> np.ndarray:
-        values: np.ndarray = self._decomposition.do(objectives, weights=self._weights[at], ideal_point=ideal)
+    def _scalarise(self, objectives: np.ndarray, subproblems: np.ndarray, ideal: np.ndarray) -> np.ndarray:
+        """Tchebycheff values of objectives, float (n_subproblems,).
+
+        Args:
+            objectives: float (n_subproblems, n_objectives), or (1, n_objectives) for the same ones in each subproblem.
+            subproblems: int (n_subproblems,).
+            ideal: float (n_objectives,), the ideal point.
+        """
+        values: np.ndarray = self._decomposition.do(objectives, weights=self._weights[subproblems], ideal_point=ideal)
         return values
 
     def bounds(self, costs: np.ndarray, front: np.ndarray) -> np.ndarray:
-        """Losses with which a candidate is dominated and better than no neighbour as it stands; see `Survival`."""
-        # What is not known of the ideal point of the losses can only lower it, which the ideal so far stands in for.
+        """Losses with which a candidate is dominated and improves on no neighbour as it stands; see `Survival`."""
+        # MOEA/D will select by an ideal point that includes this generation. Its costs are known already. Its losses
+        # are not: they can only lower ideal[0], so the ideal loss so far takes their place. That is a guess, which only
+        # decides where evaluation stops: `undecided` puts it right.
         ideal = self._ideal.copy()
         ideal[1:] = np.minimum(ideal[1:], costs.min(axis=0, initial=np.inf))
-        found = least_loss_within(costs, front)
-        for i, at in enumerate(self._neighbours):
-            values = self._values(self._parents[at], at, ideal)
-            weights = self._weights[at]
-            # A neighbour whose value the costs alone exceed is safe whatever the loss.
-            exposed = (weights[:, 1:] * (costs[i] - ideal[1:]) < values[:, None]).all(axis=1)
+        # Up to here a candidate may be non-dominated: it must be complete to join the front.
+        bounds = least_loss_within(costs, front)
+        for i, neighbours in enumerate(self._neighbours):
+            values = self._scalarise(self._parents[neighbours], neighbours, ideal)
+            weights = self._weights[neighbours]
+            # The value of a candidate is the largest of its terms. So a neighbour that one of the cost terms already
+            # reaches is not replaced, whatever the loss.
+            replaceable = (weights[:, 1:] * (costs[i] - ideal[1:]) < values[:, None]).all(axis=1)
+            # All others are replaced if the loss term is below their value too, w_0 (loss - ideal_0) < value; solved
+            # for the loss. A weight of 0 gives infinity: there the loss does not count.
             with np.errstate(divide="ignore"):
-                needed = ideal[0] + values[exposed] / weights[exposed, 0]
-            found[i] = max(found[i], needed.max(initial=-np.inf))
-        return found
+                replacing = ideal[0] + values[replaceable] / weights[replaceable, 0]
+            # Only a loss above the largest of these replaces no neighbour at all.
+            bounds[i] = max(bounds[i], replacing.max(initial=-np.inf))
+        return bounds
 
     def undecided(self, objectives: np.ndarray, complete: np.ndarray) -> np.ndarray:
         """Those that would replace a neighbour or move the ideal point; see `Survival`."""
         ideal = np.min(np.vstack([self._ideal, objectives[complete]]), axis=0)
         ideal[1:] = np.minimum(ideal[1:], objectives[:, 1:].min(axis=0))
-        found = (objectives[:, 0] < ideal[0]) & ~complete
+        # A lower bound below the ideal loss may hide a new ideal point, which would change every value.
+        undecided = (objectives[:, 0] < ideal[0]) & ~complete
         parents = self._parents.copy()
-        for i, at in enumerate(self._neighbours):
-            better = self._values(objectives[i : i + 1], at, ideal) < self._values(parents[at], at, ideal)
+        # In the order in which MOEA/D replaces, as a later candidate competes with earlier ones.
+        for i, neighbours in enumerate(self._neighbours):
+            candidate_values = self._scalarise(objectives[i : i + 1], neighbours, ideal)
+            improved = candidate_values < self._scalarise(parents[neighbours], neighbours, ideal)
             if complete[i]:
-                parents[at[better]] = objectives[i]
-            elif better.any():
-                found[i] = True
-        return found
+                parents[neighbours[improved]] = objectives[i]
+            elif improved.any():
+                undecided[i] = True
+        return undecided
 
 
 def survival_of(algorithm: Algorithm) -> Survival | None:
-    """The survival that awaits what an algorithm has just made; None where all of it is kept or nothing is known."""
+    """How an algorithm will select among the candidates that it has just made.
+
+    Returns:
+        None where it keeps all of them (the first population), and for algorithms whose selection is not modelled here.
+    """
     if not algorithm.is_initialized or algorithm.pop is None or not len(algorithm.pop):
         return None
     if isinstance(algorithm, NSGA2):

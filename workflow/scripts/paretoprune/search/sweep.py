@@ -1,4 +1,4 @@
-"""The baselines without a search: one score and one allocation rule at several densities."""
+"""The allocation baselines: one score at several densities, without a search."""
 
 from collections.abc import Sequence
 
@@ -11,12 +11,12 @@ from paretoprune.search.recorder import Recorder, SearchResult
 
 
 def sweep_allocation(problem: Problem, scores: np.ndarray, counts: Sequence[np.ndarray]) -> SearchResult:
-    """Evaluate what one score keeps at several densities.
+    """Evaluate the masks that keep the highest-scored units of each group, at several densities.
 
     Args:
-        problem: Whose masks.
+        problem: What is evaluated.
         scores: float (n_units,), higher = keep.
-        counts: Numbers of units to keep, each int (n_groups,), one per density.
+        counts: One array for each density, int (n_groups,), the number of units to keep in each group.
     """
     ranks = ranks_within_groups(scores, problem.units)
     recorder = Recorder(problem, budget=len(counts), stage="allocation")

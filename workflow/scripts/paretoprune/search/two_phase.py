@@ -1,4 +1,4 @@
-"""The two-phase method by itself: from a loss of bits and prior importance to a front, with or without a network."""
+"""The two-phase method by itself: from a loss of masks and importance scores to a front, with or without a network."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +13,7 @@ from paretoprune.search.recorder import SearchResult
 from paretoprune.search.thresholds import search_thresholds
 from paretoprune.settings import Anchors, Budget, Phase1, Phase2
 
-# Two starts at each density beside the two ends leave most of a budget of hundreds to the search.
+# With two starts at each density and the two ends, that is 14 evaluations: few enough for a budget of hundreds.
 START_DENSITIES = (0.6, 0.35, 0.2, 0.1, 0.05, 0.02)
 
 
@@ -26,51 +26,52 @@ def search(
     anchors: Anchors | None = None,
     phase2: Phase2 | None = None,
 ) -> SearchResult:
-    """Search a large binary problem along prior importance, in two phases.
+    """Search a large binary problem along importance that is known beforehand, in two phases.
 
-    Phase 1 looks for one threshold per group on the first score. Two members of its front, the anchors, bound a
-    corridor of masks, in which Phase 2 decides about every unit.
+    Phase 1 searches one threshold per group on the first score. Two members of its front, the anchors, are the ends of
+    a corridor of masks. Phase 2 searches one bit per unit of the corridor.
 
-    Phase 1 starts from the mask that keeps everything, the one that keeps nothing, and, at each of a ladder of
-    densities, the same density in every group and the best units of all groups together.
+    Phase 1 starts from the mask that keeps everything and the one that keeps nothing. At each of several densities it
+    also starts from that density in every group, and from the best units of all groups together.
 
-    The tolerances of the anchors are shares of the way from the lowest to the highest loss on Phase 1's front. For a
-    trained network these would be the losses of keeping everything and of guessing. Elsewhere keeping everything may be
-    far from the best, as with features that are mostly noise: an anchor that is as good as that would shut the best
-    masks out of the corridor. What keeps nothing is the cheapest mask there is, so its loss is on the front, unless
-    `problem.is_feasible` forbids it.
+    The tolerances of the anchors are shares of the way from the lowest to the highest loss on Phase 1's front. With a
+    trained network these would be the losses of keeping everything and of guessing. With other problems, keeping
+    everything may be far from the best, for instance if most features are noise. If tolerances started there, the
+    corridor would not contain the best masks. The highest loss is that of keeping nothing, which is always on the front
+    as the cheapest mask, unless `problem.is_feasible` forbids it.
 
     Args:
         problem: Units in groups, a loss to measure, one or two costs.
-        scores: float (n_units,), higher = keep, or several of these by name. The first shapes Phase 1 and the samples
-            of Phase 2, and moves follow all of them. Only their order within a group counts, but for the starts.
-        effort: Number of masks to evaluate in both phases together, the starts included.
-        phase1: `share` is Phase 1's part of the evaluations, 1 for no Phase 2; `starts` and `n_reselected` mean nothing
-            here. None for the defaults with `start_densities` from `START_DENSITIES`.
-        anchors: Tolerances, and how many corridors; none of them searches all masks. None for the defaults.
-        phase2: Algorithm and moves; `guides` means nothing here. None for the defaults.
+        scores: float (n_units,), higher = keep, or several of these by name. Phase 1 and the samples of Phase 2 follow
+            the first one, moves follow all of them. Only their order within a group matters, except for the starts.
+        effort: Number of masks to evaluate in both phases together, the starts included; population and seed.
+        phase1: `share` is Phase 1's part of the evaluations, 1 for no Phase 2. `starts` and `n_reselected` are not
+            used. None for the defaults with `start_densities` from `START_DENSITIES`.
+        anchors: Tolerances and the number of corridors; with 0 corridors Phase 2 searches all masks. None for the
+            defaults.
+        phase2: Algorithm and moves; `guides` is not used. None for the defaults.
 
     Returns:
-        Every non-dominated mask that was evaluated, cheapest first, and the history of both phases.
+        All evaluated masks that no other one dominates, cheapest first, and the history of both phases.
 
     Raises:
         ValueError: Scores are missing, of another shape or not finite; Phase 1's budget does not pay for its starts and
-            a population, or finds no mask that is allowed; or the algorithm is unknown.
+            a population, or finds no feasible mask; or the algorithm is unknown.
 
     Source:
-        arXiv 2604.01076, which calls it a paradigm for large binary problems; see `search.thresholds` and
-        `search.phase2` for what is ours.
+        arXiv 2604.01076, which proposes it for large binary problems; see `search.thresholds` and `search.phase2` for
+        what is our own.
     """
     guides = _guides(scores, problem.units.n_units)
     phase1 = phase1 or Phase1(start_densities=START_DENSITIES)
     anchors, phase2 = anchors or Anchors(), phase2 or Phase2()
     budget = Budget(effort.evaluations, phase1.share)
     starts = starting_counts(guides[0], problem.units, phase1.start_densities)
-    found = search_thresholds(problem, guides[0], starts, phase1, replace(effort, evaluations=budget.phase1))
-    left = budget.phase2(found.history[-1]["evaluations"])
-    if not left:
-        return found
-    front = found.front
+    coarse = search_thresholds(problem, guides[0], starts, phase1, replace(effort, evaluations=budget.phase1))
+    remaining = budget.phase2(coarse.history[-1]["evaluations"])
+    if not remaining:
+        return coarse
+    front = coarse.front
     light, heavy = choose_anchors(
         front,
         front.error.min(initial=np.inf),
@@ -78,17 +79,17 @@ def search(
         light_tolerance=anchors.light_tolerance,
         heavy_tolerance=anchors.heavy_tolerance,
     )
-    chosen = anchors_between(front, light, heavy, anchors.corridors)
+    members = anchors_between(front, light, heavy, anchors.corridors)
     corridors = (
-        corridors_of(front.masks.select(chosen), problem.units)
+        corridors_of(front.masks.select(members), problem.units)
         if anchors.corridors
         else [Corridor.everything(problem.units)]
     )
-    return search_corridor(problem, corridors, guides, found, phase2, replace(effort, evaluations=left))
+    return search_corridor(problem, corridors, guides, coarse, phase2, replace(effort, evaluations=remaining))
 
 
 def starting_counts(scores: np.ndarray, units: Units, densities: Sequence[float]) -> list[np.ndarray]:
-    """Where Phase 1 starts: everything, nothing, and a uniform and a global allocation at each density.
+    """The starts of Phase 1: everything, nothing, and a uniform and a global allocation at each density.
 
     Args:
         scores: float (n_units,), higher = keep.
@@ -108,7 +109,7 @@ def starting_counts(scores: np.ndarray, units: Units, densities: Sequence[float]
 
 
 def _guides(scores: np.ndarray | Mapping[str, np.ndarray], n_units: int) -> list[np.ndarray]:
-    """The scores as arrays in their order, once they have been checked."""
+    """Check the scores, and return them as arrays in their order."""
     named = scores if isinstance(scores, Mapping) else {"importance": scores}
     if not named:
         raise ValueError("expected at least one importance score, found none; without any, use search_flat")

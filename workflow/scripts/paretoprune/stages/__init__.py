@@ -1,1 +1,1 @@
-"""The stages of the method in memory, one file each; the workflow's scripts and the library call the same ones."""
+"""The stages of the method in memory, one file each, for the workflow's scripts and the library alike."""

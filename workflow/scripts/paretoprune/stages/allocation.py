@@ -1,4 +1,4 @@
-"""The allocation baselines: one score and one rule at several densities, without a search."""
+"""The allocation baselines: one score and one allocation rule at several densities, without a search."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from paretoprune.stages.candidates import Setup
 
 
 def try_allocation(setup: Setup, scores: np.ndarray, rule: str, settings: Densities) -> SearchResult:
-    """Evaluate what one score and one rule keep.
+    """Evaluate the masks of one score and one allocation rule at several densities.
 
     Args:
         setup: What is pruned, and how candidates are evaluated.
@@ -20,5 +20,5 @@ def try_allocation(setup: Setup, scores: np.ndarray, rule: str, settings: Densit
     """
     densities = np.geomspace(settings.lowest, settings.highest, settings.size)
     counts = [allocate(rule, scores, setup.task.units, density) for density in densities]
-    with setup.evaluator() as evaluate:
-        return sweep_allocation(setup.problem(evaluate), scores, counts)
+    with setup.evaluator() as evaluator:
+        return sweep_allocation(setup.problem(evaluator), scores, counts)

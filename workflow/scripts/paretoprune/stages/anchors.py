@@ -1,4 +1,4 @@
-"""Anchors: the members of Phase 1's front that the corridors of Phase 2 lie between."""
+"""Anchors: the members of Phase 1's front between which the corridors of Phase 2 lie."""
 
 from paretoprune.fronts import Front
 from paretoprune.search.corridor import anchors_between, choose_anchors
@@ -6,13 +6,16 @@ from paretoprune.settings import Anchors
 
 
 def find_anchors(front: Front, dense_loss: float, n_classes: int, settings: Anchors) -> list[int]:
-    """Members of Phase 1's front, from the light to the heavy anchor; one, where the front has no more.
+    """Choose the anchors among the members of Phase 1's front.
 
     Args:
-        front: Of Phase 1.
-        dense_loss: Of the dense network: its error on the search images, 0 where the divergence is minimised.
-        n_classes: Guessing among them is wrong in all but one of as many cases.
-        settings: Tolerances, and the number of corridors.
+        front: Phase 1's front.
+        dense_loss: The loss of the dense network: its error on the search images, or 0 if the loss is the divergence.
+        n_classes: Number of classes; guessing has the error 1 - 1/n_classes.
+        settings: Tolerances and the number of corridors.
+
+    Returns:
+        Indices from the light to the heavy anchor; a single one if the front has one member.
 
     Raises:
         ValueError: The front is empty.
@@ -24,5 +27,5 @@ def find_anchors(front: Front, dense_loss: float, n_classes: int, settings: Anch
         light_tolerance=settings.light_tolerance,
         heavy_tolerance=settings.heavy_tolerance,
     )
-    # Without a corridor all masks are searched; the two anchors are still worth knowing.
+    # With 0 corridors all masks are searched, but the report shows the two anchors nevertheless.
     return anchors_between(front, light, heavy, max(1, settings.corridors))

@@ -10,18 +10,18 @@ from paretoprune.evaluation.task import Task
 from paretoprune.masks.packed import PackedMasks, pack_rows
 from paretoprune.masks.units import Units, WeightUnits
 from paretoprune.networks.costs import Priced, make_costs
-from paretoprune.search.problem import Evaluate, Feasible, Problem, Progress
+from paretoprune.search.problem import Constraint, Evaluator, Problem, Progress
 from paretoprune.settings import Compute, Searching
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What all stages of one search share.
+    """What all stages of a search share.
 
     Attributes:
         task: What is pruned.
-        searching: How candidates and finished networks are put right and evaluated.
-        compute: What to compute with.
+        searching: How candidates and finished networks are repaired and evaluated.
+        compute: Device, precision and processes.
         progress: Called with each new history row.
     """
 
@@ -37,33 +37,33 @@ class Setup:
         return replace(self.task, images=self.task.images[:n], labels=self.task.labels[:n])
 
     def evaluator(self) -> PopulationEvaluator:
-        """Evaluates candidates, with the repair of the search where it has one of its own."""
+        """Make the evaluator of candidates, with the repair `search_repair` if that is set."""
         return PopulationEvaluator(self.candidate_task, self.searching.search_evaluating, self.compute)
 
-    def problem(self, evaluate: Evaluate) -> Problem:
-        """The search problem: an evaluator's loss, the costs, and which masks may be published."""
+    def problem(self, evaluator: Evaluator) -> Problem:
+        """Make the search problem: the evaluator's loss, the costs, and the constraint on masks."""
         task, searching = self.task, self.searching
-        feasible = no_group_is_empty(task.units) if searching.empty_layers == "forbid" else None
+        is_feasible = no_group_is_empty(task.units) if searching.empty_layers == "forbid" else None
         costs = make_costs(searching.costs, Priced(task.network, task.units, task.images[:1]))
         absent = zero_weights(task.network, task.units)
-        return Problem(task.units, evaluate, costs, feasible, self.progress, absent=absent)
+        return Problem(task.units, evaluator, costs, is_feasible, self.progress, absent=absent)
 
 
 def zero_weights(network: nn.Module, units: WeightUnits) -> np.ndarray | None:
-    """Weights that are zero already, as a network that was pruned before has them.
+    """Find weights that are zero already, as in a network that was pruned before.
 
-    They are neither kept nor given back by a re-fit.
+    No mask keeps them, so that a re-fit does not bring them back.
 
     Returns:
-        uint64 (n_words,) as in a mask, 1 = zero; None where there are none.
+        uint64 (n_words,), packed like a mask, a bit is 1 if the weight is zero; None if there are none.
     """
     parameters = dict(network.named_parameters())
     zero = np.concatenate([(parameters[name] == 0).reshape(-1).cpu().numpy() for name in units.names])
     return pack_rows(zero[None])[0] if zero.any() else None
 
 
-def no_group_is_empty(units: Units) -> Feasible:
-    """Allows masks that keep something of every group."""
+def no_group_is_empty(units: Units) -> Constraint:
+    """The constraint that a mask keeps at least one unit of every group."""
 
     def is_feasible(masks: PackedMasks) -> np.ndarray:
         return np.asarray((units.n_kept(masks) > 0).all(axis=1))

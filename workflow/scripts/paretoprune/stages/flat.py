@@ -1,4 +1,4 @@
-"""The flat baselines: whole masks in a single phase."""
+"""The flat baselines: searches over whole masks in one phase."""
 
 from paretoprune.search.flat import search_flat
 from paretoprune.search.problem import Effort
@@ -8,12 +8,12 @@ from paretoprune.stages.candidates import Setup
 
 
 def find_flat(setup: Setup, settings: Flat, effort: Effort) -> SearchResult:
-    """Search whole masks.
+    """Search whole masks in one phase.
 
     Args:
         setup: What is pruned, and how candidates are evaluated.
-        settings: Algorithm and its steps.
+        settings: The algorithm and the size of its steps.
         effort: Evaluations, population and seed.
     """
-    with setup.evaluator() as evaluate:
-        return search_flat(setup.problem(evaluate), settings, effort)
+    with setup.evaluator() as evaluator:
+        return search_flat(setup.problem(evaluator), settings, effort)

@@ -1,4 +1,4 @@
-"""Phase 1: thresholds, from the classical allocations to the best of what NSGA-II makes of them."""
+"""Phase 1: one threshold per layer, searched by NSGA-II from the classical allocations on."""
 
 from collections.abc import Mapping, Sequence
 
@@ -27,25 +27,25 @@ def find_thresholds(
 
     Args:
         setup: What is pruned, and how candidates are evaluated.
-        scores: By name, each float32 (n_weights,): the first is what thresholds cut, and those that the starting
+        scores: By name, each float32 (n_weights,): first the one that thresholds cut, then those that the starting
             allocations follow.
-        settings: Of Phase 1.
+        settings: The settings of Phase 1.
         effort: Evaluations of this phase, population and seed.
-        sparsities: Among the members that are chosen anew are the best ones beyond each of these.
+        sparsities: The best member beyond each of these is among those whose weights are chosen anew.
     """
     starts = starting_allocations(settings.starts, settings.start_densities, scores, setup.task.units)
-    with setup.evaluator() as evaluate:
-        finisher = Finisher(setup.candidate_task, setup.searching.search_evaluating, setup.compute, evaluate.refit)
+    with setup.evaluator() as evaluator:
+        finisher = Finisher(setup.candidate_task, setup.searching.search_evaluating, setup.compute, evaluator.refit)
 
-        def choose_anew(front: Front) -> PackedMasks:
+        def reselect(front: Front) -> PackedMasks:
             return finisher.reselect(front.thinned(settings.n_reselected, sparsities).masks)
 
         return search_thresholds(
-            setup.problem(evaluate),
+            setup.problem(evaluator),
             next(iter(scores.values())),
             starts,
             settings,
             effort,
-            reselect=choose_anew,
-            precompute=evaluate.precompute,
+            reselect=reselect,
+            precompute=evaluator.precompute,
         )

@@ -1,4 +1,4 @@
-"""Phase 2: a bit per corridor weight, from the front of Phase 1 on."""
+"""Phase 2: one bit per weight of the corridors, searched from the front of Phase 1 on."""
 
 from collections.abc import Mapping
 
@@ -18,25 +18,26 @@ def refine_bits(
     setup: Setup,
     scores: Mapping[str, np.ndarray],
     anchors: PackedMasks | None,
-    before: SearchResult,
+    previous: SearchResult,
     settings: Phase2,
     effort: Effort,
 ) -> SearchResult:
-    """Search the corridors, and merge what is found with Phase 1's front.
+    """Search the corridors, and merge the result with Phase 1's front.
 
     Args:
         setup: What is pruned, and how candidates are evaluated.
-        scores: Those among the guides, each float32 (n_weights,), in their order.
-        anchors: From light to heavy; None to search all masks.
-        before: Phase 1.
-        settings: Of Phase 2; the guide `refit` asks for the costs of each candidate as re-fitted.
+        scores: The scores among the guides by name, each float32 (n_weights,), in the order of the guides.
+        anchors: Masks from the light to the heavy anchor; None to search all masks.
+        previous: The result of Phase 1.
+        settings: The settings of Phase 2. With the guide `refit`, moves also follow what a drop costs and a grow gains
+            in each candidate after a re-fit.
         effort: Evaluations of this phase, population and seed.
     """
     units = setup.task.units
     corridors = [Corridor.everything(units)] if anchors is None else corridors_of(anchors, units)
     guides: list[Guide] = list(scores.values())
-    with setup.evaluator() as evaluate:
+    with setup.evaluator() as evaluator:
         if settings.follows_refits:
-            costs = evaluate.refit_costs()
-            guides.append(lambda corridor: CandidateGuide(costs, units, corridor.groups))
-        return search_corridor(setup.problem(evaluate), corridors, guides, before, settings, effort)
+            flip_costs = evaluator.refit_costs()
+            guides.append(lambda corridor: CandidateGuide(flip_costs, units, corridor.groups))
+        return search_corridor(setup.problem(evaluator), corridors, guides, previous, settings, effort)

@@ -1,4 +1,4 @@
-"""Publishing: from what a search has found to finished networks that are measured as they are shipped."""
+"""Publishing: from the front of a search to finished networks, measured as they are published."""
 
 import numpy as np
 
@@ -9,25 +9,20 @@ from paretoprune.stages.candidates import Setup
 
 
 def publish(front: Front, setup: Setup, publishing: Publishing) -> Front:
-    """Thin a front, finish its networks, and measure them.
+    """Thin a front, finish its networks, measure them, and drop those that others now dominate.
 
-    `front_size` members stay, among them the best ones beyond each of `sparsities`.
-
-    What is published is evaluated once more: on all search images, in float32, with the repair of the method. Where it
-    re-fits weights, each network is re-fitted layer by layer, once with the weights that were found and once with each
-    layer's chosen anew. Of the two the better stays: a search has seen so many candidates on its images that the best
-    of them are partly luck, and weights chosen anew have not seen them. Members that others then dominate are dropped.
+    Networks are measured on all search images in float32, see `docs/method.md`, section 6.
 
     Args:
-        front: What a search has found.
-        setup: What is pruned, and how networks are put right and measured.
+        front: The front of a search.
+        setup: What is pruned, and how networks are repaired and measured.
         publishing: Which members stay.
 
     Returns:
-        The front with its finished networks; members whose weights were chosen anew are of stage `reselected`.
+        The front with its finished networks; members whose weights were chosen anew have the stage `reselected`.
 
     Raises:
-        ValueError: The front is empty: every network that was tried has an empty layer, which is forbidden.
+        ValueError: The front is empty: every evaluated network has an empty layer, which is forbidden.
     """
     if not len(front):
         raise ValueError(
@@ -35,9 +30,12 @@ def publish(front: Front, setup: Setup, publishing: Publishing) -> Front:
             "set `empty_layers: allow`, or raise `evaluations` or, for an allocation, `densities.highest`"
         )
     front = front.thinned(publishing.front_size, publishing.sparsities)
-    masks, states, scores = Finisher(setup.task, setup.searching, setup.compute).finish(front.masks, reselect=True)
-    objectives = np.column_stack([scores.objective(setup.searching.objective), front.costs])
-    same = np.all(masks.words == front.masks.words, axis=1)
-    stages = [stage if kept else "reselected" for stage, kept in zip(front.stages, same, strict=True)]
-    evaluated = Front(masks, objectives, stages, front.names, setup.task.network, states)
-    return evaluated.select(non_dominated(evaluated.objectives))
+    # If the repair re-fits weights, each network is finished twice, with the weights found and with weights chosen
+    # anew, and the better one stays. The best of many candidates are partly luck on the images of the search; weights
+    # chosen anew owe nothing to these images.
+    masks, states, measured = Finisher(setup.task, setup.searching, setup.compute).finish(front.masks, reselect=True)
+    objectives = np.column_stack([measured.objective(setup.searching.objective), front.costs])
+    unchanged = np.all(masks.words == front.masks.words, axis=1)
+    stages = [stage if same else "reselected" for stage, same in zip(front.stages, unchanged, strict=True)]
+    finished = Front(masks, objectives, stages, front.names, setup.task.network, states)
+    return finished.select(non_dominated(finished.objectives))
