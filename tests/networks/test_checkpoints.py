@@ -9,15 +9,10 @@ from typing import Any
 import pytest
 import torch
 from paretoprune.networks.architectures import Architecture, CifarResNet
-from paretoprune.networks.checkpoints import (
-    DenseNetwork,
-    load_networks,
-    load_weights,
-    save_networks,
-)
+from paretoprune.networks.checkpoints import DenseNetwork, load_weights
 from paretoprune.networks.pretrained import load_checkpoint
 from paretoprune.networks.weight_files import read_states
-from paretoprune.tensors import load_tensors, save_tensors
+from paretoprune.tensors import load_networks, load_tensors, save_networks, save_tensors
 from safetensors.torch import save_file
 from small_networks import RESNET20, states_equal
 from torch import Tensor, nn

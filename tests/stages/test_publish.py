@@ -18,7 +18,7 @@ from paretoprune.importance.layer_statistics import LayerStatistics, collect_sta
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.architectures import Architecture
-from paretoprune.networks.checkpoints import DenseNetwork, load_networks, with_weights
+from paretoprune.networks.checkpoints import DenseNetwork, with_weights
 from paretoprune.search.corridor import Corridor
 from paretoprune.search.phase2 import search_corridor
 from paretoprune.search.problem import Effort
@@ -28,6 +28,7 @@ from paretoprune.search.thresholds import search_thresholds
 from paretoprune.settings import Compute, Evaluating, Phase1, Phase2, Publishing, Searching
 from paretoprune.stages.candidates import Setup
 from paretoprune.stages.publish import publish
+from paretoprune.tensors import load_networks
 from paretoprune.workflow.search_inputs import read_task, write_published
 from small_networks import digits
 from torch import Tensor

@@ -19,7 +19,8 @@ import yaml
 from paretoprune.evaluation.metrics import predict, top1_error
 from paretoprune.fronts import Front
 from paretoprune.masks.units import WeightUnits
-from paretoprune.networks.checkpoints import DenseNetwork, load_networks
+from paretoprune.networks.checkpoints import DenseNetwork
+from paretoprune.tensors import load_networks
 from paretoprune.workflow.configuration import merge
 from paretoprune.workflow.inputs import read_splits
 

@@ -4,7 +4,8 @@ from paretoprune.evaluation.measurement import LAYER_COLUMNS, front_columns, fro
 from paretoprune.files import write_csv
 from paretoprune.fronts import Front
 from paretoprune.masks.units import WeightUnits
-from paretoprune.networks.checkpoints import DenseNetwork, load_networks
+from paretoprune.networks.checkpoints import DenseNetwork
+from paretoprune.tensors import load_networks
 from paretoprune.workflow.inputs import read_splits
 from paretoprune.workflow.steps import step
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from paretoprune.files import write_csv
 from paretoprune.fronts import Front
 from paretoprune.masks.units import WeightUnits
-from paretoprune.networks.checkpoints import DenseNetwork, load_networks
+from paretoprune.networks.checkpoints import DenseNetwork
+from paretoprune.tensors import load_networks
 from paretoprune.training.finetuning import FINETUNED_COLUMNS, FinetuneData, choose_members, finetune_members
 from paretoprune.training.loop import Recipe
 from paretoprune.workflow.inputs import read_splits

@@ -15,9 +15,10 @@ import moocore
 import numpy as np
 from pymoo.util.nds.non_dominated_sorting import find_non_dominated
 
-from paretoprune.files import atomic_path, read_npz, write_npz
+from paretoprune.files import read_npz, write_npz
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.objectives import ERROR_AND_DENSITY, reference_point
+from paretoprune.tensors import load_networks, read_metadata, save_networks
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -311,7 +312,7 @@ class Front:
             raise RuntimeError(
                 "this front was read from a file and knows no network; call pareto_prune, read it with "
                 "Front.load(path, network), or load the member's state from networks.safetensors with "
-                "paretoprune.networks.checkpoints.load_networks"
+                "paretoprune.tensors.load_networks"
             )
         network = copy.deepcopy(self.dense)
         network.load_state_dict(self.states[index])
@@ -343,16 +344,7 @@ class Front:
         """
         # The networks first: if writing stops in between, no front lacks its networks.
         if self.states is not None:
-            # Imported here, since reports use this module and should not need torch.
-            from safetensors.torch import save_file
-
-            tensors = {
-                f"{i}/{name}": tensor.detach().cpu().contiguous().clone()
-                for i, state in enumerate(self.states)
-                for name, tensor in state.items()
-            }
-            with atomic_path(networks_beside(path)) as temporary:
-                save_file(tensors, temporary, {"front": self._fingerprint})
+            save_networks(networks_beside(path), self.states, {"front": self._fingerprint})
         write_npz(path, self.arrays())
 
     @classmethod
@@ -376,30 +368,27 @@ class Front:
     def _read_networks(self, path: Path, network: "nn.Module") -> None:
         """Read the networks that `save` wrote into `dense` and `states`; errors as for `load`."""
         import torch
-        from safetensors import safe_open
-        from safetensors.torch import load_file
 
         if not path.is_file():
             raise FileNotFoundError(
                 f"expected the networks of the front at '{path}', found no file; copy it beside the front, or load the "
                 "front without a network"
             )
-        with safe_open(path, framework="pt") as handle:
-            found = (handle.metadata() or {}).get("front")
-        if found != self._fingerprint:
+        if read_metadata(path).get("front") != self._fingerprint:
             raise ValueError(
                 f"expected the networks of this front in '{path}', found those of another; save the front again"
             )
-        tensors = load_file(path)
+        states = load_networks(path)
         with torch.inference_mode(mode=False):
-            dense = copy.deepcopy(network).cpu().float().eval()
+            dense = copy.deepcopy(network).cpu().float()
+            dense.eval()
         own = {name: tensor.shape for name, tensor in dense.state_dict().items()}
-        states = [{name: tensors[f"{i}/{name}"] for name in own if f"{i}/{name}" in tensors} for i in range(len(self))]
-        unfit = [name for state in states for name in own if name not in state or state[name].shape != own[name]]
-        if unfit or len(tensors) != len(own) * len(self):
+        found = [{name: tensor.shape for name, tensor in state.items()} for state in states]
+        if any(shapes != own for shapes in found):
+            unfit = [name for shapes in found for name in {**own, **shapes} if shapes.get(name) != own.get(name)]
             raise ValueError(
-                f"expected a network of the architecture that was pruned, found another ({len(own)} tensors"
-                f"{f', {unfit[0]} does not fit' if unfit else ''}); build it with the same arguments"
+                f"expected a network of the architecture that was pruned, found another ({len(own)} tensors, "
+                f"{unfit[0]} does not fit); build it with the same arguments"
             )
         self.dense, self.states = dense, states
 

@@ -3,29 +3,14 @@
 import difflib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from paretoprune.networks.architectures import Architecture
 from paretoprune.networks.wrapping import Adaptation, adapt, copied
-from paretoprune.tensors import load_tensors, save_tensors
-
-
-def save_networks(path: str | os.PathLike[str], states: Sequence[Mapping[str, Tensor]]) -> None:
-    """Write the states of several networks to one safetensors file, each tensor under `<member>/<name>`."""
-    save_tensors(path, {f"{i}/{name}": tensor for i, state in enumerate(states) for name, tensor in state.items()})
-
-
-def load_networks(path: str | os.PathLike[str]) -> list[dict[str, Tensor]]:
-    """Read what `save_networks` wrote."""
-    states: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in load_tensors(path).items():
-        member, _, name = key.partition("/")
-        states.setdefault(int(member), {})[name] = tensor
-    return [states[i] for i in range(len(states))]
+from paretoprune.tensors import load_tensors, read_metadata, save_tensors
 
 
 def with_weights(network: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
@@ -120,8 +105,7 @@ class DenseNetwork:
         Raises:
             ValueError: The file has no description, so another program wrote it.
         """
-        with safe_open(path, framework="pt") as handle:
-            description = json.loads((handle.metadata() or {}).get("paretoprune", "null"))
+        description = json.loads(read_metadata(path).get("paretoprune", "null"))
         if description is None:
             raise ValueError(f"'{path}' has no description of its network; let the `dense` step write it")
         architecture = Architecture(**description["architecture"])

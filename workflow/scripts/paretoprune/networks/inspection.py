@@ -49,7 +49,7 @@ class Inspection:
     Attributes:
         network: A copy to work with, on the CPU, in float32 and evaluation mode: it writes into nobody's images, and
             answers logits.
-        units: Its prunable weights: of convolutions and linear layers, where a forward pass uses them.
+        units: Its prunable weights, those that no forward pass uses left out.
         n_classes: Number of its answers.
         exclude: Patterns of weights that stay dense: those given, and one for each of `unused`.
         unused: Weights that no forward pass uses for its answer, and how many numbers each holds.

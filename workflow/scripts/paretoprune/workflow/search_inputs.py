@@ -2,21 +2,20 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from paretoprune.evaluation.task import Task
-from paretoprune.files import write_csv
+from paretoprune.files import write_csv, write_npz
 from paretoprune.fronts import Front
 from paretoprune.importance.layer_statistics import read_statistics
 from paretoprune.importance.scores import flat_scores
 from paretoprune.masks.units import WeightUnits
-from paretoprune.networks.checkpoints import DenseNetwork, save_networks
+from paretoprune.networks.checkpoints import DenseNetwork
 from paretoprune.search.recorder import HISTORY_COLUMNS
-from paretoprune.tensors import load_tensors
+from paretoprune.tensors import load_tensors, save_networks
 from paretoprune.workflow.inputs import read_splits
 
 
@@ -55,6 +54,6 @@ def log_progress(logger: logging.Logger, budget: int) -> Callable[[dict[str, Any
 
 def write_published(front: Front, history: Sequence[Mapping[str, Any]], outputs: Mapping[str, Any]) -> None:
     """Write a published front: the output files `masks`, `networks` and `history`."""
-    replace(front, states=None).save(outputs["masks"])  # its networks have a file of their own
+    write_npz(outputs["masks"], front.arrays())  # `front.save` would put the networks beside it, under another name
     save_networks(outputs["networks"], front.states or [])
     write_csv(outputs["history"], history, HISTORY_COLUMNS)
