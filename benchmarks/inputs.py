@@ -7,7 +7,7 @@ from statistics import median
 
 import numpy as np
 import torch
-from paretoprune.data.datasets import read_images
+from paretoprune.data.reading import read_images
 from paretoprune.data.splits import normalise
 from paretoprune.networks.architectures import CifarResNet
 from paretoprune.networks.pretrained import load_checkpoint

@@ -52,6 +52,7 @@ def test_every_page_is_there() -> None:
         "docs/method.md",
         "docs/outputs.md",
         "docs/limits.md",
+        "docs/data.md",
         "docs/glossary.md",
         "docs/architecture.md",
         "benchmarks/README.md",

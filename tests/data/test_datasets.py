@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from paretoprune.data.datasets import ImageSet, read_images
+from paretoprune.data.datasets import ImageSet
+from paretoprune.data.reading import read_images
 from paretoprune.data.splits import normalise
 from paretoprune.evaluation.metrics import predict, top1_error
 from paretoprune.networks.architectures import CifarResNet
@@ -188,11 +189,11 @@ def test_sixteen_bit_grey_images_keep_their_contrast(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("archived", [False, True])
-def test_a_text_file_among_the_images_is_named(tmp_path: Path, archived: bool) -> None:
+def test_a_file_that_is_called_an_image_and_is_none_is_named(tmp_path: Path, archived: bool) -> None:
     root = write_tree(tmp_path / "tree")
-    (root / "train" / "cat" / "notes.txt").write_text("no image")
+    (root / "train" / "cat" / "notes.png").write_text("no image")
     pack(root, tmp_path / "a.tar")
-    message = r"1 files in '.*' are no readable images: .*train/cat/notes\.txt \(cannot identify.*repair or remove them"
+    message = r"1 files in '.*' are no readable images: .*train/cat/notes\.png \(cannot identify.*repair or remove them"
     with pytest.raises(ValueError, match=message):
         read(tmp_path, "a.tar" if archived else "tree")
 
@@ -287,7 +288,9 @@ def test_an_imagefolder_needs_a_path(tmp_path: Path) -> None:
 
 
 def test_an_unknown_source_is_named_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"among digits, cifar10, cifar100, fashion_mnist, imagefolder, found 'mnist'"):
+    with pytest.raises(
+        ValueError, match=r"among digits, cifar10, cifar100, fashion_mnist, imagefolder, npz, .*'mnist'"
+    ):
         read_images("mnist", tmp_path)
 
 

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from paretoprune.data.datasets import ImageSet, read_images
+from paretoprune.data.datasets import ImageSet
+from paretoprune.data.normalisations import NORMALISATIONS
+from paretoprune.data.reading import read_images
 from paretoprune.data.splits import SPLITS, LabelledImages, Splits, channel_statistics, split_images
 from paretoprune.evaluation.metrics import predict, top1_error
 from paretoprune.networks.architectures import Architecture
@@ -37,6 +39,13 @@ class Picky(nn.Module):
 
 def picky(error):
     return Picky(error)
+
+def for_tables(num_classes, in_channels):
+    return nn.Sequential(nn.Linear(in_channels, 16), nn.ReLU(), nn.Linear(16, num_classes))
+
+def for_signals(num_classes, in_channels):
+    conv = nn.Conv1d(in_channels, 8, 3, padding=1)
+    return nn.Sequential(conv, nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(8, num_classes))
 
 def nothing_to_prune(num_classes):
     return nn.Sequential(nn.AdaptiveAvgPool2d((1, num_classes)), nn.Flatten())
@@ -133,6 +142,64 @@ def test_a_given_normalisation_is_used_and_kept(files: tuple[str, str], tmp_path
     network = settings(normalisation={"mean": [0.25], "std": [0.5]}, exclude=["conv1.*"])
     dense = prepare(files, tmp_path, network, {"epochs": 1})
     assert (dense.mean, dense.std, dense.exclude) == ((0.25,), (0.5,), ("conv1.*",))
+
+
+def test_a_normalisation_can_be_given_by_name(tmp_path: Path) -> None:
+    colours = torch.randint(0, 256, (60, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(60) % 2
+    colours[labels == 1] //= 4  # dark ones
+    files = write(tmp_path, colours, labels)
+    dense = prepare(files, tmp_path, settings(normalisation="cifar10"))
+    assert (dense.mean, dense.std) == NORMALISATIONS["cifar10"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "scale", "message"),
+    [
+        (
+            (3, 8, 8),
+            255,
+            r"'imagenet' is for images in \[0, 1\], found values from .* give the dataset a `value_range`",
+        ),
+        ((3, 8), 1, r"'imagenet' is for images in \[0, 1\], found values from .* of shape \(3, 8\)"),
+    ],
+)
+def test_a_normalisation_by_name_is_refused_for_what_is_no_image_in_its_range(
+    tmp_path: Path, shape: tuple[int, ...], scale: float, message: str
+) -> None:
+    values = scale * torch.rand(60, *shape, generator=torch.Generator().manual_seed(0))
+    files = write(tmp_path, values, torch.arange(60) % 2)
+    with pytest.raises(ValueError, match=message):
+        prepare(files, tmp_path, settings(normalisation="imagenet"))
+
+
+def write(folder: Path, inputs: torch.Tensor, labels: torch.Tensor) -> tuple[str, str]:
+    """Files of inputs and their splits."""
+    is_test = torch.zeros(len(labels), dtype=torch.bool)
+    classes = tuple(map(str, labels.unique().tolist()))
+    ImageSet(inputs, labels, is_test, classes).save(folder / "images.safetensors")
+    splits = split_images(labels.numpy(), is_test.numpy(), calibration=0.15, search=0.2, test=0.2, seed=0)
+    splits.save(folder / "splits.npz")
+    return str(folder / "images.safetensors"), str(folder / "splits.npz")
+
+
+@pytest.mark.parametrize(("factory", "shape"), [("for_tables", (5,)), ("for_signals", (2, 9))])
+def test_networks_for_tables_and_signals_are_trained(
+    tmp_path: Path, factories: str, factory: str, shape: tuple[int, ...]
+) -> None:
+    labels = torch.arange(180) % 3
+    inputs = torch.randn(180, *shape, generator=torch.Generator().manual_seed(0))
+    inputs[:, 0] = inputs[:, 0] / 4 + labels.view(-1, *[1] * (len(shape) - 1))
+    files = write(tmp_path, inputs, labels)
+    network = settings(architecture=f"{factories}:{factory}", arguments={})
+    dense = prepare(files, tmp_path, network, {**TRAINING, "epochs": 20, "crop": 0, "flip": False})
+    assert len(dense.mean) == shape[0]
+    # Three values of the first feature, a quarter of a step apart from the noise.
+    assert measure_dense(dense, *files, torch.device("cpu"))["accuracy"]["test"] > 0.8
+    with pytest.raises(ValueError, match=r"expected images to shift or mirror, found .*`augmentation: \{crop: 0"):
+        prepare(files, tmp_path, network, {**TRAINING, "crop": 1})
+    with pytest.raises(ValueError, match="choose a network for such inputs, a factory of your own"):
+        prepare(files, tmp_path, settings())
 
 
 def test_every_tenth_of_the_epochs_is_logged(

@@ -249,7 +249,49 @@ def test_an_imagefolder_without_a_path_is_refused() -> None:
 
 def test_settings_of_an_imagefolder_are_refused_elsewhere() -> None:
     problem = only_problem({"datasets": {"digits": {"path": "mine", "channels": 1}}})
-    assert problem == "datasets.digits: path, channels only fit source imagefolder, found 'digits'; remove"
+    assert problem == "datasets.digits: path, channels do not fit source 'digits' (for imagefolder); remove"
+
+
+FOLDER = {"source": "imagefolder", "path": "mine"}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "problem"),
+    [
+        ({"source": "npz"}, "datasets.digits: 'path' is a required property"),
+        ({"source": "safetensors"}, "datasets.digits: 'path' is a required property"),
+        ({"source": "npz", "path": "a.npz", "image_size": 32}, "image_size do not fit source 'npz' (for imagefolder)"),
+        ({"layout": "grey", **FOLDER}, "layout do not fit source 'imagefolder' (for npz, safetensors); remove"),
+        ({"layout": "flat", "source": "npz", "path": "a.npz"}, "datasets.digits.layout: 'flat' is not one of"),
+        ({"orientation": "up", **FOLDER}, "datasets.digits.orientation: 'up' is not one of ['keep', 'apply']"),
+        ({"resize": 256, **FOLDER}, "resize 256 needs an image_size that is no larger, found None; set it"),
+        ({"resize": 99, "image_size": 100, **FOLDER}, "resize 99 needs an image_size that is no larger, found 100"),
+        ({"value_range": [255, 0], **FOLDER}, "expected value_range [black, white] to grow, found [255, 0]"),
+        ({"value_range": "auto", **FOLDER}, "datasets.digits.value_range: 'auto' is not valid"),
+        ({"value_range": [1], **FOLDER}, "datasets.digits.value_range: [1] is not valid"),
+    ],
+)
+def test_how_a_dataset_is_read_must_fit_together(dataset: dict[str, Any], problem: str) -> None:
+    assert problem in only_problem({"datasets": {"digits": dataset}})
+
+
+@pytest.mark.parametrize(
+    ("normalisation", "fits"),
+    [
+        ("imagenet", True),
+        ("cifar10", True),
+        ("cifar100", True),
+        (None, True),
+        ({"mean": [0.5], "std": [0.5]}, True),
+        ("imagenette", False),
+        ({"mean": [0.5]}, False),
+        (0.5, False),
+    ],
+)
+def test_a_normalisation_is_a_name_or_numbers(normalisation: Any, fits: bool) -> None:
+    found = problems({"networks": {"resnet8": {"normalisation": normalisation}}})
+    assert (found == []) == fits
+    assert all(problem.startswith("networks.resnet8.normalisation: ") for problem in found)
 
 
 def test_what_is_missing_is_named() -> None:
@@ -688,6 +730,17 @@ def test_the_state_of_a_folder_changes_with_its_files(tmp_path: Path) -> None:
     states.append(configuration.folder_state(folder))
     assert all(before != after for before, after in pairwise(states))
     assert states[-1] == configuration.folder_state(folder)
+
+
+def test_the_state_of_a_folder_changes_with_what_its_links_lead_to(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
+    for one in (folder, elsewhere):
+        one.mkdir()
+    (folder / "cat").symlink_to(elsewhere)
+    (folder / "again").symlink_to(folder)
+    before = configuration.folder_state(folder)
+    (elsewhere / "1.png").write_text("abc")
+    assert configuration.folder_state(folder) != before
 
 
 def test_a_file_and_nothing_at_all_have_no_state_as_a_folder(tmp_path: Path) -> None:

@@ -342,12 +342,72 @@ def test_diverging_training_is_a_clear_error_and_loses_nothing_done_before(copy_
 def test_a_file_that_is_no_image_is_named_and_leaves_no_output(tmp_path: Path) -> None:
     folder = copy_repository(tmp_path / "clone")
     (folder / "data/my-images/train/cat").mkdir(parents=True)
-    (folder / "data/my-images/train/cat/notes.txt").write_text("not an image")
+    (folder / "data/my-images/train/cat/notes.png").write_text("not an image")
     run = snakemake(folder, config="experiments/my-network.yaml")
     assert run.returncode != 0
     assert "1 files in 'data/my-images' are no readable images" in run.stderr
-    assert "notes.txt" in run.stderr
+    assert "notes.png" in run.stderr
     assert not list((folder / "results").glob("**/*.safetensors"))
+
+
+def test_a_table_in_an_npz_file_goes_through_the_whole_workflow(tmp_path: Path) -> None:
+    folder = copy_repository(tmp_path / "clone")
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], 100)
+    table = rng.normal(size=(300, 6)) + 2 * np.eye(6)[labels]
+    (folder / "data").mkdir(exist_ok=True)
+    np.savez(folder / "data/table.npz", features=table, labels=labels, classes=np.array(["ant", "bee", "cat"]))
+    (folder / "perceptron.py").write_text(
+        "from torch import nn\n\n\n"
+        "def perceptron(num_classes, in_channels):\n"
+        "    return nn.Sequential(nn.Linear(in_channels, 16), nn.ReLU(), nn.Linear(16, num_classes))\n"
+    )
+    config = yaml.safe_load((ROOT / TINY).read_text())
+    config |= {
+        "runs": [{"dataset": "table", "network": "perceptron"}],
+        "methods": ["two_phase_nsga2", "refitted"],
+        "datasets": {
+            "table": {
+                "source": "npz",
+                "path": "table.npz",
+                "calibration": 50,
+                "search": 60,
+                "test": 60,
+                "augmentation": {"crop": 0, "flip": False},
+            }
+        },
+        "networks": {
+            "perceptron": {
+                "architecture": "perceptron:perceptron",
+                "arguments": {},
+                "checkpoint": None,
+                "normalisation": None,
+                "exclude": [],
+            }
+        },
+    }
+    config["training"]["epochs"] = 10
+    config["finetune"]["methods"] = ["refitted"]
+    (folder / "table.yaml").write_text(yaml.safe_dump(config))
+    run = snakemake(folder, config="table.yaml")
+    assert run.returncode == 0, run.stdout + run.stderr
+    seed = folder / "results/table/perceptron/seed3"
+    metrics = json.loads((seed / "dense/metrics.json").read_text())
+    # Classes lie two deviations apart in a dimension each; guessing is right on a third.
+    assert metrics["accuracy"]["test"] > 0.7
+    assert (metrics["n_classes"], metrics["n_prunable"]) == (3, 6 * 16 + 16 * 3)
+    for method in ("two_phase_nsga2", "refitted"):
+        front = rows(seed / method / "front.csv")
+        assert min(float(row["test_error"]) for row in front) < 0.3
+    assert rows(seed / "refitted/finetuned.csv")
+    assert "refitted" in (folder / "results/report/index.html").read_text()
+    log = (folder / "results/logs/table/read_images.log").read_text()
+    assert "300 rows of a table of shape (6,), float32" in log
+    # What only images have is refused by the first step.
+    config["datasets"]["table"]["augmentation"]["flip"] = True
+    (folder / "table.yaml").write_text(yaml.safe_dump(config))
+    run = snakemake(folder, config="table.yaml")
+    assert "expected images to shift or mirror, found rows of a table" in run.stderr
 
 
 def planned_from_nothing(folder: Path, **changed: Any) -> dict[str, int]:

@@ -94,12 +94,12 @@ def each_method(file, methods):
 def dataset_settings(wildcards):
     """What decoding depends on; the sizes of the splits are not part of it."""
     dataset = config["datasets"][wildcards.dataset]
-    keys = ("source", "path", "image_size", "channels")
+    keys = ("source", *configuration.keys_of_source(dataset["source"]))
     return {key: dataset[key] for key in keys if key in dataset}
 
 
 def image_files(wildcards):
-    """The user's own images: an archive, or a folder."""
+    """The user's own data: a folder, an archive, or a file of arrays."""
     path = config["datasets"][wildcards.dataset].get("path")
     return [str(configuration.data_path(config, path))] if path else []
 

@@ -105,24 +105,25 @@ def split_images(
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Compute the mean and the standard deviation per channel of images scaled to [0, 1].
+    """Compute the mean and the standard deviation per channel, of a table per feature; 8 bits are scaled to [0, 1].
 
     Args:
-        images: uint8 (n, channels, height, width).
+        images: uint8 or float32 (n, channels, …), see `ImageSet.images`.
 
     Returns:
         Two tuples of length `channels`. A constant channel has standard deviation 1, so that it can be divided by.
     """
-    pixels = images.double() / 255
-    mean, std = pixels.mean(dim=(0, 2, 3)), pixels.std(dim=(0, 2, 3))
+    values = images.double() / 255 if images.dtype == torch.uint8 else images.double()
+    others = tuple(dim for dim in range(images.ndim) if dim != 1)
+    mean, std = values.mean(dim=others), values.std(dim=others)
     return tuple(mean.tolist()), tuple(torch.where(std > 0, std, torch.ones_like(std)).tolist())
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Scale images to [0, 1], subtract the mean and divide by the standard deviation, per channel.
+    """Scale 8-bit images to [0, 1], subtract the mean and divide by the standard deviation, per channel or feature.
 
     Args:
-        images: uint8 (n, channels, height, width).
+        images: uint8 or float32 (n, channels, …), see `ImageSet.images`.
         mean: One value per channel.
         std: One value per channel, positive.
 
@@ -137,8 +138,9 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
             f"expected {images.shape[1]} values in the normalisation's mean and std, one per channel, "
             f"found {len(mean)} and {len(std)}; correct `normalisation` of the network"
         )
-    shape = (1, -1, 1, 1)
-    return (images.float() / 255 - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+    shape = (1, -1, *[1] * (images.ndim - 2))
+    values = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    return (values - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ class LabelledImages:
     """One split, ready for a network.
 
     Attributes:
-        images: float32 (n, channels, height, width), normalised.
+        images: float32 (n, channels, height, width), normalised; signals (n, channels, length), tables (n, features).
         labels: int64 (n,).
     """
 

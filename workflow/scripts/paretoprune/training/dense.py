@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from paretoprune.data.datasets import ImageSet
+from paretoprune.data.normalisations import normalisation_of
 from paretoprune.data.splits import SPLITS, LabelledImages, Splits, channel_statistics
 from paretoprune.evaluation.metrics import predict, top1_error
 from paretoprune.masks.units import WeightUnits
@@ -38,8 +40,8 @@ def prepare_dense(
         images: File of the decoded images.
         splits: File of the splits.
         network: `architecture`, `arguments`, `checkpoint` (path or None), perhaps
-            `checkpoint_key` (dotted path to the weights in it), `normalisation` (with `mean` and `std`, or
-            None for the training images' own) and `exclude`.
+            `checkpoint_key` (dotted path to the weights in it), `normalisation` (a name, `mean` and
+            `std`, or None for the training images' own) and `exclude`.
         training: Fields of `Recipe`; not used with a checkpoint.
         seed: Fixes the initial weights and the training.
         device: Where to train.
@@ -61,14 +63,19 @@ def prepare_dense(
             )
         mean, std = channel_statistics(image_set.images[torch.from_numpy(indices.train)])
     else:
-        mean, std = tuple(normalisation["mean"]), tuple(normalisation["std"])
+        mean, std = normalisation_of(normalisation)
+        _check_range(image_set.images, normalisation)
     architecture = Architecture(
         network["architecture"], len(image_set.classes), image_set.images.shape[1], dict(network["arguments"])
     )
     data = LabelledImages.of(image_set, indices.train, mean, std)
     # Before it is trained, which may take hours.
     name = f"network '{architecture.name}'"
-    remedy = "give the dataset another `image_size` or `channels`, or choose another network"
+    remedy = (
+        "give the dataset another `image_size` or `channels`, or choose another network"
+        if data.images.ndim == 4
+        else "choose a network for such inputs, a factory of your own as package.module:function"
+    )
     found = inspect_network(
         architecture.build(seed), data.images, network["exclude"], name=name, remedy=remedy, trained=False
     )
@@ -101,6 +108,19 @@ def prepare_dense(
     compared.check()
     compared.report(log, architecture.name)
     return DenseNetwork(module, architecture, mean, std, found.exclude, found.adaptation)
+
+
+def _check_range(images: Tensor, normalisation: object) -> None:
+    """Refuse a normalisation by name, which is for images in [0, 1], for values beyond."""
+    if not isinstance(normalisation, str) or images.dtype == torch.uint8:
+        return
+    low, high = float(images.min()), float(images.max())
+    if images.ndim != 4 or low < 0 or high > 1:
+        raise ValueError(
+            f"normalisation '{normalisation}' is for images in [0, 1], found values from {low:g} to {high:g} of shape "
+            f"{tuple(images.shape[1:])}; give the dataset a `value_range`, or the network the `mean` and `std` that it "
+            "was trained with, or null for the training images' own"
+        )
 
 
 def measure_dense(dense: DenseNetwork, images: str, splits: str, device: torch.device) -> dict[str, Any]:

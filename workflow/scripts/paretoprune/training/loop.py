@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from paretoprune.data.datasets import check_augmentation
 from paretoprune.data.splits import LabelledImages
 from paretoprune.files import atomic_path
-from paretoprune.networks.architectures import to_channels_last
+from paretoprune.networks.architectures import channels_last, to_channels_last
 from paretoprune.networks.wrapping import copied, logits_of
 
 TRAINING_COLUMNS = ("epoch", "learning_rate", "loss", "train_error")
@@ -81,6 +82,8 @@ def augment(images: Tensor, crop: int, flip: bool, generator: torch.Generator) -
     Returns:
         Same shape.
     """
+    if not crop and not flip:
+        return images  # signals and tables too
     n, channels, height, width = images.shape
     if crop:
         padded = functional.pad(images, (crop,) * 4)
@@ -143,6 +146,7 @@ def train(
             f"expected at least two training images and a batch_size of at least 2, which batch norm needs, found "
             f"{len(data)} images and batch_size {recipe.batch_size}"
         )
+    check_augmentation(data.images, recipe.crop, recipe.flip)
     trainer = _Trainer(network, data, recipe, seed, masks or {}, teacher)
     origin = _origin(trainer.network, data, recipe, seed) if resume else ""
     history = _resume(resume, trainer.network, trainer.optimiser, origin) if resume else []
@@ -222,7 +226,7 @@ class _Trainer:
             rate = learning_rate(recipe, epoch + (step + 0.5) / len(batches))
             indices = batch.to(images.device)
             x = augment(images[indices], recipe.crop, recipe.flip, generator)
-            loss, wrong = self._step(x.contiguous(memory_format=torch.channels_last), labels[indices], rate)
+            loss, wrong = self._step(channels_last(x), labels[indices], rate)
             total_loss += loss * len(batch)
             if not math.isfinite(total_loss):
                 raise TrainingDivergedError(

@@ -3,7 +3,8 @@
 import copy
 import difflib
 import hashlib
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from paretoprune.importance.allocation import STARTS
 from paretoprune.repair.registry import REPAIR_REFITS
 from paretoprune.search.sparse_ea import n_groups_within
 from paretoprune.settings import AUTO, REFIT_GUIDE, ComparedMethod
+from paretoprune.workflow.sections import OWN_KEYS
 
 Config = Mapping[str, Any]
 # Keys of `search` and of the entries of `method_settings` by their old names, which go on working.
@@ -81,9 +83,7 @@ def _suggest(name: str, known: Mapping[str, Any]) -> str:
 
 def _broken_references(config: Config) -> Iterator[str]:
     for name, dataset in config["datasets"].items():
-        own = [key for key in ("path", "image_size", "channels") if key in dataset]
-        if own and dataset["source"] != "imagefolder":
-            yield f"datasets.{name}: {', '.join(own)} only fit source imagefolder, found '{dataset['source']}'; remove"
+        yield from _broken_dataset(name, dataset)
     for run in config["runs"]:
         for part in ("dataset", "network"):
             if run[part] not in config[f"{part}s"]:
@@ -105,6 +105,27 @@ def _broken_references(config: Config) -> Iterator[str]:
     for name in config["methods"]:
         if name in settings:
             yield from _broken_method(config, name)
+
+
+def keys_of_source(source: str) -> tuple[str, ...]:
+    """The keys of a dataset that say how it is read, beside its source."""
+    return OWN_KEYS.get(source, ())
+
+
+def _broken_dataset(name: str, dataset: Config) -> Iterator[str]:
+    """What does not fit together in how a dataset is read."""
+    source = dataset["source"]
+    every = dict.fromkeys(key for keys in OWN_KEYS.values() for key in keys if key != "augmentation")
+    if odd := [key for key in every if key in dataset and key not in keys_of_source(source)]:
+        where = [one for one, keys in OWN_KEYS.items() if set(odd) <= set(keys)]
+        fits = f" (for {', '.join(where)})" if where else ""
+        yield f"datasets.{name}: {', '.join(odd)} do not fit source '{source}'{fits}; remove"
+    size, resize = dataset.get("image_size"), dataset.get("resize")
+    if resize is not None and (size is None or resize < size):
+        yield f"datasets.{name}: resize {resize} needs an image_size that is no larger, found {size}; set it"
+    between = dataset.get("value_range")
+    if isinstance(between, Sequence) and not isinstance(between, str) and between[0] >= between[1]:
+        yield f"datasets.{name}: expected value_range [black, white] to grow, found {list(between)}; reorder it"
 
 
 def _broken_method(config: Config, name: str) -> Iterator[str]:
@@ -222,7 +243,14 @@ def folder_state(folder: Path) -> str:
     """A digest that changes when files in a folder are added, removed, moved or edited; empty for a file."""
     if not folder.is_dir():
         return ""
-    files = sorted((path.relative_to(folder).as_posix(), path.stat()) for path in folder.rglob("*") if path.is_file())
+    # Links to folders are followed, as reading does; one that leads back to a folder around it ends there.
+    found, seen = [], {os.path.realpath(folder)}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        inner = {name: os.path.realpath(Path(place, name)) for name in folders}
+        folders[:] = [name for name in folders if not (Path(place, name).is_symlink() and inner[name] in seen)]
+        seen.update(inner.values())
+        found += [Path(place, name) for name in names if Path(place, name).is_file()]
+    files = sorted((path.relative_to(folder).as_posix(), path.stat()) for path in found)
     states = repr([(name, state.st_size, state.st_mtime_ns) for name, state in files])
     return hashlib.blake2b(states.encode(), digest_size=16).hexdigest()
 

@@ -16,7 +16,7 @@ from paretoprune.importance.registry import SCORE_NEEDS
 from paretoprune.repair.registry import REPAIR_REFITS
 from paretoprune.settings import REFIT_GUIDE, Method, Settings
 from paretoprune.workflow.configuration import RENAMED
-from paretoprune.workflow.sections import NAME, Configuration, Dataset, Training
+from paretoprune.workflow.sections import NAME, OWN_KEYS, Configuration, Dataset, Training
 
 SCHEMA_FILE, REFERENCE_FILE = Path("workflow/schemas/config.schema.yaml"), Path("docs/configuration.md")
 # Names in registries of rooms that the settings stand below.
@@ -51,7 +51,7 @@ def _group(kind: type[Settings], *, complete: bool) -> dict[str, Any]:
         schema["required"] = needed
     schema["properties"] = {one.name: _value(one, types[one.name]) for one in fields(kind)}
     if kind is Dataset:
-        schema["if"] = {"properties": {"source": {"const": "imagefolder"}}}
+        schema["if"] = {"properties": {"source": {"enum": list(OWN_KEYS)}}}
         schema["then"] = {"required": ["path"]}
     return schema
 
@@ -153,6 +153,9 @@ def _rows(one: Field[Any], annotation: Any, prefix: str) -> Iterator[tuple[str, 
     if inner is Training and prefix:
         yield f"`{path}`", "", "any keys of `training`", one.metadata["description"]
         return
+    if "pattern" in one.metadata["rule"]:
+        # A group that a name can stand for.
+        yield f"`{path}`", _default_text(one), _values_text(_rule(one)), one.metadata["description"]
     path += {Mapping: ".<name>", Sequence: "[]"}.get(get_origin(annotation), "")
     # A method may have anything that `search` has.
     common = {field.name for field in fields(Method)} if issubclass(inner, Method) and inner is not Method else set()

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from paretoprune.data.normalisations import NORMALISATIONS
 from paretoprune.settings import SHARE, ComparedMethod, Method, Settings, meaning, setting
 
 # A name that can stand in a path.
@@ -52,16 +53,27 @@ class Augmentation(Settings):
     flip: bool = required("whether half of the images are mirrored left to right", type="boolean")
 
 
+# How each source of one's own data is read, in the words of `data.folders.ImageFolder` and `data.arrays.ArrayFile`.
+OWN_KEYS = {
+    "imagefolder": ("path", "image_size", "channels", "resize", "orientation", "value_range"),
+    "npz": ("path", "layout", "value_range", "augmentation"),
+    "safetensors": ("path", "layout", "value_range", "augmentation"),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Dataset(Settings):
-    """Images, and how they are divided."""
+    """Images, signals or a table, and how they are divided."""
 
     source: str = required(
-        "where images come from", enum=["digits", "cifar10", "cifar100", "fashion_mnist", "imagefolder"]
+        "where images come from: known sets, a folder or archive of images, or a file of arrays (images, signals, "
+        "tables)",
+        enum=["digits", "cifar10", "cifar100", "fashion_mnist", *OWN_KEYS],
     )
     path: str | None = setting(
         None,
-        "of an imagefolder: a directory with train/<class>/* and optionally test/<class>/*, or a tar archive of one",
+        "of an imagefolder: a directory with train/<class>/* and optionally test/<class>/* or val/<class>/*, or a tar "
+        "or zip archive of one; of npz and safetensors: the file with arrays images and labels, or train_images, …",
         type="string",
         minLength=1,
     )
@@ -72,7 +84,36 @@ class Dataset(Settings):
         minimum=4,
         maximum=1024,
     )
+    resize: int | None = setting(
+        None,
+        "of an imagefolder: pixels that the shorter side is scaled to before a square of `image_size` is cut out of "
+        "the centre, as torchvision does (256 and 224); null for `image_size`",
+        type=["integer", "null"],
+        minimum=4,
+        maximum=1024,
+    )
     channels: int | None = setting(None, "of an imagefolder: 3 for colour, 1 for grey", enum=[1, 3])
+    orientation: str = setting(
+        "keep",
+        "of an imagefolder: whether images with an orientation tag stay as they are stored, as in torchvision, or are "
+        "turned",
+        enum=["keep", "apply"],
+    )
+    value_range: str | Sequence[float] = setting(
+        "type",
+        "of one's own images: what black and white are, where they have not 8 bits: the range of their type, the "
+        "smallest and largest value of the dataset, or two numbers",
+        oneOf=[
+            {"enum": ["type", "data"]},
+            {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2},
+        ],
+    )
+    layout: str | None = setting(
+        None,
+        "of npz and safetensors: where images and signals have their channels, or that images (n, height, width) have "
+        "none; null where the shape says it",
+        enum=["channels_first", "channels_last", "grey", None],
+    )
     calibration: float = required(
         "images that statistics and repairs see, never their labels: a whole number, or a share of the training images",
         **SIZE,
@@ -134,9 +175,12 @@ class Network(Settings):
         "true where the checkpoint was not trained on the search images, so that their labels can be trusted",
         type="boolean",
     )
-    normalisation: Normalisation | None = field(
+    normalisation: Normalisation | str | None = field(
         metadata=meaning(
-            "of images scaled to [0, 1], per channel; null for the training images' own", type=["object", "null"]
+            f"of images scaled to [0, 1], per channel: {', '.join(NORMALISATIONS)}, or `mean` and `std`; null for the "
+            "training images' own",
+            type=["object", "string", "null"],
+            pattern=f"^({'|'.join(NORMALISATIONS)})$",
         )
     )
     exclude: Sequence[str] = required(
