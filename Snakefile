@@ -1,11 +1,21 @@
 """paretoprune: dense network -> importance -> Phase 1 -> anchors -> Phase 2 -> fine-tuning -> report."""
 
+from pathlib import Path
+
 from snakemake.utils import min_version
 
 min_version("9.8")
 
 
-configfile: "config.yaml"
+# From any folder: the defaults beside this file, and what a config.yaml in the working folder changes.
+configfile: f"{workflow.basedir}/config.yaml"
+
+
+if Path("config.yaml").is_file() and not Path("config.yaml").samefile(
+    f"{workflow.basedir}/config.yaml"
+):
+
+    configfile: "config.yaml"
 
 
 include: "workflow/rules/common.smk"

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from paretoprune.networks.architectures import CIFAR_RESNET_DEPTHS, Architecture, BasicBlock, CifarResNet
+from paretoprune.networks.architectures import Architecture, BasicBlock, CifarResNet
+from paretoprune.networks.names import CIFAR_RESNETS
 from small_networks import numpy_state, states_equal
 from torch import nn
 
@@ -92,10 +93,10 @@ def test_channels_and_classes_are_those_asked_for(channels: int, classes: int, s
 
 
 def test_every_listed_depth_can_be_built_by_name() -> None:
-    for depth in CIFAR_RESNET_DEPTHS:
-        network = Architecture(f"resnet{depth}", 2, 1, {"base_width": 1}).build()
+    for name in CIFAR_RESNETS:
+        network = Architecture(name, 2, 1, {"base_width": 1}).build()
         convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-        assert len(convolutions) == depth
+        assert len(convolutions) == int(name.removeprefix("resnet"))
 
 
 def test_a_seed_fixes_the_weights() -> None:

@@ -292,6 +292,10 @@ def scripted(path: Path) -> None:
         (lambda path: torch.save({"epoch": 1, "model": network()}, path), "`model` is an object, .*CifarResNet"),
         (lambda path: torch.save({"ema": network(), "epoch": 1}, path), "`ema` is an object, .*CifarResNet"),
         (
+            lambda path: torch.save({"net": network()}, path, _use_new_zipfile_serialization=False),
+            "`net` is an object, .*CifarResNet",
+        ),
+        (
             lambda path: torch.save({"state_dict": PLAIN, "settings": Settings()}, path),
             "beside weights it holds `settings`, an object, .*Settings",
         ),

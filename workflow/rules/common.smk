@@ -9,17 +9,23 @@ sys.path.insert(0, str(SCRIPTS))
 
 from paretoprune.importance.registry import SCORE_NEEDS
 from paretoprune.workflow import configuration
+from paretoprune.workflow.resolving import resolved
 from paretoprune.workflow.reruns import import_closure
 from paretoprune.workflow.schema import configuration_schema
+from paretoprune.workflow.trial import unbuildable_networks
 
+schema = configuration_schema()
+typed = resolved(configuration.with_new_names(config), schema)
 try:
-    configuration.check_configuration(config, configuration_schema())
+    configuration.check_configuration(typed, schema)
+    # Not again in every job: it takes seconds.
+    if workflow.is_main_process and (problems := list(unbuildable_networks(typed))):
+        raise configuration.ConfigurationError.of(problems)
 except configuration.ConfigurationError as error:
     raise WorkflowError(str(error)) from None
 # In place: Snakemake and all rules hold this one dictionary.
-renamed = configuration.with_new_names(config)
 config.clear()
-config.update(renamed)
+config.update(typed)
 
 RESULTS = config["results_directory"]
 IMAGES = f"{RESULTS}/{{dataset}}/data/images.safetensors"

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from paretoprune.networks.names import CIFAR_RESNETS, FROM_IMAGES
 from paretoprune.networks.wrapping import unwrapped
-
-CIFAR_RESNET_DEPTHS = (8, 20, 32, 44, 56, 110)
 
 
 class BasicBlock(nn.Module):
@@ -155,9 +154,9 @@ class Architecture:
 
 def _factory(name: str) -> tuple[Any, tuple[str, ...]]:
     """The constructor behind a name, and which of num_classes and in_channels it takes."""
-    if name in {f"resnet{depth}" for depth in CIFAR_RESNET_DEPTHS}:
+    if name in CIFAR_RESNETS:
         depth = int(name.removeprefix("resnet"))
-        return lambda **arguments: CifarResNet(depth, **arguments), ("num_classes", "in_channels")
+        return lambda **arguments: CifarResNet(depth, **arguments), FROM_IMAGES
     if ":" in name and not name.startswith("torchvision:"):
         return _user_factory(name)
     return _torchvision_factory(name.removeprefix("torchvision:"))
@@ -173,7 +172,7 @@ def _user_factory(path: str) -> tuple[Any, tuple[str, ...]]:
             "from the folder where snakemake is started, or be installed"
         ) from error
     parameters = inspect.signature(factory).parameters
-    return factory, tuple(k for k in ("num_classes", "in_channels") if k in parameters)
+    return factory, tuple(k for k in FROM_IMAGES if k in parameters)
 
 
 def _torchvision_factory(name: str) -> tuple[Any, tuple[str, ...]]:
@@ -183,7 +182,7 @@ def _torchvision_factory(name: str) -> tuple[Any, tuple[str, ...]]:
     if name not in known:
         raise ValueError(
             f"expected the name of a network, found '{name}'; give one of "
-            f"{', '.join(f'resnet{depth}' for depth in CIFAR_RESNET_DEPTHS)}, a torchvision classifier "
+            f"{', '.join(CIFAR_RESNETS)}, a torchvision classifier "
             f"({', '.join(known[:3])}, …), or a factory as package.module:function"
         )
     return models.get_model_builder(name), ("num_classes",)

@@ -222,7 +222,8 @@ def _in_pickle(data: bytes) -> tuple[list[str], bool, str, list[str]]:
         Names that torch does not take for plain data; whether the first is the outermost object; the text before the
         first, as a rule the key at which it lies; all texts up to the end.
     """
-    if data.startswith(b"PK"):
+    old = not data.startswith(b"PK")
+    if not old:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
             try:
@@ -241,7 +242,10 @@ def _in_pickle(data: bytes) -> tuple[list[str], bool, str, list[str]]:
                 if "GLOBAL" in code.name:
                     name = ".".join(str(value).split(" ")) if code.name == "GLOBAL" else ".".join(texts[-2:])
                     if not _is_plain(name):
-                        whole, key = (n_codes == 0, texts[-1] if texts else "") if not found else (whole, key)
+                        if not found:
+                            # The old format puts the word `module` between a key and the class of what lies there.
+                            before = texts[:-1] if old and texts[-1:] == ["module"] else texts
+                            whole, key = n_codes == 0, before[-1] if before else ""
                         found.append(name)
                 elif isinstance(value, str):
                     texts.append(value)

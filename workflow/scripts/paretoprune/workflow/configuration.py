@@ -4,7 +4,7 @@ import copy
 import difflib
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import jsonschema
 
 from paretoprune.importance.allocation import STARTS
+from paretoprune.networks.names import broken_architecture
 from paretoprune.repair.registry import REPAIR_REFITS
 from paretoprune.search.sparse_ea import n_groups_within
 from paretoprune.settings import AUTO, REFIT_GUIDE, ComparedMethod
@@ -24,6 +25,12 @@ RENAMED = {"ladder": "densities", "refine": "sequential_refit", "objective": "ob
 
 class ConfigurationError(ValueError):
     """The configuration cannot be used; the message lists every problem found."""
+
+    @classmethod
+    def of(cls, problems: Iterable[str]) -> "ConfigurationError":
+        """With a line for each problem."""
+        lines = [f"\n  - {problem}" for problem in dict.fromkeys(problems)]
+        return cls(f"the configuration has {len(lines)} problem(s):{''.join(lines)}")
 
 
 def check_configuration(config: Config, schema: Config) -> None:
@@ -42,8 +49,7 @@ def check_configuration(config: Config, schema: Config) -> None:
     # References are only worth following in a configuration whose shape is right.
     problems = problems or list(_broken_references(config)) or list(_missing_files(config))
     if problems:
-        lines = "".join(f"\n  - {problem}" for problem in dict.fromkeys(problems))
-        raise ConfigurationError(f"the configuration has {len(dict.fromkeys(problems))} problem(s):{lines}")
+        raise ConfigurationError.of(problems)
 
 
 def with_new_names(config: Config) -> dict[str, Any]:
@@ -82,6 +88,13 @@ def _suggest(name: str, known: Mapping[str, Any]) -> str:
 
 
 def _broken_references(config: Config) -> Iterator[str]:
+    for key in ("results_directory", "data_directory"):
+        if set("{}") & set(config[key]):
+            yield f"{key}: braces are wildcards to Snakemake, found '{config[key]}'; choose a name without them"
+    for name in dict.fromkeys(run["network"] for run in config["runs"] if run["network"] in config["networks"]):
+        network = config["networks"][name]
+        if problem := broken_architecture(network["architecture"], network["arguments"]):
+            yield f"networks.{name}.architecture: {problem}"
     for name, dataset in config["datasets"].items():
         yield from _broken_dataset(name, dataset)
     for run in config["runs"]:

@@ -240,11 +240,15 @@ class Configuration(Settings):
     """A whole configuration."""
 
     results_directory: str = setting(
-        "results", "folder of all results, logs and the report", type="string", minLength=1
+        "results",
+        "folder of all results, logs and the report, in the folder where snakemake is started unless it is absolute or "
+        "begins with ~; no braces",
+        type="string",
+        minLength=1,
     )
     data_directory: str = setting(
         "data",
-        "where downloads go and where relative paths of datasets and checkpoints start",
+        "where downloads go and where relative paths of datasets and checkpoints start; lies like `results_directory`",
         type="string",
         minLength=1,
     )
