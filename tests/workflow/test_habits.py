@@ -232,12 +232,13 @@ def test_what_factories_return_is_known_before_anything_starts(tmp_path: Path, m
     (tmp_path / "built.py").write_text(BUILT)
     monkeypatch.chdir(tmp_path)
     names = ("nothing", "words", "two", "weights", "raises", "cls", "good")
-    networks = {name: (f"built:{name}", {}) for name in names} | {
+    networks: dict[str, tuple[str, dict[str, Any]]] = {name: (f"built:{name}", {}) for name in names} | {
         "plain": ("resnet8", {}),
         "typo": ("torchvision:resnet18", {"width_pergroup": 3}),
         "fine": ("torchvision:resnet18", {"zero_init_residual": True}),
     }
-    found = dict(line.split(": ", 1) for line in unbuildable_networks(with_networks("digits", **networks)))
+    lines = list(unbuildable_networks(with_networks("digits", **networks)))
+    found = {line.partition(": ")[0]: line for line in lines}
     assert set(found) == {
         f"networks.{name}.architecture" for name in ("nothing", "words", "two", "weights", "raises", "cls", "typo")
     }
