@@ -3,7 +3,8 @@
 import logging
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from paretoprune.networks.guessing import compare_with_guessing, images_to_compa
 from paretoprune.networks.inspection import Inspection, inspect_network
 from paretoprune.options import (
     LARGEST_SEED,
+    defaults_of,
     objective_names,
     patterns,
     repair_name,
@@ -33,16 +35,20 @@ from paretoprune.options import (
     whole_number,
 )
 from paretoprune.repair.repairs import repair_named
-from paretoprune.search.problem import Effort
+from paretoprune.search.problem import Effort, Progress
 from paretoprune.settings import REFIT_GUIDE, Anchors, Budget, Phase1, Phase2, Publishing, Searching
 from paretoprune.stages.anchors import find_anchors
 from paretoprune.stages.candidates import Setup
 from paretoprune.stages.phase1 import find_thresholds
 from paretoprune.stages.phase2 import refine_bits
 from paretoprune.stages.publish import publish
+from paretoprune.stages.slim import SlimSearch, find_slim_networks, least_starts
+from paretoprune.structured.judging import SlimTask
+from paretoprune.structured.units import ChannelUnits, slim_costs
 
 START_DENSITIES = (0.8, 0.5, 0.3, 0.2, 0.1)
 N_CALIBRATION = 512
+N_SLIM_CALIBRATION = 1024
 N_GRADIENT_IMAGES = 256
 PREFIX_CACHE_MB = 1000
 BATCH_SIZE = 64
@@ -71,13 +77,14 @@ def pareto_prune(
     *,
     search_images: Any = None,
     search_labels: Any = None,
-    repair: str = "batchnorm",
-    evaluations: float = 2000,
+    units: str = "weights",
+    repair: str | None = None,
+    evaluations: float | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
     workers: int | None = None,
     progress: bool = True,
-    objectives: Sequence[str] = ("error", "density"),
+    objectives: Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
     max_images: int = MAX_IMAGES,
 ) -> Front:
@@ -96,18 +103,21 @@ def pareto_prune(
         search_images: Images to evaluate candidates on, which the network was not trained on, in any of these forms;
             without them a fifth of `images` (at most 2,000) is held out.
         search_labels: Their labels; given exactly when `search_images` is, and yields none.
+        units: What is removed in one piece: `weights` leaves networks of the same shape with zeros in them; `channels`
+            (with attention heads, and branches beside shortcuts) physically smaller and faster ones.
         repair: What is put right in each candidate before it is evaluated: `batchnorm` corrects batch-norm statistics,
             `reconstruct` re-fits the kept weights in closed form first (and the finished networks once more, layer by
-            layer), `none` nothing.
-        evaluations: Candidates to evaluate, a whole number.
+            layer), `none` nothing. By default `batchnorm` for weights, and `reconstruct` for channels.
+        evaluations: Candidates to evaluate, a whole number; by default 2,000 for weights, and 300 for channels.
         seed: Fixes every draw; equal calls on one machine give equal fronts.
         device: Where to compute; by default a GPU where there is one.
         workers: Processes to evaluate candidates with on a CPU; by default one for each core. The front does not
             depend on it.
         progress: Whether to show a progress bar.
         objectives: What is minimised: a loss (`error`, or `divergence` from the dense network's answers) and one or two
-            costs (`density`, `parameters`, `macs`, `bytes`), each relative to the dense network.
-        exclude: Shell patterns of weights that stay dense, such as `head.*`.
+            costs (`density`, `parameters`, `macs`, `bytes`, and for channels `memory`, the largest activations), each
+            relative to the dense network. By default error and density for weights, divergence and macs for channels.
+        exclude: Shell patterns of weights that stay dense, such as `head.*`; for channels, of layers that stay whole.
         max_images: Taken from a DataLoader or Dataset, at most; what is left out is said.
 
     Returns:
@@ -118,40 +128,44 @@ def pareto_prune(
     Raises:
         ValueError: Images, labels, options or network cannot be used; the message says what was expected.
     """
-    (loss, costs), exclude = objective_names(objectives), patterns("exclude", exclude)
-    evaluations, seed = whole_number("evaluations", evaluations), whole_number("seed", seed, 0, LARGEST_SEED)
+    defaults = defaults_of(units)
+    objectives = defaults.objectives if objectives is None else objectives
+    (loss, costs), exclude = objective_names(objectives, defaults.costs), patterns("exclude", exclude)
+    evaluations = whole_number("evaluations", defaults.evaluations if evaluations is None else evaluations)
+    seed, repair = whole_number("seed", seed, 0, LARGEST_SEED), repair_name(repair or defaults.repair)
     max_images, workers = whole_number("max_images", max_images, 1), _processes(workers)
     progress, device = truth("progress", progress), usable_device(device)
-    refits = repair_named(repair_name(repair)).refits
+    refits = repair_named(repair).refits
     phase1, anchors, phase2 = REFITTED if refits else MASKED
     budget, population = Budget(evaluations, phase1.share), int(np.clip(evaluations // 20, 8, 40))
-    needed = 2 * phase1.least_evaluations(population)
+    needed = 2 * (least_starts(repair) + population if units == "channels" else phase1.least_evaluations(population))
     if evaluations < needed:
         raise ValueError(
             f"expected at least {needed} evaluations, half of them for Phase 1: the classical allocations, one "
             f"population{' and members chosen anew' if refits else ''}; found {evaluations}"
         )
     train, search = gather_splits(images, labels, search_images, search_labels, max_images=max_images, seed=seed)
-    inspected = _look_at(network, train, search, exclude)
-    network, units, n_classes = inspected.network, inspected.units, inspected.n_classes
+    inspected = _look_at(network, train, search, () if units == "channels" else exclude)
+    if units == "channels":
+        effort = Effort(evaluations, population, seed)
+        wanted = (loss, *costs)
+        front = _slim(inspected.network, train, search, wanted, exclude, repair, effort, device, workers, progress)
+        return replace(front, dense=inspected.bare())
+    network, layout, n_classes = inspected.network, inspected.units, inspected.n_classes
     order = np.random.default_rng(seed).permutation(len(train))
     calibration = train.images[order[:N_CALIBRATION]]
-    statistics = collect_statistics(network, units, calibration, seed=seed, device=device) if refits else None
-    task = Task(network, units, search.images, search.labels, calibration, statistics)
+    statistics = collect_statistics(network, layout, calibration, seed=seed, device=device) if refits else None
+    task = Task(network, layout, search.images, search.labels, calibration, statistics)
     searching = Searching(repair=repair, objective=loss, costs=tuple(costs))
     compute = searching.compute(str(device), workers, PREFIX_CACHE_MB)
     sample = train.images[order[:N_GRADIENT_IMAGES]], train.labels[order[:N_GRADIENT_IMAGES]]
     followed = [STARTS[name][1] for name in phase1.starts]
     names = dict.fromkeys(name for name in (phase2.guides[0], *followed, *phase2.guides) if name != REFIT_GUIDE)
     scores = {
-        name: flat_scores(compute_importance(name, network, units, *sample, seed, statistics), units) for name in names
+        name: flat_scores(compute_importance(name, network, layout, *sample, seed, statistics), layout)
+        for name in names
     }
-    with tqdm(total=evaluations, desc="pareto_prune", unit="network", disable=not progress) as bar:
-
-        def show(row: dict[str, object]) -> None:
-            bar.set_postfix(stage=row["stage"], hypervolume=f"{row['hypervolume']:.4f}")
-            bar.update(int(str(row["evaluations"])) - bar.n)
-
+    with _shown(evaluations, progress) as show:
         setup = Setup(task, searching, compute, show)
         found = find_thresholds(setup, scores, phase1, Effort(budget.phase1, population, seed))
         dense_loss = top1_error(predict(network, search.images, BATCH_SIZE), search.labels) if loss == "error" else 0.0
@@ -161,6 +175,42 @@ def pareto_prune(
         found = refine_bits(setup, guides, found.front.masks.select(chosen), found, phase2, effort)
     front = publish(found.front, setup, Publishing())
     return replace(front, dense=inspected.bare())
+
+
+@contextmanager
+def _shown(evaluations: int, progress: bool) -> Iterator[Progress]:
+    """A bar that follows the rows of a search's history."""
+    with tqdm(total=evaluations, desc="pareto_prune", unit="network", disable=not progress) as bar:
+
+        def show(row: dict[str, Any]) -> None:
+            bar.set_postfix(stage=row["stage"], hypervolume=f"{row['hypervolume']:.4f}")
+            bar.update(int(row["evaluations"]) - bar.n)
+
+        yield show
+
+
+def _slim(
+    network: nn.Module,
+    train: LabelledImages,
+    search: LabelledImages,
+    objectives: Sequence[str],
+    exclude: Sequence[str],
+    repair: str,
+    effort: Effort,
+    device: torch.device,
+    workers: int,
+    progress: bool,
+) -> Front:
+    """The front of smaller networks."""
+    units = ChannelUnits.of(network, train.images[:1], exclude)
+    units.report(_LOGGER, network)
+    order = np.random.default_rng(effort.seed).permutation(len(train))
+    calibration = train.images[order[:N_SLIM_CALIBRATION]]
+    costs = slim_costs(objectives[1:], units, network, train.images[:1])
+    task = SlimTask(network, units, search.images, search.labels, calibration)
+    settings = SlimSearch(repair, objectives[0], n_processes=1 if device.type == "cuda" else workers)
+    with _shown(effort.evaluations, progress) as show:
+        return find_slim_networks(task.to(device), costs, settings, effort, progress=show)
 
 
 def _processes(workers: Any) -> int:

@@ -280,20 +280,31 @@ class Front:
             return self
         return self.select(hypervolume_subset(self.objectives, size, sparsities, self.reference))
 
-    def closest(self, *, sparsity: float) -> int:
-        """Index of the member of the nearest sparsity; of two equally near ones, that of less error.
+    def closest(self, *, sparsity: float | None = None, **cost: float) -> int:
+        """Index of the member of the nearest sparsity or cost; of two equally near ones, that of less error.
 
         Args:
-            sparsity: Share of the prunable weights removed, 0 to 1.
+            sparsity: Share of the prunable units removed, 0 to 1.
+            cost: Instead of it, one of the front's costs relative to the dense network, such as `macs=0.5`.
 
         Raises:
-            ValueError: `sparsity` is not between 0 and 1, or the front is empty.
+            ValueError: There is not one of the two, the front has no such cost, a share is not between 0 and 1, or the
+                front is empty.
         """
-        if not 0 <= sparsity <= 1:
-            raise ValueError(f"expected a sparsity between 0 and 1, found {sparsity}; 80 % is 0.8")
+        named = {**({} if sparsity is None else {"sparsity": sparsity}), **cost}
+        unknown = [name for name in cost if name not in self.names[1:]]
+        if len(named) != 1 or unknown:
+            raise ValueError(
+                f"expected a sparsity, or one of the costs {', '.join(self.names[1:])}, found "
+                f"{', '.join(named) or 'nothing'}; for instance closest(sparsity=0.8)"
+            )
+        ((name, wanted),) = named.items()
+        if not 0 <= wanted <= 1:
+            raise ValueError(f"expected a {name} between 0 and 1, found {wanted}; 80 % is 0.8")
         if not len(self):
             raise ValueError("the front has no members")
-        return int(np.lexsort((self.error, np.abs(self.sparsity - sparsity)))[0])
+        found = self.sparsity if name == "sparsity" else self.objectives[:, self.names.index(name)]
+        return int(np.lexsort((self.error, np.abs(found - wanted)))[0])
 
     def knee(self) -> int:
         """Index of the knee of the front."""
@@ -314,9 +325,14 @@ class Front:
                 "Front.load(path, network), or load the member's state from networks.safetensors with "
                 "paretoprune.tensors.load_networks"
             )
-        network = copy.deepcopy(self.dense)
-        network.load_state_dict(self.states[index])
-        return network
+        network, state = copy.deepcopy(self.dense), self.states[index]
+        whole = network.state_dict()
+        if whole.keys() == state.keys() and all(whole[key].shape == state[key].shape for key in whole):
+            network.load_state_dict(state)
+            return network
+        from paretoprune.networks.shapes import with_state
+
+        return with_state(network, state)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The front as plain arrays for an npz file; without names if the objectives are error and density."""

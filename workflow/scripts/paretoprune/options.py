@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,44 @@ import torch
 from paretoprune.networks.costs import COSTS
 from paretoprune.repair.repairs import REPAIRS
 from paretoprune.settings import LOSSES
+from paretoprune.structured.units import SLIM_COSTS
 
 LARGEST_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What `pareto_prune` does where nothing is said, for one kind of units.
+
+    Attributes:
+        repair: The repair.
+        evaluations: Number of candidates.
+        objectives: The loss, and a cost.
+        costs: Costs that these units can have.
+    """
+
+    repair: str
+    evaluations: int
+    objectives: tuple[str, ...]
+    costs: tuple[str, ...]
+
+
+UNITS = {
+    "weights": Defaults("batchnorm", 2000, ("error", "density"), tuple(COSTS)),
+    # A candidate takes seconds, as it is re-fitted layer by layer; on a few hundred images the divergence says more.
+    "channels": Defaults("reconstruct", 300, ("divergence", "macs"), tuple(SLIM_COSTS)),
+}
+
+
+def defaults_of(units: Any) -> Defaults:
+    """The defaults for a kind of units.
+
+    Raises:
+        ValueError: There is no such kind.
+    """
+    if not isinstance(units, str) or units not in UNITS:
+        raise ValueError(f"expected `units` among {', '.join(UNITS)}, found {units!r}; choose one")
+    return UNITS[units]
 
 
 def whole_number(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
@@ -56,8 +93,8 @@ def repair_name(value: Any) -> str:
     return value
 
 
-def objective_names(values: Any) -> tuple[str, list[str]]:
-    """The loss, and the costs.
+def objective_names(values: Any, known: Sequence[str] = tuple(COSTS)) -> tuple[str, list[str]]:
+    """The loss, and the costs, which are among those that are known.
 
     Raises:
         ValueError: They are no loss and one or two costs, or unknown.
@@ -73,9 +110,9 @@ def objective_names(values: Any) -> tuple[str, list[str]]:
         raise ValueError(
             f"`objectives`: expected a loss among {', '.join(LOSSES)} as first objective, found '{loss}'; {usage}"
         )
-    unknown = [cost for cost in costs if cost not in COSTS]
+    unknown = [cost for cost in costs if cost not in known]
     if unknown:
-        raise ValueError(f"`objectives`: expected costs among {', '.join(COSTS)}, found {', '.join(unknown)}; {usage}")
+        raise ValueError(f"`objectives`: expected costs among {', '.join(known)}, found {', '.join(unknown)}; {usage}")
     return loss, costs
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from paretoprune.networks.architectures import has_running_statistics
+from paretoprune.networks.shapes import Emptied
 from paretoprune.networks.wrapping import adaptation_of, copied, copy_inputs, hooks_of, logits_of
 
 
@@ -184,7 +185,7 @@ class _Tracer(fx.Tracer):
         return adapted, args
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, _BatchNorm | Emptied) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _make_pure(nodes: list[fx.Node], modules: dict[str, nn.Module]) -> None:

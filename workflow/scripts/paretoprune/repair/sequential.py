@@ -32,7 +32,7 @@ BATCH_SIZE = 64
 # Samples of a layer's columns, for each of its columns: so many output positions of all images are looked at.
 SAMPLES_PER_COLUMN = 64
 # A channel whose normalised output hardly depends on the convolution cannot make up for a shortcut.
-_LEAST_SCALE = 1e-3
+LEAST_SCALE = 1e-3
 Registers = dict[fx.Node, Any]
 
 
@@ -133,26 +133,26 @@ class _Pass:
     def _convolution(self, step: Convolution, before: Registers, after: Registers) -> tuple[Tensor, Tensor]:
         dense, pruned = self._dense_modules[step.module], self._modules[step.module]
         x, x_pruned = before[step.input], after[step.input]
-        y = aim = _in_batches(dense, x)
+        y = aim = in_batches(dense, x)
         norm = None if step.norm is None else self._dense_modules[step.norm]
         if step.other is not None:
             missing = before[step.other] - after[step.other]
             if norm is not None:
                 scale = torch.rsqrt(norm.running_var + norm.eps)
                 scale = scale if norm.weight is None else scale * norm.weight
-                able = scale.abs() > _LEAST_SCALE * scale.abs().max()
+                able = scale.abs() > LEAST_SCALE * scale.abs().max()
                 missing = missing * torch.where(able, 1 / scale, 0.0).view(1, -1, 1, 1)
             missing = missing.expand(torch.broadcast_shapes(missing.shape, y.shape))
             # One output that is added in many places can make up for their mean.
             wider = [i for i, size in enumerate(y.shape) if size < missing.shape[i]]
             aim = y + (missing.mean(dim=wider, keepdim=True) if wider else missing)
         self._fit(step.module, x_pruned, aim)
-        y_pruned = _in_batches(pruned, x_pruned)
+        y_pruned = in_batches(pruned, x_pruned)
         if step.norm is not None and norm is not None:
             self._correct(step.norm, channel_moments(aim), channel_moments(y_pruned))
         return (
-            _completed(y, norm, None if step.other is None else before[step.other], step.relu),
-            _completed(
+            completed(y, norm, None if step.other is None else before[step.other], step.relu),
+            completed(
                 y_pruned,
                 None if step.norm is None else self._modules[step.norm],
                 None if step.other is None else after[step.other],
@@ -230,11 +230,12 @@ def _module_of(step: Convolution | Call) -> str | None:
     return str(step.output.target) if step.output.op == "call_module" else None
 
 
-def _in_batches(module: nn.Module, x: Tensor) -> Tensor:
+def in_batches(module: nn.Module, x: Tensor) -> Tensor:
+    """What a module makes of many images, batch by batch."""
     return torch.cat([module(batch) for batch in x.split(BATCH_SIZE)])
 
 
-def _completed(y: Tensor, norm: nn.Module | None, other: Tensor | None, relu: bool) -> Tensor:
+def completed(y: Tensor, norm: nn.Module | None, other: Tensor | None, relu: bool) -> Tensor:
     """Outputs of a convolution after its batch norm, shortcut and ReLU; in place where they keep their shape."""
     if other is not None and torch.broadcast_shapes(y.shape, other.shape) != y.shape:
         y = (y if norm is None else norm(y)) + other

@@ -25,6 +25,7 @@ def search(
     phase1: Phase1 | None = None,
     anchors: Anchors | None = None,
     phase2: Phase2 | None = None,
+    starts: Sequence[np.ndarray] | None = None,
 ) -> SearchResult:
     """Search a large binary problem along importance that is known beforehand, in two phases.
 
@@ -50,6 +51,8 @@ def search(
         anchors: Tolerances and the number of corridors; with 0 corridors Phase 2 searches all masks. None for the
             defaults.
         phase2: Algorithm and moves; `guides` is not used. None for the defaults.
+        starts: The masks that Phase 1 starts from, as numbers of units to keep, each int (n_groups,); None for those
+            above.
 
     Returns:
         All evaluated masks that no other one dominates, cheapest first, and the history of both phases.
@@ -66,7 +69,8 @@ def search(
     phase1 = phase1 or Phase1(start_densities=START_DENSITIES)
     anchors, phase2 = anchors or Anchors(), phase2 or Phase2()
     budget = Budget(effort.evaluations, phase1.share)
-    starts = starting_counts(guides[0], problem.units, phase1.start_densities)
+    if starts is None:
+        starts = starting_counts(guides[0], problem.units, phase1.start_densities)
     coarse = search_thresholds(problem, guides[0], starts, phase1, replace(effort, evaluations=budget.phase1))
     remaining = budget.phase2(coarse.history[-1]["evaluations"])
     if not remaining:

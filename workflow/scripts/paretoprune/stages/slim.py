@@ -1,0 +1,129 @@
+"""Both phases on units that can be cut: from a trained network to a front of smaller ones."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from paretoprune.fronts import Front, non_dominated
+from paretoprune.importance.layer_statistics import collect_statistics
+from paretoprune.masks.units import WeightUnits, ranks_within_groups
+from paretoprune.objectives import Cost
+from paretoprune.search.problem import Effort, Problem, Progress
+from paretoprune.search.two_phase import search
+from paretoprune.settings import Anchors, Phase1, Phase2
+from paretoprune.structured.allocation import cheapest_within, loss_curves, measured_curves, uniform_within
+from paretoprune.structured.elimination import elimination_scores
+from paretoprune.structured.importance import group_magnitude
+from paretoprune.structured.judging import SlimJudge, SlimTask
+
+# Costs, relative to the whole network, at which allocations are put into the first population.
+START_COSTS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+# Calibration images on which each coupling alone is measured.
+N_MEASURING_IMAGES = 256
+_LOGGER = logging.getLogger("paretoprune")
+
+
+def least_starts(repair: str) -> int:
+    """Starting points of a search, at most."""
+    return 1 + len(START_COSTS) * (2 if repair == "none" else 3)
+
+
+@dataclass(frozen=True)
+class SlimSearch:
+    """How small networks are searched.
+
+    Attributes:
+        repair: `none`, `batchnorm` or `reconstruct`.
+        loss: `error` or `divergence`.
+        n_candidate_images: Calibration images that candidates are repaired on.
+        n_processes: Processes to evaluate candidates with.
+        front_size: Members that are finished, at most.
+        measures: Whether what each coupling loses alone is measured, for starting points.
+    """
+
+    repair: str = "reconstruct"
+    loss: str = "divergence"
+    n_candidate_images: int = 384
+    n_processes: int = 1
+    front_size: int = 30
+    measures: bool = True
+
+
+def find_slim_networks(
+    task: SlimTask,
+    costs: Sequence[Cost],
+    settings: SlimSearch,
+    effort: Effort,
+    *,
+    phase1: Phase1 | None = None,
+    anchors: Anchors | None = None,
+    phase2: Phase2 | None = None,
+    progress: Progress | None = None,
+) -> Front:
+    """Search small networks, and finish those of the front.
+
+    Args:
+        task: What is cut, and the images.
+        costs: The other objectives, one or two.
+        settings: How candidates are repaired and measured.
+        effort: Number of candidates, population, seed.
+        phase1: Settings of Phase 1; None for the defaults.
+        anchors: Settings of the anchors; None for the defaults.
+        phase2: Settings of Phase 2; None for the defaults.
+        progress: Called with each new history row.
+
+    Returns:
+        The front, cheapest first, with the states of its finished networks; losses are measured on all images, after a
+        repair on all calibration images.
+    """
+    units = task.units
+    statistics = collect_statistics(task.network, WeightUnits.of(task.network), task.calibration, seed=effort.seed)
+    scores = {
+        "elimination": elimination_scores(task.network, units, statistics),
+        "magnitude": group_magnitude(task.network, units),
+    }
+    judge = SlimJudge(task, settings.repair, settings.loss, settings.n_candidate_images, settings.n_processes)
+    problem = Problem(units, judge, tuple(costs), units.can_be_built, progress, settings.loss)
+    found = search(
+        problem,
+        scores,
+        effort,
+        phase1=phase1,
+        anchors=anchors,
+        phase2=phase2,
+        starts=starting_points(task, scores["elimination"], judge, costs[0], settings),
+    )
+    return _published(found.front, task, judge, settings)
+
+
+def starting_points(
+    task: SlimTask, scores: np.ndarray, judge: SlimJudge, cost: Cost, settings: SlimSearch
+) -> list[np.ndarray]:
+    """Allocations at several costs: uniform, by the losses of elimination, and by what each coupling loses alone.
+
+    Returns:
+        Units to keep, each int64 (n_groups,); the first one keeps everything.
+    """
+    units, ranks = task.units, ranks_within_groups(scores, task.units)
+    curves = [loss_curves(units, scores)]
+    if settings.measures and settings.repair != "none":
+        _LOGGER.info("measuring what each of %d couplings loses alone", units.n_groups)
+        curves.append(
+            measured_curves(units, scores, lambda masks: judge.calibration_divergence(masks, N_MEASURING_IMAGES))
+        )
+    found = [units.sizes]
+    for budget in START_COSTS:
+        found.append(uniform_within(units, ranks, cost, budget))
+        found += [cheapest_within(units, curve, ranks, cost, budget) for curve in curves]
+    return list({tuple(n_keep.tolist()): n_keep for n_keep in found}.values())
+
+
+def _published(front: Front, task: SlimTask, judge: SlimJudge, settings: SlimSearch) -> Front:
+    """The members that are finished, measured as they are published, without those that others now dominate."""
+    front = front.thinned(settings.front_size)
+    states, measured = judge.finish(front.masks)
+    objectives = np.column_stack([measured.objective(settings.loss), front.costs])
+    finished = Front(front.masks, objectives, front.stages, front.names, task.network, states)
+    return finished.select(non_dominated(finished.objectives))

@@ -1,0 +1,135 @@
+"""Starting points of a search over units: how many units each coupling keeps at a given cost."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from paretoprune.masks.packed import PackedMasks
+from paretoprune.masks.units import keep_top, ranks_within_groups
+from paretoprune.objectives import Cost
+from paretoprune.structured.units import ChannelUnits
+
+# Shares of a coupling at which its own divergence is measured.
+MEASURED_SHARES = (0.0, 0.25, 0.5, 0.75)
+# Halvings of the price of a cost: enough for single units of a hundred thousand.
+N_HALVINGS = 40
+
+
+def loss_curves(units: ChannelUnits, scores: np.ndarray) -> list[np.ndarray]:
+    """What each coupling loses as a function of the units that it keeps, from scores that are cumulative losses.
+
+    Args:
+        units: What can be cut.
+        scores: float (n_units,), from `structured.elimination.elimination_scores`.
+
+    Returns:
+        For each coupling float64 (n_units + 1,): entry k is what is lost with k units kept, infinite where nothing may
+        not be kept.
+    """
+    curves = []
+    for coupling, (start, stop) in zip(units.couplings, pairwise(units.offsets), strict=True):
+        # Of k kept units, the last that went is the (k + 1)-th best.
+        lost = np.sort(scores[start:stop].astype(np.float64))[::-1]
+        curve = np.append(lost, 0.0)
+        if not coupling.may_vanish:
+            curve[0] = np.inf
+        curves.append(curve)
+    return curves
+
+
+def measured_curves(
+    units: ChannelUnits,
+    scores: np.ndarray,
+    measure: Callable[[PackedMasks], np.ndarray],
+    shares: Sequence[float] = MEASURED_SHARES,
+) -> list[np.ndarray]:
+    """Likewise, of losses that are measured for each coupling alone at a few shares, and straight lines between them.
+
+    Args:
+        units: What can be cut.
+        scores: float (n_units,), higher = keep; which units go first.
+        measure: Masks to losses, float64 (n_masks,).
+        shares: Shares of the units that are kept, below 1.
+    """
+    ranks = ranks_within_groups(scores, units)
+    rows, places = [], []
+    for g, coupling in enumerate(units.couplings):
+        least = 0 if coupling.may_vanish else 1
+        for k in sorted({max(least, round(share * coupling.n_units)) for share in shares}):
+            n_keep = units.sizes.copy()
+            n_keep[g] = k
+            rows.append(keep_top(ranks, n_keep, units))
+            places.append((g, k))
+    losses = measure(PackedMasks.pack_each(rows, units.n_units))
+    curves = []
+    for g, coupling in enumerate(units.couplings):
+        at = [k for group, k in places if group == g] + [coupling.n_units]
+        found = [float(loss) for (group, _), loss in zip(places, losses, strict=True) if group == g] + [0.0]
+        # Fewer units never lose less: what says so is noise.
+        found = np.maximum.accumulate(np.array(found)[::-1])[::-1].tolist()
+        curve = np.interp(np.arange(coupling.n_units + 1), at, found)
+        if not coupling.may_vanish:
+            curve[0] = np.inf
+        curves.append(curve)
+    return curves
+
+
+def cheapest_within(
+    units: ChannelUnits, curves: Sequence[np.ndarray], ranks: np.ndarray, cost: Cost, budget: float
+) -> np.ndarray:
+    """The allocation of least total loss within a budget, if losses of couplings add up.
+
+    Each coupling keeps the number of units k of least loss(k) + price * cost(k), at the price that meets the budget.
+
+    Args:
+        units: What can be cut.
+        curves: From `loss_curves` or `measured_curves`.
+        ranks: int (n_units,), see `masks.units.ranks_within_groups`.
+        cost: Of masks, relative to the whole network.
+        budget: Largest cost.
+
+    Returns:
+        Units to keep, int64 (n_groups,); the smallest allocation where even that costs more.
+    """
+    costs = _costs_of_groups(units, ranks, cost)
+
+    def at(price: float) -> np.ndarray:
+        return np.array(
+            [int(np.argmin(curve + price * spent)) for curve, spent in zip(curves, costs, strict=True)], dtype=np.int64
+        )
+
+    def spent_by(n_keep: np.ndarray) -> float:
+        mask = keep_top(ranks, n_keep, units)
+        return float(cost.of(PackedMasks.pack_each([mask], units.n_units))[0])
+
+    low, high = -12.0, 12.0  # powers of ten
+    for _ in range(N_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if spent_by(at(10.0**middle)) > budget else (low, middle)
+    return at(10.0**high)
+
+
+def uniform_within(units: ChannelUnits, ranks: np.ndarray, cost: Cost, budget: float) -> np.ndarray:
+    """The same share of every coupling, the largest within a budget; at least one unit of each."""
+    best = np.maximum(1, 0 * units.sizes)
+    for share in np.linspace(0.0, 1.0, 101):
+        n_keep = np.maximum(1, np.rint(share * units.sizes)).astype(np.int64)
+        mask = keep_top(ranks, n_keep, units)
+        if float(cost.of(PackedMasks.pack_each([mask], units.n_units))[0]) <= budget:
+            best = n_keep
+    return best
+
+
+def _costs_of_groups(units: ChannelUnits, ranks: np.ndarray, cost: Cost) -> list[np.ndarray]:
+    """What each coupling adds to the cost by the units it keeps, with all others whole, float64 (size + 1,)."""
+    found = []
+    for g, size in enumerate(units.sizes):
+        rows = []
+        for k in (0, size):
+            n_keep = units.sizes.copy()
+            n_keep[g] = k
+            rows.append(keep_top(ranks, n_keep, units))
+        nothing, everything = cost.of(PackedMasks.pack_each(rows, units.n_units))
+        found.append(np.linspace(0.0, max(float(everything - nothing), 0.0), int(size) + 1))
+    return found

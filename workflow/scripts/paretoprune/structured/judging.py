@@ -1,0 +1,145 @@
+"""Candidates of a search over units: small networks, re-fitted and measured as they would be shipped."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from paretoprune.devices import repeatable
+from paretoprune.evaluation.metrics import divergence, predict, top1_error
+from paretoprune.evaluation.task import Scores
+from paretoprune.evaluation.workers import run_in_processes
+from paretoprune.masks.packed import PackedMasks
+from paretoprune.networks.wrapping import copied
+from paretoprune.structured.refit import SlimRefit
+from paretoprune.structured.units import ChannelUnits
+
+BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class SlimTask:
+    """A trained network, what can be cut of it, and the images that small networks are re-fitted and measured on.
+
+    Attributes:
+        network: The whole network; it is left as it is.
+        units: What can be cut.
+        images: Images to measure on, float32 (n, ...), normalised.
+        labels: Their labels, int64 (n,).
+        calibration: Images for re-fits, normalised, in random order; labels are not needed.
+    """
+
+    network: nn.Module
+    units: ChannelUnits
+    images: Tensor
+    labels: Tensor
+    calibration: Tensor
+
+    def to(self, device: torch.device) -> "SlimTask":
+        """The same on a device."""
+        return SlimTask(
+            copied(self.network).to(device),
+            self.units,
+            self.images.to(device),
+            self.labels.to(device),
+            self.calibration.to(device),
+        )
+
+
+class SlimJudge:
+    """Builds small networks, repairs and measures them, in as many processes as are granted.
+
+    Args:
+        task: What is cut and measured.
+        repair: `none`, `batchnorm` (statistics corrected), or `reconstruct` (every layer re-fitted too).
+        loss: `error` or `divergence`.
+        n_candidate_images: Calibration images that candidates are repaired on, the first ones.
+        n_processes: Processes, each of one thread.
+    """
+
+    def __init__(self, task: SlimTask, repair: str, loss: str, n_candidate_images: int, n_processes: int) -> None:
+        self._task, self._repair, self._loss = task, repair, loss
+        self._n_candidate_images, self._n_processes = n_candidate_images, n_processes
+
+    @cached_property
+    def _refit(self) -> SlimRefit | None:
+        if self._repair == "none":
+            return None
+        fits = self._repair == "reconstruct"
+        with repeatable():
+            return SlimRefit(self._task.network, self._task.units, self._task.calibration, fits=fits)
+
+    @cached_property
+    def _dense_log_probabilities(self) -> Tensor:
+        logits = predict(copied(self._task.network).float(), self._task.images, BATCH_SIZE)
+        return functional.log_softmax(logits.double(), dim=1)
+
+    def build(self, mask: np.ndarray, n_images: int | None = None) -> nn.Module:
+        """The small network of a mask, repaired.
+
+        Args:
+            mask: bool (n_units,).
+            n_images: Calibration images, the first ones; None for all.
+        """
+        if self._refit is None:
+            return self._task.units.slim(self._task.network, mask)
+        with repeatable():
+            return self._refit(mask, n_images)[0]
+
+    def measure(self, network: nn.Module) -> tuple[float, float]:
+        """Error and divergence of a network on the images."""
+        with repeatable():
+            logits = predict(network, self._task.images, BATCH_SIZE)
+        return top1_error(logits, self._task.labels), divergence(logits, self._dense_log_probabilities)
+
+    def __call__(self, masks: PackedMasks) -> np.ndarray:
+        """Losses of masks, float64 (n_masks,)."""
+        scores = self._measured(masks, self._n_candidate_images)
+        return scores.error if self._loss == "error" else scores.divergence
+
+    def _measured(self, masks: PackedMasks, n_images: int | None) -> Scores:
+        self._prepare()
+        found = self._each(lambda i: self.measure(self.build(masks.unpack(i), n_images)), len(masks))
+        return Scores(np.array([error for error, _ in found]), np.array([kl for _, kl in found]))
+
+    def calibration_divergence(self, masks: PackedMasks, n_images: int) -> np.ndarray:
+        """Divergence of repaired networks on the images that they are repaired on, float64 (n_masks,)."""
+        self._prepare()
+        refit = self._refit
+        if refit is None:
+            raise ValueError("networks without repair are not run on calibration images; choose another repair")
+
+        def measured(i: int) -> float:
+            with repeatable():
+                logits = refit(masks.unpack(i), n_images)[1]
+            return divergence(logits, functional.log_softmax(refit.logits[: len(logits)].double(), dim=1))
+
+        return np.array(self._each(measured, len(masks)))
+
+    def finish(self, masks: PackedMasks) -> tuple[list[dict[str, Tensor]], Scores]:
+        """Build the networks of masks with all calibration images, and measure them.
+
+        Returns:
+            The state of each network, and its scores.
+        """
+        self._prepare()
+
+        def finish_one(i: int) -> tuple[dict[str, np.ndarray], float, float]:
+            network = self.build(masks.unpack(i))
+            return {key: value.cpu().numpy() for key, value in network.state_dict().items()}, *self.measure(network)
+
+        found = self._each(finish_one, len(masks))
+        states = [{key: torch.from_numpy(np.array(value)) for key, value in state.items()} for state, _, _ in found]
+        return states, Scores(np.array([e for _, e, _ in found]), np.array([d for *_, d in found]))
+
+    def _prepare(self) -> None:
+        """Make what all networks need before processes are forked, so that it is made once."""
+        _ = self._refit, self._dense_log_probabilities
+
+    def _each(self, function: Callable[[int], Any], n: int) -> list[Any]:
+        return run_in_processes(function, n, self._n_processes)

@@ -1,0 +1,248 @@
+"""Coupled channels and heads as the units of a search, the small network of a mask, and what it costs."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse import csr_array
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from paretoprune.masks.packed import PackedMasks
+from paretoprune.masks.units import Units
+from paretoprune.networks.costs import NUMBER_BYTES, count_uses
+from paretoprune.networks.wrapping import copied
+from paretoprune.objectives import Cost, Density
+from paretoprune.structured.coupling import Coupling, cut, find_couplings
+
+# Layers that a report has lines for.
+N_NAMED = 3
+
+
+@dataclass(frozen=True)
+class ChannelUnits(Units):
+    """Units that can be cut out of a network: a group is a coupling, a unit a channel of it with all that hangs on it.
+
+    Attributes:
+        couplings: In the order in which the network runs.
+        refused: Layers whose outputs cannot be cut, and why.
+    """
+
+    couplings: tuple[Coupling, ...]
+    refused: Mapping[str, str]
+
+    @classmethod
+    def of(cls, network: nn.Module, image: Tensor, exclude: Sequence[str] = ()) -> "ChannelUnits":
+        """The units of a network.
+
+        Args:
+            network: In evaluation mode.
+            image: One image (1, ...), normalised.
+            exclude: Shell patterns of layers, or of their weights, whose outputs stay whole.
+
+        Raises:
+            ValueError: The network's graph cannot be followed, nothing can be cut, or a pattern matches nothing.
+        """
+        found = find_couplings(network, image)
+        excluded: set[str] = set()
+        for pattern in exclude:
+            matched = {one.name for one in found.couplings if one.is_named(pattern)}
+            if not matched:
+                raise ValueError(
+                    f"exclude pattern '{pattern}' matches none of the layers whose channels can be cut "
+                    f"({', '.join(one.name for one in found.couplings)}); correct or remove it"
+                )
+            excluded |= matched
+        kept = tuple(one for one in found.couplings if one.name not in excluded)
+        if not kept:
+            raise ValueError(f"expected channels to cut, found none outside exclude={list(exclude)}; exclude less")
+        return cls(kept, found.refused)
+
+    def report(self, log: logging.Logger, network: nn.Module) -> None:
+        """Say how much of a network can be cut, and what cannot."""
+        n_branches = sum(coupling.may_vanish for coupling in self.couplings)
+        branches = f", of which {n_branches} are branches that may vanish" if n_branches else ""
+        log.info("%d channels and heads in %d groups can be cut%s", self.n_units, self.n_groups, branches)
+        for name, reason in list(self.refused.items())[:N_NAMED]:
+            log.info("the channels of %s stay: %s", name, reason)
+        if len(self.refused) > N_NAMED:
+            log.info("so do those of %d other layers", len(self.refused) - N_NAMED)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Names of the couplings."""
+        return tuple(coupling.name for coupling in self.couplings)
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """Number of units of each coupling, int64 (n_groups,)."""
+        return np.array([coupling.n_units for coupling in self.couplings], dtype=np.int64)
+
+    def split(self, bits: np.ndarray) -> dict[str, np.ndarray]:
+        """Bits (n_units,) by coupling."""
+        return {
+            name: bits[start:stop]
+            for name, start, stop in zip(self.names, self.offsets[:-1], self.offsets[1:], strict=True)
+        }
+
+    def slim(self, network: nn.Module, bits: np.ndarray) -> nn.Module:
+        """The smaller network that keeps the units of a mask.
+
+        Args:
+            network: The whole network; it is left as it is.
+            bits: bool (n_units,).
+        """
+        return cut(network, self.couplings, self.split(bits))
+
+    def can_be_built(self, masks: PackedMasks) -> np.ndarray:
+        """Which masks leave a network that works, bool (n_masks,): only branches beside a shortcut may vanish."""
+        may_vanish = np.array([coupling.may_vanish for coupling in self.couplings])
+        return np.asarray(((self.n_kept(masks) > 0) | may_vanish).all(axis=1))
+
+
+class Sizes:
+    """How large the tensors of a network are, as a function of masks.
+
+    Args:
+        units: What is cut.
+        network: The whole network.
+    """
+
+    def __init__(self, units: ChannelUnits, network: nn.Module) -> None:
+        tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+        self.units = units
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self.floats = {name for name, tensor in tensors.items() if tensor.is_floating_point()}
+        self.parameters = {name for name, _ in network.named_parameters()}
+        self._axes: dict[tuple[str, int], int] = {}
+        rows: list[int] = []
+        columns: list[np.ndarray] = []
+        for coupling, start in zip(units.couplings, units.offsets[:-1], strict=True):
+            for part in coupling.parts:
+                row = self._axes.setdefault((part.tensor, part.axis), len(self._axes))
+                mine = part.unit_of[part.unit_of >= 0] + start
+                rows += [row] * len(mine)
+                columns.append(mine)
+        shape = len(self._axes), units.n_units
+        # How many entries of an axis go with a unit.
+        self._lost = csr_array((np.ones(len(rows)), (np.array(rows), np.concatenate(columns))), shape=shape)
+
+    def kept(self, masks: PackedMasks) -> dict[tuple[str, int], np.ndarray]:
+        """Entries that each axis keeps, float64 (n_masks,), by tensor and axis; of axes that are cut."""
+        dropped = np.array([~masks.unpack(i) for i in range(len(masks))], dtype=np.float64).reshape(len(masks), -1)
+        lost = (self._lost @ dropped.T) if len(masks) else np.zeros((len(self._axes), 0))
+        return {(name, axis): self.shapes[name][axis] - lost[row] for (name, axis), row in self._axes.items()}
+
+    def of_tensor(self, name: str, kept: Mapping[tuple[str, int], np.ndarray]) -> Any:
+        """Numbers that a tensor keeps, float64 (n_masks,), or one number if it is never cut."""
+        size: Any = 1.0
+        for axis, n in enumerate(self.shapes[name]):
+            size = size * kept.get((name, axis), float(n))
+        return size
+
+
+@dataclass(frozen=True)
+class SlimCost:
+    """A cost of the small network, relative to the whole one.
+
+    Attributes:
+        name: Name of the objective.
+        sizes: How large its tensors are.
+        amount: From what `Sizes.kept` says to the cost in its own unit, float64 (n_masks,).
+    """
+
+    name: str
+    sizes: Sizes
+    amount: Callable[[Mapping[tuple[str, int], np.ndarray]], np.ndarray]
+
+    def of(self, masks: PackedMasks) -> np.ndarray:
+        """Relative costs, float64 (n_masks,)."""
+        whole = PackedMasks.pack_each([np.ones(self.sizes.units.n_units, dtype=bool)], self.sizes.units.n_units)
+        full = float(np.ravel(self.amount(self.sizes.kept(whole)))[0])
+        amounts = np.broadcast_to(np.asarray(self.amount(self.sizes.kept(masks)), dtype=np.float64), (len(masks),))
+        return amounts / full
+
+
+def parameters(sizes: Sizes, network: nn.Module, image: Tensor) -> SlimCost:
+    """Numbers in all parameters."""
+    return SlimCost("parameters", sizes, lambda kept: sum(sizes.of_tensor(name, kept) for name in sizes.parameters))
+
+
+def macs(sizes: Sizes, network: nn.Module, image: Tensor) -> SlimCost:
+    """Multiply-adds of one image with all weights of layers (`networks.costs.count_uses`)."""
+    uses = count_uses(network, image)
+    return SlimCost("macs", sizes, lambda kept: sum(n * sizes.of_tensor(name, kept) for name, n in uses.items()))
+
+
+def stored_bytes(sizes: Sizes, network: nn.Module, image: Tensor) -> SlimCost:
+    """Bytes of a file with all parameters and buffers."""
+    names = sizes.floats
+    return SlimCost("bytes", sizes, lambda kept: NUMBER_BYTES * sum(sizes.of_tensor(name, kept) for name in names))
+
+
+def memory(sizes: Sizes, network: nn.Module, image: Tensor) -> SlimCost:
+    """The most activations that a convolution or linear layer has to hold, its inputs and outputs, for one image."""
+    held = _activations(network, image)
+
+    def amount(kept: Mapping[tuple[str, int], np.ndarray]) -> np.ndarray:
+        each = []
+        for name, (n_in, n_out, depthwise) in held.items():
+            shape = sizes.shapes[name]
+            made = kept.get((name, 0), float(shape[0])) / shape[0]
+            read = made if depthwise else kept.get((name, 1), float(shape[1])) / shape[1]
+            each.append(n_in * read + n_out * made)
+        return np.asarray(np.max(np.broadcast_arrays(*each), axis=0))
+
+    return SlimCost("memory", sizes, amount)
+
+
+def _activations(network: nn.Module, image: Tensor) -> dict[str, tuple[int, int, bool]]:
+    """What each layer is given and makes for one image, by the name of its weight, and whether it is depthwise."""
+    held: dict[str, tuple[int, int, bool]] = {}
+    names = {module: name for name, module in network.named_modules()}
+
+    def see(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        depthwise = isinstance(module, _ConvNd) and module.groups == module.in_channels > 1
+        held[f"{names[module]}.weight".removeprefix(".")] = inputs[0].numel(), output.numel(), depthwise
+
+    layers = [module for module in network.modules() if isinstance(module, _ConvNd | nn.Linear)]
+    handles = [layer.register_forward_hook(see) for layer in layers]
+    try:
+        with torch.inference_mode():
+            network(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return held
+
+
+SLIM_COSTS: Mapping[str, Callable[[Sizes, nn.Module, Tensor], Cost]] = {
+    "density": lambda sizes, network, image: Density(),
+    "parameters": parameters,
+    "macs": macs,
+    "bytes": stored_bytes,
+    "memory": memory,
+}
+
+
+def slim_costs(names: Sequence[str], units: ChannelUnits, network: nn.Module, image: Tensor) -> tuple[Cost, ...]:
+    """Make the costs of the given names, in the same order.
+
+    Args:
+        names: Among `SLIM_COSTS`.
+        units: What is cut.
+        network: The whole network, in evaluation mode.
+        image: One image (1, ...), normalised.
+
+    Raises:
+        ValueError: A name is not one of `SLIM_COSTS`.
+    """
+    if unknown := [name for name in names if name not in SLIM_COSTS]:
+        raise ValueError(f"expected costs among {', '.join(SLIM_COSTS)}, found {', '.join(unknown)}")
+    whole = copied(network)
+    sizes = Sizes(units, whole)
+    return tuple(SLIM_COSTS[name](sizes, whole, image) for name in names)
