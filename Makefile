@@ -79,9 +79,9 @@ format: .venv/dev.stamp
 
 lock: .venv/dev.stamp
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11 \
-		--constraint envs/constraints.txt --extra workflow pyproject.toml --output-file envs/requirements.lock
+		--constraint envs/constraints.txt --extra workflow --extra deploy pyproject.toml --output-file envs/requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11 \
-		--constraint envs/constraints.txt --constraint envs/requirements.lock --extra workflow --extra dev \
+		--constraint envs/constraints.txt --constraint envs/requirements.lock --extra workflow --extra deploy --extra dev \
 		pyproject.toml --output-file envs/requirements-dev.lock
 
 clean:

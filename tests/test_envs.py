@@ -47,7 +47,9 @@ def versions(lock: str) -> dict[str, str]:
 
 def conda_versions() -> dict[str, str]:
     environment = yaml.safe_load((ROOT / "envs" / "environment.yaml").read_text(encoding="utf-8"))
-    return dict(line.split("=") for line in environment["dependencies"])
+    plain = [line for line in environment["dependencies"] if isinstance(line, str) and line != "pip"]
+    (by_pip,) = (line["pip"] for line in environment["dependencies"] if isinstance(line, dict))
+    return dict(line.split("=") for line in plain) | dict(line.split("==") for line in by_pip)
 
 
 def declared() -> list[str]:

@@ -9,15 +9,17 @@ PACKAGE = Path(__file__).parents[1] / "workflow" / "scripts" / "paretoprune"
 # From the ground up. A room imports from those before it; what stands in one line does not see one another.
 FLOORS = [
     ["files", "devices", "settings"],
-    ["tensors"],
+    ["tensors", "shapes"],
     ["masks"],
     ["objectives"],
     ["fronts"],
     ["data"],
     ["networks"],
+    ["deployment"],
     ["importance"],
     ["repair"],
     ["evaluation", "search"],
+    ["structured"],
     ["training", "stages"],
     ["reporting"],
     ["workflow"],

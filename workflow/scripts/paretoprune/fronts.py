@@ -330,7 +330,7 @@ class Front:
         if whole.keys() == state.keys() and all(whole[key].shape == state[key].shape for key in whole):
             network.load_state_dict(state)
             return network
-        from paretoprune.networks.shapes import with_state
+        from paretoprune.shapes import with_state
 
         return with_state(network, state)
 

@@ -17,8 +17,8 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from paretoprune.networks.architectures import has_running_statistics
-from paretoprune.networks.shapes import Emptied
 from paretoprune.networks.wrapping import adaptation_of, copied, copy_inputs, hooks_of, logits_of
+from paretoprune.shapes import Emptied
 
 
 class NotTraceableError(Exception):

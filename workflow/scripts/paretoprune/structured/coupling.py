@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from paretoprune.networks.shapes import is_attention, is_depthwise, with_tensors
 from paretoprune.networks.wrapping import copied
+from paretoprune.shapes import is_attention, is_depthwise, with_tensors
 
 # How far answers of the cut and of the whole network may be apart in double precision, as a share of the largest.
 SAME = 1e-8
@@ -212,7 +212,7 @@ def cut(network: nn.Module, couplings: Sequence[Coupling], kept: Mapping[str, np
         kept: By name of the coupling, bool (n_units,), which units stay; those that are not named stay whole.
 
     Returns:
-        The same modules around smaller tensors; `networks.shapes.Emptied` in the place of layers that make or read
+        The same modules around smaller tensors; `shapes.Emptied` in the place of layers that make or read
         nothing.
     """
     return with_tensors(copied(network), smaller_tensors(network, couplings, kept))

@@ -21,10 +21,10 @@ from paretoprune.importance.layer_statistics import (
     some_positions,
     weight_matrix,
 )
-from paretoprune.networks.shapes import Emptied
 from paretoprune.networks.tracing import Call, Convolution, Program, run_call, trace
 from paretoprune.repair.batchnorm import channel_moments, corrected_statistics
 from paretoprune.repair.sequential import BATCH_SIZE, LEAST_SCALE, SAMPLES_PER_COLUMN, completed, in_batches
+from paretoprune.shapes import Emptied
 from paretoprune.structured.units import ChannelUnits
 
 Registers = dict[fx.Node, Any]

@@ -1,0 +1,142 @@
+"""Measuring a latency table: every block at each of its widths, beside one yardstick."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import nn
+
+from paretoprune.deployment.export import Inputs
+from paretoprune.deployment.latency import LatencyTable, Widths
+from paretoprune.deployment.machines import machine_of
+from paretoprune.deployment.runtimes import Runtime, prepare
+from paretoprune.deployment.timing import Timings, measure_interleaved
+
+_LOGGER = logging.getLogger("paretoprune")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of a network that can be built at several widths.
+
+    Attributes:
+        name: By which the table knows it.
+        points: Widths to measure at, every combination of some for each axis; the widest is the dense network's.
+        make: Builds it at given widths, with an example of its inputs (1 or more images).
+        kind: Blocks of one kind take equally long: the first is measured for all. Empty for a block of its own kind.
+    """
+
+    name: str
+    points: tuple[Widths, ...]
+    make: Callable[[Widths], tuple[nn.Module, Inputs]] = field(repr=False)
+    kind: str = ""
+
+    @classmethod
+    def over(
+        cls,
+        name: str,
+        axes: Sequence[Sequence[int]],
+        make: Callable[[Widths], tuple[nn.Module, Inputs]],
+        kind: str = "",
+    ) -> Self:
+        """A block at every combination of the widths of its axes."""
+        return cls(name, tuple(product(*axes)), make, kind)
+
+    @property
+    def widest(self) -> Widths:
+        """The largest width of every axis."""
+        return tuple(max(widths) for widths in zip(*self.points, strict=True))
+
+
+def measure_table(
+    blocks: Sequence[Block],
+    runtime: Runtime,
+    *,
+    dense: tuple[nn.Module, Inputs] | None = None,
+    measure: Callable[..., Timings] = measure_interleaved,
+    **options: Any,
+) -> LatencyTable:
+    """Time every block at each of its points, a block's points in turn.
+
+    The first block at its widest is the yardstick: it is timed beside the points of every block, times are ratios to
+    it, and its own is the median of all its measurements. So blocks that were measured at different times compare. What
+    a call costs by itself (a module that does nothing) is taken off every time.
+
+    Args:
+        blocks: With different names.
+        runtime: What they run on.
+        dense: The dense network and images for it; what it takes beyond its blocks becomes the table's constant.
+            Without it, the constant is the overhead of one call.
+        measure: Times functions in turn.
+        options: Further ones of `measure_interleaved`.
+
+    Raises:
+        ModuleNotFoundError: The runtime is not installed.
+        ValueError: There is no block, two have one name, two of a kind have different widths, points are no grid, or
+            a block cannot be run by the runtime (which is named).
+    """
+    names = [block.name for block in blocks]
+    if not blocks or len(set(names)) < len(names):
+        raise ValueError(f"expected blocks with different names, found {', '.join(names) or 'none'}")
+    # The first of each kind.
+    kinds: dict[tuple[str, str], Block] = {}
+    for block in blocks:
+        first = kinds.setdefault(_kind(block), block)
+        if set(first.points) != set(block.points):
+            raise ValueError(
+                f"expected blocks of the kind '{block.kind}' with the same widths, found others at '{first.name}' than "
+                f"at '{block.name}'; give them different kinds"
+            )
+    machine = machine_of(runtime)
+    yardstick = _prepared(blocks[0], blocks[0].widest, runtime)
+    nothing = prepare(nn.Identity(), torch.ones(1, 1), runtime)
+    seconds_of_yardstick: list[np.ndarray] = []
+    ratios: list[np.ndarray] = []
+    overheads: list[float] = []
+    uncertainty = 0.0
+    for i, block in enumerate(kinds.values()):
+        _LOGGER.info("timing block %d of %d, %s, at %d widths", i + 1, len(kinds), block.name, len(block.points))
+        timings = measure(
+            [yardstick, nothing, *(_prepared(block, point, runtime) for point in block.points)], **options
+        )
+        relative = timings.relative()
+        seconds_of_yardstick.append(timings.seconds[:, 0])
+        overheads.append(float(relative[1]))
+        ratios.append(relative[2:])
+        uncertainty = max(uncertainty, float(timings.uncertainties()[2:].max()))
+    whole = None
+    if dense is not None:
+        timings = measure([yardstick, prepare(*dense, runtime)], **options)
+        seconds_of_yardstick.append(timings.seconds[:, 0])
+        whole = float(timings.relative()[1])
+        uncertainty = max(uncertainty, float(timings.uncertainties()[1]))
+    unit = float(np.median(np.concatenate(seconds_of_yardstick)))
+    overhead = float(np.median(overheads))
+    times = {
+        kind: {
+            point: unit * max(float(ratio) - overhead, 0.0) for point, ratio in zip(block.points, of_block, strict=True)
+        }
+        for (kind, block), of_block in zip(kinds.items(), ratios, strict=True)
+    }
+    constant = unit * overhead
+    if whole is not None:
+        constant = unit * whole - sum(times[_kind(block)][block.widest] for block in blocks)
+    return LatencyTable(
+        machine, {block.name: times[_kind(block)] for block in blocks}, constant, uncertainty=uncertainty
+    )
+
+
+def _kind(block: Block) -> tuple[str, str]:
+    # A kind and a name may be the same word.
+    return ("kind", block.kind) if block.kind else ("name", block.name)
+
+
+def _prepared(block: Block, point: Widths, runtime: Runtime) -> Callable[[], None]:
+    try:
+        return prepare(*block.make(point), runtime)
+    except ValueError as error:
+        raise ValueError(f"block '{block.name}' at {point}: {error}") from error
