@@ -157,6 +157,15 @@ def knee(objectives: np.ndarray) -> int:
     return int(np.lexsort((objectives[:, 1], scaled.sum(axis=1)))[0])
 
 
+def _may_be_smaller(name: str, shape: Any, whole: dict[str, Any]) -> bool:
+    """Whether a tensor of a smaller network can come from the whole network's tensors of these shapes."""
+    if shape is None:
+        return True
+    if name not in whole:
+        return name.endswith(".bias") and f"{name.removesuffix('bias')}weight" in whole
+    return len(shape) == len(whole[name]) and all(n <= m for n, m in zip(shape, whole[name], strict=True))
+
+
 @dataclass
 class Front:
     """Pruned networks, none of which dominates another.
@@ -168,6 +177,7 @@ class Front:
         names: Names of the objectives, the loss first.
         dense: The network that the members are pruned from; None for a front from a file.
         states: The state of each member's finished network, as it was measured; None for a front from a file.
+        units: What a unit of the masks is: `weights`, or `channels` whose networks are physically smaller.
 
     Raises:
         ValueError: There are not as many objectives and stages as masks.
@@ -179,6 +189,7 @@ class Front:
     names: tuple[str, ...] = ERROR_AND_DENSITY
     dense: "nn.Module | None" = field(default=None, repr=False)
     states: "list[dict[str, Tensor]] | None" = field(default=None, repr=False)
+    units: str = "weights"
 
     def __post_init__(self) -> None:
         self.objectives = np.asarray(self.objectives, dtype=np.float64).reshape(-1, len(self.names))
@@ -218,14 +229,22 @@ class Front:
 
     @property
     def sparsity_of_parameters(self) -> np.ndarray:
-        """Removed weights as a share of all parameters, prunable or not, float64 (n_members,).
+        """Removed parameters as a share of all, prunable or not, float64 (n_members,).
 
         Raises:
             RuntimeError: The front was read from a file, which holds no networks.
         """
         if self.dense is None:
             raise RuntimeError("this front was read from a file and knows no network; call pareto_prune")
+        names = {name for name, _ in self.dense.named_parameters()}
         n_parameters = sum(parameter.numel() for parameter in self.dense.parameters())
+        if self.units == "channels" and self.states is not None:
+            # A layer that reads nothing has a bias, also where the dense network's has none.
+            left = [
+                sum(t.numel() for name, t in state.items() if name in names or name.endswith("bias"))
+                for state in self.states
+            ]
+            return 1 - np.array(left) / n_parameters
         return np.asarray((self.masks.n_units - self.masks.n_kept) / n_parameters)
 
     @property
@@ -247,6 +266,7 @@ class Front:
             self.names,
             self.dense,
             None if self.states is None else [self.states[i] for i in indices],
+            self.units,
         )
 
     def merge(self, other: "Front") -> "Front":
@@ -266,6 +286,7 @@ class Front:
             np.concatenate([self.objectives, other.objectives]),
             self.stages + other.stages,
             self.names,
+            units=self.units,
         )
         return both.select(non_dominated(both.objectives))
 
@@ -337,6 +358,7 @@ class Front:
     def arrays(self) -> dict[str, np.ndarray]:
         """The front as plain arrays for an npz file; without names if the objectives are error and density."""
         names = {} if self.names == ERROR_AND_DENSITY else {"names": np.array(self.names, dtype=np.str_)}
+        names |= {} if self.units == "weights" else {"units": np.array(self.units)}
         return {
             "words": self.masks.words,
             "n_weights": np.array(self.masks.n_units),
@@ -350,7 +372,8 @@ class Front:
         """Make a front from what `arrays` returned."""
         masks = PackedMasks(arrays["words"], int(arrays["n_weights"]))
         names = tuple(str(name) for name in arrays.get("names", ERROR_AND_DENSITY))
-        return cls(masks, arrays["objectives"], [str(stage) for stage in arrays["stages"]], names)
+        units = str(arrays.get("units", "weights"))
+        return cls(masks, arrays["objectives"], [str(stage) for stage in arrays["stages"]], names, units=units)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the front to an npz file with the arrays of `arrays`; a member's id is its position.
@@ -400,8 +423,14 @@ class Front:
             dense.eval()
         own = {name: tensor.shape for name, tensor in dense.state_dict().items()}
         found = [{name: tensor.shape for name, tensor in state.items()} for state in states]
-        if any(shapes != own for shapes in found):
-            unfit = [name for shapes in found for name in {**own, **shapes} if shapes.get(name) != own.get(name)]
+        unfit = [
+            name
+            for shapes in found
+            for name in {**own, **shapes}
+            if shapes.get(name) != own.get(name)
+            and not (self.units == "channels" and _may_be_smaller(name, shapes.get(name), own))
+        ]
+        if unfit:
             raise ValueError(
                 f"expected a network of the architecture that was pruned, found another ({len(own)} tensors, "
                 f"{unfit[0]} does not fit); build it with the same arguments"

@@ -125,5 +125,5 @@ def _published(front: Front, task: SlimTask, judge: SlimJudge, settings: SlimSea
     front = front.thinned(settings.front_size)
     states, measured = judge.finish(front.masks)
     objectives = np.column_stack([measured.objective(settings.loss), front.costs])
-    finished = Front(front.masks, objectives, front.stages, front.names, task.network, states)
+    finished = Front(front.masks, objectives, front.stages, front.names, task.network, states, "channels")
     return finished.select(non_dominated(finished.objectives))

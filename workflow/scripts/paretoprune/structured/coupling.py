@@ -24,8 +24,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from paretoprune.networks.wrapping import copied
 from paretoprune.shapes import is_attention, is_depthwise, with_tensors
 
-# How far answers of the cut and of the whole network may be apart in double precision, as a share of the largest.
-SAME = 1e-8
+# How far answers of the cut and of the whole network may be apart, as a share of the largest: they are computed in
+# double precision, but a network may go through float32 by itself.
+SAME = 1e-5
 # Numbers of an axis that belong to no unit.
 STAYS = -1
 
@@ -104,7 +105,8 @@ def find_couplings(network: nn.Module, image: Tensor) -> Couplings:
     Raises:
         ValueError: Its graph cannot be followed, or nothing can be cut.
     """
-    image = image.detach().cpu().double()
+    image = image.detach().cpu()
+    image = image.double() if image.is_floating_point() else image
     whole = copied(network).cpu().double()
     whole.eval()
     proposed, refused = _proposed(whole, image)
@@ -197,8 +199,9 @@ def _checked_cut(
                     lost = ~part.stays(choice[coupling.name])
                     tensors[part.tensor].index_fill_(part.axis, torch.from_numpy(np.flatnonzero(lost)), 0.0)
         expected = blind(image)
-    scale = float(expected.abs().max())
-    if found.shape != expected.shape or float((found - expected).abs().max()) > SAME * max(scale, 1e-12):
+        scale = max(float(expected.abs().max()), 1e-12)
+        differs = found.shape != expected.shape or float((found - expected).abs().max()) > SAME * scale
+    if differs:
         raise _NotCuttableError("its channels are used in ways that the graph does not show")
     return small
 
@@ -212,8 +215,7 @@ def cut(network: nn.Module, couplings: Sequence[Coupling], kept: Mapping[str, np
         kept: By name of the coupling, bool (n_units,), which units stay; those that are not named stay whole.
 
     Returns:
-        The same modules around smaller tensors; `shapes.Emptied` in the place of layers that make or read
-        nothing.
+        The same modules around smaller tensors; `shapes.Emptied` in the place of layers that make or read nothing.
     """
     return with_tensors(copied(network), smaller_tensors(network, couplings, kept))
 

@@ -119,6 +119,13 @@ class Sizes:
         self.floats = {name for name, tensor in tensors.items() if tensor.is_floating_point()}
         self.parameters = {name for name, _ in network.named_parameters()}
         self._axes: dict[tuple[str, int], int] = {}
+        # Weights by the axis of their inputs, of layers without a bias.
+        self._reading = [
+            (part.tensor, part.axis)
+            for coupling in units.couplings
+            for part in coupling.parts
+            if part.reads and f"{part.tensor.removesuffix('weight')}bias" not in tensors
+        ]
         rows: list[int] = []
         columns: list[np.ndarray] = []
         for coupling, start in zip(units.couplings, units.offsets[:-1], strict=True):
@@ -136,6 +143,14 @@ class Sizes:
         dropped = np.array([~masks.unpack(i) for i in range(len(masks))], dtype=np.float64).reshape(len(masks), -1)
         lost = (self._lost @ dropped.T) if len(masks) else np.zeros((len(self._axes), 0))
         return {(name, axis): self.shapes[name][axis] - lost[row] for (name, axis), row in self._axes.items()}
+
+    def constants(self, kept: Mapping[tuple[str, int], np.ndarray]) -> Any:
+        """Numbers in biases that layers have since they read nothing, float64 (n_masks,), see `shapes.Emptied`."""
+        total: Any = 0.0
+        for name, axis in self._reading:
+            made = kept.get((name, 1 - axis), float(self.shapes[name][1 - axis]))
+            total = total + (kept[name, axis] == 0) * made
+        return total
 
     def of_tensor(self, name: str, kept: Mapping[tuple[str, int], np.ndarray]) -> Any:
         """Numbers that a tensor keeps, float64 (n_masks,), or one number if it is never cut."""
@@ -169,7 +184,11 @@ class SlimCost:
 
 def parameters(sizes: Sizes, network: nn.Module, image: Tensor) -> SlimCost:
     """Numbers in all parameters."""
-    return SlimCost("parameters", sizes, lambda kept: sum(sizes.of_tensor(name, kept) for name in sizes.parameters))
+
+    def amount(kept: Mapping[tuple[str, int], np.ndarray]) -> np.ndarray:
+        return np.asarray(sizes.constants(kept) + sum(sizes.of_tensor(name, kept) for name in sizes.parameters))
+
+    return SlimCost("parameters", sizes, amount)
 
 
 def macs(sizes: Sizes, network: nn.Module, image: Tensor) -> SlimCost:
@@ -180,8 +199,12 @@ def macs(sizes: Sizes, network: nn.Module, image: Tensor) -> SlimCost:
 
 def stored_bytes(sizes: Sizes, network: nn.Module, image: Tensor) -> SlimCost:
     """Bytes of a file with all parameters and buffers."""
-    names = sizes.floats
-    return SlimCost("bytes", sizes, lambda kept: NUMBER_BYTES * sum(sizes.of_tensor(name, kept) for name in names))
+
+    def amount(kept: Mapping[tuple[str, int], np.ndarray]) -> np.ndarray:
+        numbers = sizes.constants(kept) + sum(sizes.of_tensor(name, kept) for name in sizes.floats)
+        return np.asarray(NUMBER_BYTES * numbers)
+
+    return SlimCost("bytes", sizes, amount)
 
 
 def memory(sizes: Sizes, network: nn.Module, image: Tensor) -> SlimCost:
