@@ -43,7 +43,7 @@ def test_every_member_has_a_complete_row_in_the_order_of_the_front() -> None:
 
 def test_layer_rows_count_every_weight_once() -> None:
     front, layout = some_front(), LAYOUT
-    rows = layer_rows(front, layout)
+    rows = layer_rows(front, layout, [])
     assert all(tuple(row) == LAYER_COLUMNS for row in rows)
     assert [(row["id"], row["layer"]) for row in rows] == [(i, name) for i in range(3) for name in layout.names]
     for i in range(3):
@@ -54,10 +54,19 @@ def test_layer_rows_count_every_weight_once() -> None:
             assert isinstance(row["n_kept"], int)
 
 
+def test_layer_rows_of_smaller_networks_are_what_they_hold() -> None:
+    front, names = replace(some_front(), units="channels"), LAYOUT.names
+    states = [{names[0]: torch.zeros(2, 3)}, {names[1]: torch.zeros(5)}, {}]
+    rows = layer_rows(front, LAYOUT, states)
+    assert [row["n_kept"] for row in rows if row["layer"] == names[0]] == [6, 0, 0]
+    assert [row["n_kept"] for row in rows if row["layer"] == names[1]] == [0, 5, 0]
+    assert [row["n_weights"] for row in rows if row["id"] == 0] == LAYOUT.sizes.tolist()
+
+
 def test_an_empty_front_has_no_rows() -> None:
     empty = Front.empty(LAYOUT.n_weights)
     assert front_rows(empty, np.array([])) == []
-    assert layer_rows(empty, LAYOUT) == []
+    assert layer_rows(empty, LAYOUT, []) == []
 
 
 @pytest.mark.parametrize("n_workers", [1, 2])

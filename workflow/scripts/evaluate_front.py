@@ -17,5 +17,7 @@ with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as
     states = load_networks(snakemake.input.networks)
     errors = measure_errors(dense.network, states, test, device, n_workers=snakemake.threads)
     write_csv(snakemake.output.front, front_rows(front, errors), front_columns(front))
-    write_csv(snakemake.output.layers, layer_rows(front, WeightUnits.of(dense.network, dense.exclude)), LAYER_COLUMNS)
+    write_csv(
+        snakemake.output.layers, layer_rows(front, WeightUnits.of(dense.network, dense.exclude), states), LAYER_COLUMNS
+    )
     log.info("%d members measured", len(front))

@@ -36,13 +36,22 @@ from paretoprune.options import (
 )
 from paretoprune.repair.repairs import repair_named
 from paretoprune.search.problem import Effort, Progress
-from paretoprune.settings import REFIT_GUIDE, Anchors, Budget, Phase1, Phase2, Publishing, Searching
+from paretoprune.settings import (
+    REFIT_GUIDE,
+    Anchors,
+    Budget,
+    Phase1,
+    Phase2,
+    Publishing,
+    Searching,
+    n_channel_starts,
+)
 from paretoprune.stages.anchors import find_anchors
 from paretoprune.stages.candidates import Setup
 from paretoprune.stages.phase1 import find_thresholds
 from paretoprune.stages.phase2 import refine_bits
 from paretoprune.stages.publish import publish
-from paretoprune.stages.slim import SlimSearch, find_slim_networks, least_starts
+from paretoprune.stages.slim import SlimSearch, find_slim_networks
 from paretoprune.structured.judging import SlimTask
 from paretoprune.structured.units import ChannelUnits, slim_costs
 
@@ -138,7 +147,9 @@ def pareto_prune(
     refits = repair_named(repair).refits
     phase1, anchors, phase2 = REFITTED if refits else MASKED
     budget, population = Budget(evaluations, phase1.share), int(np.clip(evaluations // 20, 8, 40))
-    needed = 2 * (least_starts(repair) + population if units == "channels" else phase1.least_evaluations(population))
+    needed = 2 * (
+        n_channel_starts(repair) + population if units == "channels" else phase1.least_evaluations(population)
+    )
     if evaluations < needed:
         raise ValueError(
             f"expected at least {needed} evaluations, half of them for Phase 1: the classical allocations, one "
@@ -203,14 +214,14 @@ def _slim(
 ) -> Front:
     """The front of smaller networks."""
     units = ChannelUnits.of(network, train.images[:1], exclude)
-    units.report(_LOGGER, network)
+    units.report(_LOGGER)
     order = np.random.default_rng(effort.seed).permutation(len(train))
     calibration = train.images[order[:N_SLIM_CALIBRATION]]
     costs = slim_costs(objectives[1:], units, network, train.images[:1])
     task = SlimTask(network, units, search.images, search.labels, calibration)
     settings = SlimSearch(repair, objectives[0], n_processes=1 if device.type == "cuda" else workers)
     with _shown(effort.evaluations, progress) as show:
-        return find_slim_networks(task.to(device), costs, settings, effort, progress=show)
+        return find_slim_networks(task.to(device), costs, settings, effort, progress=show).front
 
 
 def _processes(workers: Any) -> int:

@@ -26,6 +26,14 @@ LOSSES = ("error", "divergence")
 # The loss that suits a network, see `workflow.configuration.loss_of`.
 AUTO = "auto"
 COSTS = ("density", "parameters", "macs", "bytes")
+# Costs, relative to the whole network, at which a search over channels starts from three allocations each, or from two
+# where nothing is repaired.
+CHANNEL_START_COSTS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+
+
+def n_channel_starts(repair: str) -> int:
+    """Candidates that a search over channels starts from, at most."""
+    return 1 + len(CHANNEL_START_COSTS) * (2 if repair == "none" else 3)
 
 
 def meaning(description: str, **rule: Any) -> dict[str, Any]:
@@ -424,8 +432,9 @@ class ComparedMethod(Method):
     kind: str = field(
         kw_only=True,
         metadata=meaning(
-            "two_phase searches thresholds and then the corridor, flat whole masks, allocation does not search",
-            enum=["two_phase", "flat", "allocation"],
+            "two_phase searches thresholds and then the corridor, flat whole masks, allocation does not search; "
+            "channels searches in two phases what can be cut out (channels, heads, branches): networks get smaller",
+            enum=["two_phase", "flat", "allocation", "channels"],
         ),
     )
     phase1_from: str | None = setting(None, "the method whose Phase 1 is continued instead of one's own", type="string")
@@ -435,6 +444,11 @@ class ComparedMethod(Method):
     def allocation_step(self) -> "AllocationStep":
         """What an allocation baseline depends on."""
         return self.part(AllocationStep)
+
+    @property
+    def channel_step(self) -> "ChannelStep":
+        """What a search over channels depends on."""
+        return self.part(ChannelStep, share=self.phase1.share)
 
 
 # What each step of the workflow depends on
@@ -525,6 +539,30 @@ class FlatStep(Searching, Publishing):
     flat: Flat
     evaluations: int
     population: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelStep(Searching, Publishing):
+    """What a search over channels depends on.
+
+    Attributes:
+        evaluations: Candidates of both phases.
+        population: Candidates in a population.
+        share: Phase 1's part of the evaluations.
+        anchors: The corridor's ends.
+        phase2: Algorithm and moves.
+    """
+
+    evaluations: int
+    population: int
+    share: float
+    anchors: Anchors
+    phase2: Phase2
+
+    @property
+    def phase1(self) -> Phase1:
+        """Phase 1 as this step knows it."""
+        return Phase1(share=self.share)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,10 +80,14 @@ def front_rows(front: Front, test_errors: np.ndarray) -> list[dict[str, Any]]:
     ]
 
 
-def layer_rows(front: Front, layout: WeightUnits) -> list[dict[str, Any]]:
-    """Count the kept weights of each member, layer by layer."""
+def layer_rows(front: Front, layout: WeightUnits, states: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Any]]:
+    """Count the kept weights of each member, layer by layer, by its mask or by what its smaller network has."""
+    if front.units == "channels":
+        every = [[state[name].numel() if name in state else 0 for name in layout.names] for state in states]
+    else:
+        every = layout.n_kept(front.masks).tolist()
     return [
         {"id": i, "layer": name, "n_weights": int(size), "n_kept": int(kept)}
-        for i, counts in enumerate(layout.n_kept(front.masks))
+        for i, counts in enumerate(every)
         for name, size, kept in zip(layout.names, layout.sizes, counts, strict=True)
     ]

@@ -10,15 +10,13 @@ from torch import Tensor, nn
 
 from paretoprune.networks.architectures import Architecture
 from paretoprune.networks.wrapping import Adaptation, adapt, copied
+from paretoprune.shapes import with_state
 from paretoprune.tensors import load_tensors, read_metadata, save_tensors
 
 
 def with_weights(network: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """A network of the same architecture with other weights, on the CPU, in evaluation mode."""
-    other = copied(network).cpu()
-    other.eval()
-    other.load_state_dict(dict(state))
-    return other
+    """A network of the same architecture with other weights, or with fewer channels, on the CPU, in evaluation mode."""
+    return with_state(copied(network).cpu().eval(), state)
 
 
 def load_weights(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

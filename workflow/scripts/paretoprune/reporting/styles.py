@@ -12,16 +12,23 @@ import seaborn as sns
 # Two-phase searches have strong colours and solid lines, the others muted colours and dashes. This shows in grey, too.
 _COLORS = {
     "two_phase": ("#C8102E", "#0B6FB8", "#7B3FA0", "#12805C"),
+    "channels": ("#1A9BA8", "#E36AA0"),
     "flat": ("#E08A00", "#A6761D", "#C26A8A"),
     "allocation": ("#5F7285", "#9A8C7A", "#7FA39A", "#A89BBF", "#4A4A4A", "#B7A24B"),
 }
 _DASHES: dict[str, tuple[Any, ...]] = {
     "two_phase": ("-",),
+    "channels": ("-",),
     "flat": ((0, (7, 2, 1.5, 2)), (0, (7, 2, 1.5, 2, 1.5, 2))),
     "allocation": ((0, (4, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)), (0, (2.5, 1.2)), (0, (9, 3))),
 }
-_MARKERS = {"two_phase": ("o", "s", "D", "P"), "flat": ("^", "v"), "allocation": ("p", "<", ">", "h", "d", "X")}
-_WIDTHS = {"two_phase": 2.2, "flat": 1.8, "allocation": 1.5}
+_MARKERS = {
+    "two_phase": ("o", "s", "D", "P"),
+    "channels": ("*", "X"),
+    "flat": ("^", "v"),
+    "allocation": ("p", "<", ">", "h", "d", "X"),
+}
+_WIDTHS = {"two_phase": 2.2, "channels": 2.2, "flat": 1.8, "allocation": 1.5}
 
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; each has a dash and a marker for print in grey.

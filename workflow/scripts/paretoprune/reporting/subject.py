@@ -7,7 +7,7 @@ from typing import Any
 
 from paretoprune.objectives import reference_point
 
-METHOD_KINDS = ("two_phase", "flat", "allocation")
+METHOD_KINDS = ("two_phase", "channels", "flat", "allocation")
 OBJECTIVES = ("error", "divergence")
 DENSITY = ("density",)
 # Columns of a front's table that are no costs.

@@ -11,23 +11,17 @@ from paretoprune.importance.layer_statistics import collect_statistics
 from paretoprune.masks.units import WeightUnits, ranks_within_groups
 from paretoprune.objectives import Cost
 from paretoprune.search.problem import Effort, Problem, Progress
+from paretoprune.search.recorder import SearchResult
 from paretoprune.search.two_phase import search
-from paretoprune.settings import Anchors, Phase1, Phase2
+from paretoprune.settings import CHANNEL_START_COSTS, Anchors, ChannelStep, Phase1, Phase2
 from paretoprune.structured.allocation import cheapest_within, loss_curves, measured_curves, uniform_within
 from paretoprune.structured.elimination import elimination_scores
 from paretoprune.structured.importance import group_magnitude
 from paretoprune.structured.judging import SlimJudge, SlimTask
 
-# Costs, relative to the whole network, at which allocations are put into the first population.
-START_COSTS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 # Calibration images on which each coupling alone is measured.
 N_MEASURING_IMAGES = 256
 _LOGGER = logging.getLogger("paretoprune")
-
-
-def least_starts(repair: str) -> int:
-    """Starting points of a search, at most."""
-    return 1 + len(START_COSTS) * (2 if repair == "none" else 3)
 
 
 @dataclass(frozen=True)
@@ -39,7 +33,8 @@ class SlimSearch:
         loss: `error` or `divergence`.
         n_candidate_images: Calibration images that candidates are repaired on.
         n_processes: Processes to evaluate candidates with.
-        front_size: Members that are finished, at most.
+        front_size: Members that are finished, at most; None for all.
+        sparsities: The best member beyond each of these shares of the first cost is finished, see `Front.thinned`.
         measures: Whether what each coupling loses alone is measured, for starting points.
     """
 
@@ -47,8 +42,20 @@ class SlimSearch:
     loss: str = "divergence"
     n_candidate_images: int = 384
     n_processes: int = 1
-    front_size: int = 30
+    front_size: int | None = 30
+    sparsities: Sequence[float] = ()
     measures: bool = True
+
+    @classmethod
+    def of(cls, step: ChannelStep, n_processes: int) -> "SlimSearch":
+        """What a step of the workflow says."""
+        return cls(
+            step.repair,
+            step.objective,
+            n_processes=n_processes,
+            front_size=step.front_size,
+            sparsities=step.sparsities,
+        )
 
 
 def find_slim_networks(
@@ -61,7 +68,7 @@ def find_slim_networks(
     anchors: Anchors | None = None,
     phase2: Phase2 | None = None,
     progress: Progress | None = None,
-) -> Front:
+) -> SearchResult:
     """Search small networks, and finish those of the front.
 
     Args:
@@ -75,8 +82,8 @@ def find_slim_networks(
         progress: Called with each new history row.
 
     Returns:
-        The front, cheapest first, with the states of its finished networks; losses are measured on all images, after a
-        repair on all calibration images.
+        The front, cheapest first, with the states of its finished networks, and the history of both phases. Losses are
+        measured on all images, after a repair on all calibration images.
     """
     units = task.units
     statistics = collect_statistics(task.network, WeightUnits.of(task.network), task.calibration, seed=effort.seed)
@@ -95,7 +102,7 @@ def find_slim_networks(
         phase2=phase2,
         starts=starting_points(task, scores["elimination"], judge, costs[0], settings),
     )
-    return _published(found.front, task, judge, settings)
+    return SearchResult(_published(found.front, task, judge, settings), found.history)
 
 
 def starting_points(
@@ -114,7 +121,7 @@ def starting_points(
             measured_curves(units, scores, lambda masks: judge.calibration_divergence(masks, N_MEASURING_IMAGES))
         )
     found = [units.sizes]
-    for budget in START_COSTS:
+    for budget in CHANNEL_START_COSTS:
         found.append(uniform_within(units, ranks, cost, budget))
         found += [cheapest_within(units, curve, ranks, cost, budget) for curve in curves]
     return list({tuple(n_keep.tolist()): n_keep for n_keep in found}.values())
@@ -122,7 +129,7 @@ def starting_points(
 
 def _published(front: Front, task: SlimTask, judge: SlimJudge, settings: SlimSearch) -> Front:
     """The members that are finished, measured as they are published, without those that others now dominate."""
-    front = front.thinned(settings.front_size)
+    front = front.thinned(settings.front_size, settings.sparsities)
     states, measured = judge.finish(front.masks)
     objectives = np.column_stack([measured.objective(settings.loss), front.costs])
     finished = Front(front.masks, objectives, front.stages, front.names, task.network, states, "channels")

@@ -71,9 +71,9 @@ class Coupling:
     may_vanish: bool = False
 
     def is_named(self, pattern: str) -> bool:
-        """Whether a shell pattern matches the name of a layer that makes the units, or of its weight."""
-        makers = [part.tensor for part in self.parts if not part.reads and part.tensor.endswith("weight")]
-        names = [self.name, f"{self.name}.weight", *makers, *(name.removesuffix(".weight") for name in makers)]
+        """Whether a shell pattern matches the name of a layer that has to be cut, or of its weight."""
+        tensors = [part.tensor for part in self.parts if part.tensor.endswith("weight")]
+        names = [self.name, *tensors, *(name.removesuffix(".weight") for name in tensors)]
         return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
     @property

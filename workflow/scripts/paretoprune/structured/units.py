@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from paretoprune.masks.packed import PackedMasks
-from paretoprune.masks.units import Units
+from paretoprune.masks.units import Units, WeightUnits
 from paretoprune.networks.costs import NUMBER_BYTES, count_uses
 from paretoprune.networks.wrapping import copied
-from paretoprune.objectives import Cost, Density
+from paretoprune.objectives import Cost
 from paretoprune.structured.coupling import Coupling, cut, find_couplings
 
 # Layers that a report has lines for.
@@ -36,13 +36,16 @@ class ChannelUnits(Units):
     refused: Mapping[str, str]
 
     @classmethod
-    def of(cls, network: nn.Module, image: Tensor, exclude: Sequence[str] = ()) -> "ChannelUnits":
+    def of(
+        cls, network: nn.Module, image: Tensor, exclude: Sequence[str] = (), *, strict: bool = True
+    ) -> "ChannelUnits":
         """The units of a network.
 
         Args:
             network: In evaluation mode.
             image: One image (1, ...), normalised.
-            exclude: Shell patterns of layers, or of their weights, whose outputs stay whole.
+            exclude: Shell patterns of layers, or of their weights, that stay whole.
+            strict: Whether a pattern has to match a layer that could be cut.
 
         Raises:
             ValueError: The network's graph cannot be followed, nothing can be cut, or a pattern matches nothing.
@@ -51,7 +54,7 @@ class ChannelUnits(Units):
         excluded: set[str] = set()
         for pattern in exclude:
             matched = {one.name for one in found.couplings if one.is_named(pattern)}
-            if not matched:
+            if strict and not matched:
                 raise ValueError(
                     f"exclude pattern '{pattern}' matches none of the layers whose channels can be cut "
                     f"({', '.join(one.name for one in found.couplings)}); correct or remove it"
@@ -62,7 +65,7 @@ class ChannelUnits(Units):
             raise ValueError(f"expected channels to cut, found none outside exclude={list(exclude)}; exclude less")
         return cls(kept, found.refused)
 
-    def report(self, log: logging.Logger, network: nn.Module) -> None:
+    def report(self, log: logging.Logger) -> None:
         """Say how much of a network can be cut, and what cannot."""
         n_branches = sum(coupling.may_vanish for coupling in self.couplings)
         branches = f", of which {n_branches} are branches that may vanish" if n_branches else ""
@@ -182,6 +185,12 @@ class SlimCost:
         return amounts / full
 
 
+def density(sizes: Sizes, network: nn.Module, image: Tensor) -> SlimCost:
+    """Numbers in the weights that could be pruned one by one (`masks.units.WeightUnits`)."""
+    names = WeightUnits.of(network).names
+    return SlimCost("density", sizes, lambda kept: sum(sizes.of_tensor(name, kept) for name in names))
+
+
 def parameters(sizes: Sizes, network: nn.Module, image: Tensor) -> SlimCost:
     """Numbers in all parameters."""
 
@@ -244,7 +253,7 @@ def _activations(network: nn.Module, image: Tensor) -> dict[str, tuple[int, int,
 
 
 SLIM_COSTS: Mapping[str, Callable[[Sizes, nn.Module, Tensor], Cost]] = {
-    "density": lambda sizes, network, image: Density(),
+    "density": density,
     "parameters": parameters,
     "macs": macs,
     "bytes": stored_bytes,

@@ -83,7 +83,7 @@ def finetune_members(
     Args:
         front: A final front with its dense network, the teacher, and the states of its finished networks, from which
             training starts.
-        units: Its prunable weights.
+        units: Its prunable weights, which the masks of a front of weights are about.
         data: Images. Networks are trained and measured on their device.
         recipe: How to train.
         chosen: Members and their targets, from `choose_members`.
@@ -105,8 +105,10 @@ def finetune_members(
     rows = []
     dense_test_error = _error(front.dense, data.test)
     for member, target in chosen.items():
-        mask = front.masks.unpack(member)
-        masks = {name: torch.from_numpy(part.copy()) for name, part in units.split(mask).items()}
+        masks = {}
+        if front.units == "weights":
+            mask = front.masks.unpack(member)
+            masks = {name: torch.from_numpy(part.copy()) for name, part in units.split(mask).items()}
         start = with_weights(front.dense, front.states[member])
         error_before = _error(start, data.test)
         trained, _ = train(start, data.train, recipe, seed=seed, masks=masks, teacher=front.dense)

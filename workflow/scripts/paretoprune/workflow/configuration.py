@@ -15,7 +15,7 @@ from paretoprune.importance.allocation import STARTS
 from paretoprune.networks.names import broken_architecture
 from paretoprune.repair.registry import REPAIR_REFITS
 from paretoprune.search.sparse_ea import n_groups_within
-from paretoprune.settings import AUTO, REFIT_GUIDE, ComparedMethod
+from paretoprune.settings import AUTO, REFIT_GUIDE, ComparedMethod, n_channel_starts
 from paretoprune.workflow.sections import OWN_KEYS
 
 Config = Mapping[str, Any]
@@ -162,6 +162,15 @@ def _broken_method(config: Config, name: str) -> Iterator[str]:
 
 def _broken_effort(method: ComparedMethod, name: str) -> Iterator[str]:
     """Too few candidates for a search."""
+    if method.kind == "channels":
+        needed = n_channel_starts(method.repair) + method.population
+        if method.budget.phase1 < needed:
+            yield (
+                f"method_settings.{name}: Phase 1 gets {method.budget.phase1} evaluations, expected at least {needed} "
+                f"({n_channel_starts(method.repair)} starting allocations and a population of {method.population}); "
+                "raise `evaluations` or lower `population`"
+            )
+        return
     smallest = method.population * (1 if method.kind == "flat" else 4)
     if method.evaluations < smallest:
         yield (
