@@ -1,5 +1,7 @@
 """The measurement of a front: one complete row per member, and per member and layer."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
