@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 import torch
 from paretoprune import Front, pareto_prune
 from paretoprune.evaluation.workers import can_fork
+from PIL import Image
 from small_networks import fit, n_hooks, numpy_state, states_equal
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -88,6 +90,16 @@ class Named(Samples):
         return {"id": i, "pixel_values": image, "labels": label}
 
 
+class Photographs(Samples):
+    """A data set without a transform, or with images of several sizes, or of examples without labels."""
+
+    def __init__(self, *given: Any) -> None:
+        self.given = given
+
+    def __getitem__(self, i: int) -> Any:
+        return self.given[i % len(self.given)], i % N_CLASSES
+
+
 def read_only(x: Tensor) -> np.ndarray:
     array = x.numpy().copy()
     array.flags.writeable = False
@@ -119,6 +131,7 @@ one_hot = nn.functional.one_hot(Y, N_CLASSES)
         pytest.param((X.double(), Y.byte()), id="float64, uint8 labels"),
         pytest.param((X.numpy().astype(np.float64), Y.numpy().astype(np.uint16)), id="float64 array, uint16 labels"),
         pytest.param((X.T.contiguous().T, Y), id="not contiguous"),
+        pytest.param((X.to_sparse(), Y), id="sparse"),
         pytest.param((X.clone().requires_grad_(), Y), id="requires grad"),
         pytest.param((inference(X), inference(Y)), id="inference tensors"),
         pytest.param((list(X), Y.tolist()), id="lists"),
@@ -211,11 +224,47 @@ def test_networks_of_every_shape_of_images_are_pruned(kind: str, repair: str, ca
         ((DataLoader(TensorDataset(X)),), r"expected batches \(images, labels\) from images, found list of 1"),
         ((iter([{"a": 1.0}]),), "images under one of image, .* found the keys a; rename"),
         ((DataLoader(TensorDataset(X[:0], Y[:0])),), "at least one image in images, found none"),
+        (("photos/train",), r"found the path 'photos/train'; load them, as with torchvision\.datasets\.ImageFolder"),
+        ((Path("x.npy"), Y), r"found the path 'x\.npy'; load them"),
+        ((Photographs(Image.new("RGB", (4, 4))),), r"put into batches, found others \(.*Image'>\); .*ToTensor"),
+        (
+            (Photographs(X[0], X[0, :2]),),
+            r"found others \(stack expects .*\); let the data set give tensors of one size",
+        ),
+        (
+            (DataLoader(Photographs(X[0], X[0, :2]), 9, num_workers=1),),
+            r"found others \(.*(stack expects|resize storage)",
+        ),
+        ((Photographs(None),), r"found others \(default_collate.*NoneType"),
+        (([((X[:9], X[:9]), Y[:9])].__iter__(),), "networks of several inputs are not supported"),
+        (
+            (zip(data("images")[0], Y, strict=True),),
+            "expected batches from images, found a single image with its label",
+        ),
+        ((np.ma.masked_greater(X.numpy(), 1.0), Y), "expected images with all their values, found masked ones; fill"),
+        (
+            (torch.nested.as_nested_tensor([X[:1], X[:2]], layout=torch.jagged), Y[:2]),
+            "images of one shape, found a nested tensor",
+        ),
+        ((X, Y + 1), "labels from 0 to 2, .* found 1 to 3; they start at 1: subtract 1"),
+        ((X, Y - 1), "found -1 to 1; leave out the images without a label, which negative ones often stand for"),
+        ((X, Y * 7), "found 0 to 14; give the index of each image's class among the network's answers"),
+        ((X, Y, X[:, :5], Y), r"search_images of the shape of images, \(6,\), found \(5,\); prepare both alike"),
     ],
 )
 def test_images_and_labels_that_cannot_be_used_are_refused(given: tuple[Any, ...], message: str) -> None:
+    keys = ("images", "labels", "search_images", "search_labels")
     with pytest.raises(ValueError, match=message):
-        prune(*given)
+        pareto_prune(trained(), **dict(zip(keys, given, strict=False)), evaluations=60, device="cpu", progress=False)
+
+
+def test_an_error_of_a_data_set_is_its_own() -> None:
+    class Broken(Samples):
+        def __getitem__(self, i: int) -> Any:
+            raise FileNotFoundError("photos/3.png")
+
+    with pytest.raises(FileNotFoundError, match=r"photos/3\.png"):
+        prune(Broken())
 
 
 @pytest.mark.parametrize(
@@ -238,6 +287,7 @@ def test_images_and_labels_that_cannot_be_used_are_refused(given: tuple[Any, ...
         ("objectives", ("density", "error"), "`objectives`: expected a loss among error, divergence"),
         ("objectives", ("error", "watts"), "`objectives`: expected costs among density.* found watts"),
         ("exclude", 3, "expected `exclude` as names or patterns"),
+        ("exclude", ["3"], r"exclude pattern '3' matches none .*; for all weights in it give '3\.\*'"),
         ("exclude", ["nothing.*"], "exclude pattern 'nothing.*' matches none of the prunable weights"),
     ],
 )
@@ -250,6 +300,11 @@ def test_options_are_refused_by_name(option: str, value: Any, message: str) -> N
 def test_a_gpu_where_there_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match=r"expected `device` .* found 'cuda' .* this machine has cpu; choose one"):
         prune(device="cuda")
+
+
+def test_more_workers_than_cores_are_of_use_are_not_started(caplog: pytest.LogCaptureFixture) -> None:
+    assert_same(prune(workers=10**6), expected())
+    assert "of 1000000 workers" in caplog.text
 
 
 def test_options_are_checked_before_the_images_are_looked_at() -> None:
@@ -295,6 +350,58 @@ def test_a_saved_front_gives_its_networks_again(tmp_path: Path) -> None:
         Front.load(tmp_path / "front.npz", fresh("signal"))
     with pytest.raises(ValueError, match=r"0\.weight does not fit"):
         Front.load(tmp_path / "front.npz", nn.Sequential(nn.Linear(5, 8), *list(fresh())[1:]))
+
+
+class Keeping(nn.Sequential):
+    """Keeps what it answered, and a lock, which no copy can be made of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.lock = threading.Lock()
+        self.kept: Tensor = super().forward(x)
+        return self.kept
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.optim.swa_utils.AveragedModel, None])
+def test_a_front_is_loaded_with_a_network_as_people_hold_it(tmp_path: Path, wrap: Any) -> None:
+    network = wrap(fresh()) if wrap else Keeping(*fresh())
+    network(X)
+    expected().save(tmp_path / "front.npz")
+    assert_same(Front.load(tmp_path / "front.npz", network), expected())
+
+
+def test_a_network_that_keeps_what_it_answered_and_a_lock_is_pruned() -> None:
+    network = Keeping(*fresh())
+    network.load_state_dict(trained().state_dict())
+    network(X)
+    front = prune(network=network, search_images=X, search_labels=Y)
+    for i in range(len(front)):
+        error = float((front.network(i)(X).argmax(1) != Y).double().mean())
+        assert error == pytest.approx(front.error[i], abs=1.01 / N)
+
+
+def test_fronts_whose_names_have_dots_keep_their_own_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    fronts = {"front-0.8": expected(), "front-0.9": prune(seed=1), "front": expected(), "~/deep/front.npz": expected()}
+    for name, front in fronts.items():
+        front.save(name if name.startswith("~") else tmp_path / name)
+    for name, front in fronts.items():
+        assert_same(Front.load(name if name.startswith("~") else tmp_path / name, fresh()), front)
+
+
+def test_what_is_no_front_is_refused_by_name(tmp_path: Path) -> None:
+    expected().save(tmp_path / "front.npz")
+    np.savez(tmp_path / "other.npz", images=np.zeros(3))
+    (tmp_path / "text.npz").write_text("no front")
+    (tmp_path / "empty.npz").touch()
+    for name in ("front.safetensors", "other.npz", "text.npz", "empty.npz", ""):
+        with pytest.raises(
+            ValueError, match=r"an npz file that Front\.save wrote, found something else; give that file"
+        ):
+            Front.load(tmp_path / name)
+    with pytest.raises(ValueError, match="found a state dict; build the network"):
+        Front.load(tmp_path / "front.npz", fresh().state_dict())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"a file to write the front to, found the folder .*; add a name, front\.npz"):
+        expected().save(tmp_path)
 
 
 def test_networks_that_are_missing_or_of_another_front_are_refused(tmp_path: Path) -> None:
@@ -386,6 +493,37 @@ def test_a_thread_gives_the_same_front() -> None:
     thread.start()
     thread.join()
     assert_same(found[0], expected())
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_threads_take_turns(workers: int) -> None:
+    """Tracing changes torch's modules for all threads, so that one search would run into another's symbols."""
+    with ThreadPoolExecutor(3) as pool:
+        fronts = list(pool.map(lambda _: prune(workers=workers), range(3)))
+    for front in fronts:
+        assert_same(front, expected())
+
+
+def test_a_progress_bar_is_hidden_where_nothing_can_show_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    assert_same(prune(progress=True), expected())
+
+
+class Sure(nn.Sequential):
+    """Answers probabilities, as networks do that are made to be run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = super().forward(x)
+        return found.softmax(dim=1)
+
+
+def test_the_divergence_of_probabilities_is_that_of_their_logits() -> None:
+    network = Sure(*fresh())
+    network.load_state_dict(trained().state_dict())
+    changed: dict[str, Any] = {"objectives": ("divergence", "density"), "search_images": X, "search_labels": Y}
+    front, plain = prune(network=network, **changed), prune(**changed)
+    np.testing.assert_allclose(front.objectives, plain.objectives, rtol=1e-3, atol=1e-4)
+    assert type(front.network(0)) is Sure
 
 
 def _in_a_daemon(connection: Any) -> None:

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "workflow" / "scripts" / "paretoprune"
 # From the ground up. A room imports from those before it; what stands in one line does not see one another.
 FLOORS = [
     ["files", "devices", "settings"],
-    ["tensors", "shapes"],
+    ["tensors", "copies", "shapes"],
     ["masks"],
     ["objectives"],
     ["fronts"],

@@ -252,10 +252,12 @@ def test_dropped_transparency_and_further_frames_are_said(tmp_path: Path, caplog
     np.testing.assert_array_equal(read(tmp_path).images[1].permute(1, 2, 0).numpy(), COLOUR)
 
 
-def listen(caplog: pytest.LogCaptureFixture, root: Path, name: str = ".", **settings: Any) -> str:
+def listen(
+    caplog: pytest.LogCaptureFixture, root: Path, name: str = ".", source: str = "imagefolder", **settings: Any
+) -> str:
     with caplog.at_level(logging.INFO, "paretoprune"):
         caplog.clear()
-        read(root, name, log=logging.getLogger("paretoprune"), **settings)
+        read(root, name, source, log=logging.getLogger("paretoprune"), **settings)
     return "\n".join(record.getMessage() for record in caplog.records)
 
 
@@ -313,6 +315,12 @@ def pack_tar(root: Path, archive: Path) -> None:
             tar.add(file, file.relative_to(root).as_posix(), recursive=False)
 
 
+def pack_tar_from_inside(root: Path, archive: Path) -> None:
+    """As `tar -cf archive .` packs a folder: the first member is `./`."""
+    with tarfile.open(archive, "w") as tar:
+        tar.add(root, "./")
+
+
 def pack_zip(root: Path, archive: Path) -> None:
     with zipfile.ZipFile(archive, "w") as packed:
         for file in sorted(root.rglob("*"), reverse=True):
@@ -322,6 +330,7 @@ def pack_zip(root: Path, archive: Path) -> None:
 PACKED: list[tuple[str, Callable[[Path, Path], None] | None]] = [
     ("tree", None),
     ("a.tar", pack_tar),
+    ("b.tar", pack_tar_from_inside),
     ("a.zip", pack_zip),
 ]
 
@@ -345,7 +354,9 @@ def test_files_that_are_no_images_are_skipped_and_counted(
 
 
 BROKEN = [
-    ("empty.png", b"", "cannot identify"),
+    ("empty.png", b"", "empty"),
+    ("pointer.png", b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS; run `git lfs pull`"),
+    ("page.jpg", b"\n<!DOCTYPE html><html>404", "a web page; download the image again"),
     ("cut.png", png()[:60], ""),
     ("text.JPG", b"no image", "cannot identify"),
     ("phone.HEIC", b"....ftypheic", r"Pillow does not read \.heic; convert it"),
@@ -481,6 +492,20 @@ def test_images_outside_a_class_and_folders_beside_the_parts_are_said(
     assert "left out" in said
     assert "train/loose.png" in said
     assert "extra/" in said
+
+
+@pytest.mark.parametrize("name", ["a.7z", "a.tar.zst", "a.png", "a.csv"])
+def test_another_kind_of_file_is_answered_with_those_that_can_be_read(tmp_path: Path, name: str) -> None:
+    put(tmp_path, name, b"7z\xbc\xaf something else" if name != "a.png" else COLOUR)
+    with pytest.raises(ValueError, match=r"give another `path`: a directory, a tar archive .* or a zip archive"):
+        read(tmp_path, name)
+
+
+def test_what_was_skipped_is_named_where_no_image_is_left(tmp_path: Path) -> None:
+    put(tmp_path, "train/ant/0.npy", b"-")
+    put(tmp_path, "train/bee/0.npy", b"-")
+    with pytest.raises(ValueError, match=r"found none; arrange them so \(there is: 2 \.npy\)"):
+        read(tmp_path)
 
 
 def test_what_is_there_is_named_where_train_is_not(tmp_path: Path) -> None:
@@ -766,6 +791,24 @@ def test_is_test_sets_examples_apart_and_classes_names_them(tmp_path: Path, flag
     assert found.is_test.tolist() == [i > 8 for i in range(N)]
     assert found.classes == ("z", "y", "x")
     assert found.labels.tolist() == LABELS.tolist()
+
+
+def said_of(caplog: pytest.LogCaptureFixture, root: Path, arrays: dict[str, Any], **settings: Any) -> str:
+    return listen(caplog, root, save(root, arrays, "npz"), source="npz", **settings)
+
+
+def test_numbers_as_text_and_dark_images_of_8_bits_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    as_text = {"images": TABLE, "labels": (LABELS + 9).astype(str)}
+    assert "10 comes before 2; save whole numbers" in said_of(caplog, tmp_path, as_text)
+    assert "10 comes" not in said_of(caplog, tmp_path, {"images": TABLE, "labels": LABELS.astype(str)})
+    dark = {"images": PICTURES // 16, "labels": LABELS}
+    assert "they are dark; give the dataset `value_range: [0, 15]`" in said_of(caplog, tmp_path, dark)
+    assert "dark" not in said_of(caplog, tmp_path, dark, value_range=[0, 15])
+    assert "dark" not in said_of(caplog, tmp_path, {"images": PICTURES, "labels": LABELS})
+
+
+def test_names_of_classes_may_be_bytes(tmp_path: Path) -> None:
+    assert read_arrays(tmp_path, {**PAIR, "classes": np.array([b"z", b"y", b"x"])}).classes == ("z", "y", "x")
 
 
 def test_names_as_labels_take_the_order_of_classes(tmp_path: Path) -> None:

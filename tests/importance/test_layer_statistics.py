@@ -372,11 +372,28 @@ def test_without_images_there_are_no_statistics() -> None:
         collected(trained("residual"), calibration()[:0])
 
 
+class ByNumpy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(np.maximum(x.numpy(), 0))
+
+
+class IntoItself(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        return torch.mul(x, 2.0, out=x)
+
+
 @pytest.mark.parametrize(
-    "kind", [architectures.InPlace, lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10), Detached())]
+    "kind",
+    [
+        architectures.InPlace,
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10), Detached()),
+        lambda: nn.Sequential(ByNumpy(), nn.Flatten(), nn.Linear(64, 10)),
+        lambda: nn.Sequential(IntoItself(), nn.Flatten(), nn.Linear(64, 10)),
+    ],
 )
 def test_a_network_without_derivatives_is_refused_with_the_reason(kind: Callable[[], nn.Module]) -> None:
-    with pytest.raises(ValueError, match=r"has no derivatives \(.*\); let no layer change in place what"):
+    with pytest.raises(ValueError, match=r"has no derivatives \(.*\); let its forward compute with torch alone"):
         collected(made(kind))
 
 

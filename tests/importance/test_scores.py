@@ -231,6 +231,24 @@ def test_gradients_without_images_are_an_error(name: str) -> None:
         scores_of(name, small_network(), images, labels)
 
 
+class ByNumpy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(np.maximum(x.numpy(), 0))
+
+
+class Detached(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.detach()
+
+
+@pytest.mark.parametrize("kind", [ByNumpy, Detached])
+@pytest.mark.parametrize("name", ["fisher", "taylor"])
+def test_a_network_without_derivatives_is_refused_with_the_remedy(kind: type[nn.Module], name: str) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), kind())
+    with pytest.raises(ValueError, match=r"has no derivatives \(.*\); let its forward compute with torch alone"):
+        compute_importance(name, network, WeightUnits.of(network), digits()[0][:3], digits()[1][:3], 0)
+
+
 def test_scores_that_need_no_gradients_need_no_images() -> None:
     images, labels = some_images(0)
     assert len(scores_of("magnitude", small_network(), images, labels)) == 3

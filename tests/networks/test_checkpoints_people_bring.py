@@ -4,6 +4,7 @@ import argparse
 import bz2
 import gzip
 import lzma
+import pickle
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -175,6 +176,7 @@ def without(*names: str) -> State:
         (PLAIN | {"conv1.weight": CONV.to(torch.float8_e4m3fn)}, "is quantised: .*'conv1.weight'"),
         (PLAIN | {"conv1.weight": CONV * float("nan")}, r"not finite: conv1.weight \(18 of 18\); take an earlier"),
         (PLAIN | {"bn1.running_var": torch.tensor([1.0, float("inf")])}, r"not finite: bn1.running_var \(1 of 2\)"),
+        (PLAIN | {"conv1.weight": CONV.to(torch.complex64)}, "complex numbers in 'conv1.weight', expected real ones"),
         (PLAIN | {"conv1.weight": CONV.double() * 1e300}, r"not finite: conv1.weight"),
         (without("linear.bias"), "missing: linear.bias"),
         (PLAIN | {"extra.weight": CONV}, "unexpected: extra.weight"),
@@ -237,6 +239,7 @@ def arrays(path: Path) -> None:
         np.savez(file, **{name: value.numpy() for name, value in PLAIN.items()})  # type: ignore[arg-type]
 
 
+ARRAYS = {name: value.numpy() for name, value in PLAIN.items()}
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
 
@@ -245,6 +248,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\
     [
         (lambda path: path.write_bytes(b""), "it is empty.*; copy or download it again"),
         (lambda path: path.write_bytes(LFS), "a pointer of Git LFS.*; .*run `git lfs pull`"),
+        (lambda path: path.write_bytes(b"\x1c\x00\x00\x00TFL3" + bytes(99)), "neither torch nor safetensors wrote it"),
         (lambda path: path.write_bytes(b"\n<!DOCTYPE html><html>Sign in"), "a web page.*download"),
         (lambda path: path.write_bytes(b"<HTML><body>404"), "a web page"),
         (lambda path: path.write_bytes(b'{"weight_map": {}}'), "text in JSON.*give the file of the weights"),
@@ -299,6 +303,11 @@ def scripted(path: Path) -> None:
             lambda path: torch.save({"state_dict": PLAIN, "settings": Settings()}, path),
             "beside weights it holds `settings`, an object, .*Settings",
         ),
+        (lambda path: torch.save(ARRAYS, path), "weights are arrays of numpy"),
+        (lambda path: torch.save({"state_dict": ARRAYS}, path), "it holds arrays of numpy"),
+        (lambda path: torch.save({"state_dict": PLAIN, "losses": np.arange(3.0)}, path), r"arrays of numpy \(`losses`"),
+        (lambda path: path.write_bytes(pickle.dumps(dict(PLAIN))), "a plain pickle"),
+        (lambda path: path.write_bytes(pickle.dumps(ARRAYS)), "weights are arrays of numpy"),
         (scripted, "a TorchScript archive"),
         (arrays, "arrays of numpy"),
     ],

@@ -2,15 +2,18 @@
 
 import copy
 import logging
+import threading
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from paretoprune.copies import copied, unwrapped
 from paretoprune.evaluation.compute import Backends, answers
 from paretoprune.evaluation.fused import FusedNetwork
 from paretoprune.evaluation.layerwise import LayerwiseNetwork
@@ -20,7 +23,7 @@ from paretoprune.importance.scores import compute_importance
 from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.guessing import compare_with_guessing
 from paretoprune.networks.inspection import Inspection, check_answers, inspect_network
-from paretoprune.networks.wrapping import copied, logits_of, unwrapped
+from paretoprune.networks.wrapping import logits_of
 from paretoprune.settings import Evaluating
 from small_networks import digits, fresh, magnitude_mask, n_hooks, numpy_state, states_equal
 from torch import Tensor, nn
@@ -221,7 +224,99 @@ class Lost(nn.Module):
         return torch.log(-x - 1)
 
 
-REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+class InAList(Plain):
+    """Layers that torch does not see, as they lie in a list; `teacher` is one that no answer needs."""
+
+    def __init__(self, used: bool) -> None:
+        super().__init__()
+        self.layers = [nn.Linear(256, 256), nn.ReLU()]
+        self.teacher = {"of": [nn.Linear(2, 2)]}
+        self.middle = self.through if used else None
+
+    def through(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Ordered(nn.Module):
+    """Attention that takes the first dimension for time, as torch does by default."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first)
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(self.layer(x[:, 0]).flatten(1))
+        return found
+
+
+class WithExtraState(Plain):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 1}
+
+    def set_extra_state(self, state: Any) -> None: ...
+
+
+class NeedsMore(nn.Linear):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x * mask)
+
+
+def by_a_lambda() -> Plain:
+    network = Plain()
+    network.forward = lambda x: network.head(network.conv(x).relu().flatten(1))  # type: ignore[method-assign]
+    return network
+
+
+def renaming_its_state(network: Plain) -> None:
+    def rename(module: nn.Module, state: dict[str, Any], prefix: str, local: Any) -> None:
+        for key in list(state):
+            state[f"student.{key}"] = state.pop(key)
+
+    network._register_state_dict_hook(rename)
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "a class": (lambda: Plain, r"found 'Plain', which is called to make one; give Plain\(\.\.\.\), with its trained"),
+    "a state dict": (lambda: Plain().state_dict(), "a torch.nn.Module, found a state dict; build the network and call"),
+    "a path": (lambda: "net.pt", r"found the path 'net\.pt'; build the network and call load_state_dict\(torch\.load"),
+    "nothing": (lambda: None, "expected a network, a torch.nn.Module, found NoneType"),
+    "layers in a list": (
+        lambda: InAList(used=True),
+        r"found some in 'layers' \(list\), whose weights are neither in .*hold them in nn\.ModuleList",
+    ),
+    "a forward that is a lambda": (by_a_lambda, r"found none among .*a lambda .*write it as a method of its class"),
+    "no values": (lambda: Plain().to("meta"), r"found 'conv\.weight' on the device 'meta'; load its trained weights"),
+    "a quantised layer": (
+        lambda: nn.Sequential(nn.Flatten(), torch.ao.nn.quantized.Linear(64, 10)),
+        r"the quantised '1' \(Linear\); give the network from before quantisation",
+    ),
+    "one logit": (
+        lambda: Plain(after=lambda x: x[:, :1]),
+        r"an answer of the network for each class, found one for each image.*wrap it .*\nclass TwoLogits",
+    ),
+    "one number": (lambda: Plain(after=lambda x: x[:, 0]), "found one for each image"),
+    "float64 inside": (
+        lambda: Plain(before=lambda x: x.double()).double(),
+        r"networks are run in float32: let its forward cast to the type of its weights",
+    ),
+    "a second argument": (lambda: NeedsMore(8, 8), "missing 1 .* 'mask'; wrap it so that its forward takes the images"),
+    "attention over the images": (
+        lambda: Ordered(batch_first=False),
+        r"'layer\.self_attn' \(MultiheadAttention\) mixes the images; .*batch_first=True where images come first",
+    ),
+    "a state that is no tensor": (WithExtraState, "found that '_extra_state' is dict; take off what changes it"),
+    "a state under other names": (
+        lambda: changed(renaming_its_state),
+        r"Missing key\(s\) .*conv\.weight.*take off what changes it \(.*a hook on the state dict",
+    ),
+    "a counter that was taken away": (
+        lambda: Plain(middle=without_counter(nn.BatchNorm2d(4))),
+        r"Unexpected key\(s\).*middle\.num_batches_tracked.*a buffer set to None",
+    ),
     "functional dropout": (
         lambda: Plain(middle=lambda x: functional.dropout(x, 0.5)),
         r"others at each call: its own forward \(Plain\) is random .*training=self\.training",
@@ -311,6 +406,11 @@ class Stubborn(nn.Module):
         return found
 
 
+def without_counter(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
+    norm.num_batches_tracked = None
+    return norm
+
+
 def with_nan(network: Plain) -> Plain:
     network.conv.weight.data[0, 0, 0, 0] = torch.nan
     return network
@@ -337,13 +437,28 @@ def test_few_images_are_enough_to_find_what_depends_on_neighbours(n: int) -> Non
     assert inspect_network(Plain(), images(n)).n_classes == 10
 
 
-def test_the_wrapper_of_the_message_helps() -> None:
-    with pytest.raises(ValueError, match="wrap the network") as caught:
-        look(Plain(after=lambda x: (x, x)))
+@pytest.mark.parametrize(
+    ("after", "name", "n_classes"),
+    [
+        (lambda x: (x, x), "Logits", 10),
+        (lambda x: {"loss": None, "scores": x}, "Logits", 10),
+        (lambda x: SimpleNamespace(loss=None, scores=x), "Logits", 10),
+        (lambda x: x[:, :1], "TwoLogits", 2),
+        (lambda x: x[:, 0], "TwoLogits", 2),
+    ],
+)
+def test_the_wrapper_of_the_message_helps(after: Callable[[Tensor], Any], name: str, n_classes: int) -> None:
+    with pytest.raises(ValueError, match="wrap") as caught:
+        look(Plain(after=after))
     lines = str(caught.value).splitlines()[1:]
-    names: dict[str, Any] = {"nn": nn}
+    names: dict[str, Any] = {"nn": nn, "torch": torch}
     exec("\n".join(lines), names)
-    assert look(names["Logits"](Plain(after=lambda x: (x, x)))).n_classes == 10
+    assert look(names[name](Plain(after=after))).n_classes == n_classes
+
+
+def test_layers_in_a_list_that_no_answer_needs_are_no_matter() -> None:
+    assert look(InAList(used=False)).n_classes == 10
+    assert look(Ordered(batch_first=True)).n_classes == 10
 
 
 def test_an_untrained_network_may_answer_anything_but_not_at_random() -> None:
@@ -375,6 +490,25 @@ def test_logits_are_taken_of_an_answer_of_several_parts(case: str) -> None:
         torch.testing.assert_close(answers(fused, images(), 32, None), answer(Plain()) * 2, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("inside", [lambda p: p, lambda p: {"logits": p}])
+def test_of_probabilities_the_logarithm_is_taken(inside: Callable[[Tensor], Any]) -> None:
+    found = look(Plain(after=lambda x: inside(x.softmax(1))))
+    assert found.adaptation.takes_logarithm
+    assert "its probabilities are taken by their logarithm" in found.lines()[-1]
+    expected = answer(Plain()).log_softmax(1)
+    torch.testing.assert_close(answer(found.network), expected, rtol=1e-5, atol=1e-5)
+    probabilities = answer(found.bare())
+    probabilities = probabilities["logits"] if isinstance(probabilities, dict) else probabilities
+    torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(64))
+    fused = FusedNetwork(found.network, found.units, images(2), repair="none", calibration_images=images(2))
+    with torch.inference_mode():
+        torch.testing.assert_close(answers(fused, images(), 32, None), expected, rtol=1e-5, atol=1e-5)
+    # A probability that is rounded to 0 has a logarithm too.
+    sure = look(Plain(after=lambda x: (1e4 * x).softmax(1)))
+    assert bool(answer(sure.network).isfinite().all())
+    assert not look(Plain(after=lambda x: x.log_softmax(1))).adaptation.takes_logarithm
+
+
 def test_an_answer_that_is_a_tensor_is_its_own_logits() -> None:
     assert logits_of(images()).shape == images().shape
 
@@ -391,6 +525,10 @@ def around_a_part(network: nn.Module) -> nn.Module:
     return network
 
 
+def averaged(network: nn.Module) -> nn.Module:
+    return torch.optim.swa_utils.AveragedModel(network)
+
+
 def compiled_around_parallel(network: nn.Module) -> nn.Module:
     compiled: Any = torch.compile(nn.DataParallel(network), backend="eager")
     assert isinstance(compiled, nn.Module)
@@ -402,7 +540,7 @@ def compiled_in_place(network: nn.Module) -> nn.Module:
     return network
 
 
-@pytest.mark.parametrize("wrap", [around_all, around_a_part, compiled_around_parallel, compiled_in_place])
+@pytest.mark.parametrize("wrap", [around_all, around_a_part, averaged, compiled_around_parallel, compiled_in_place])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_networks_come_out_of_their_wrappers_with_the_original_keys(wrap: Callable[[nn.Module], nn.Module]) -> None:
     network = wrap(Plain())
@@ -457,6 +595,30 @@ def test_a_copy_keeps_the_values_of_activations_and_shares_no_memory() -> None:
     assert torch.equal(other.kept, network.kept)
     assert other.kept.data_ptr() != network.kept.data_ptr()
     assert other.nested["all"][0] is other.kept  # type: ignore[index]
+
+
+class Holding:
+    def __init__(self, lock: Any) -> None:
+        self.lock = lock
+
+    def __call__(self, *given: Any) -> None: ...
+
+
+@pytest.mark.parametrize("where", ["an attribute", "inside a list", "a hook"])
+@pytest.mark.parametrize("make", [threading.Lock, lambda: (i for i in range(3))])
+def test_what_cannot_be_copied_is_shared(make: Callable[[], Any], where: str) -> None:
+    network, held = Plain(), make()
+    if where == "a hook":
+        network.conv.register_forward_hook(Holding(held))
+    else:
+        network.held = held if where == "an attribute" else cast("Any", [held])
+    found = look(network)
+    assert torch.equal(answer(found.network), answer(Plain()))
+    if where == "an attribute":
+        assert found.bare().held is held
+    other = copied(network)
+    other.conv.weight.data.zero_()  # type: ignore[union-attr, operator]
+    assert bool(network.conv.weight.any())
 
 
 GLOBAL: dict[str, Any] = {"seen": []}
@@ -624,6 +786,28 @@ class Attention(nn.Module):
         x = x + self.attention(x, x, x, need_weights=False)[0] * self.scale
         found: Tensor = self.head(x.mean(dim=1))
         return found
+
+
+class Tied(Plain):
+    """A last layer whose weight is an embedding's, as in language models; either may come first."""
+
+    def __init__(self, *, embedding_first: bool) -> None:
+        super().__init__()
+        first, second = nn.Embedding(10, 10), nn.Linear(10, 10, bias=False)
+        second.weight = first.weight
+        self.parts = nn.ModuleList([first, second] if embedding_first else [second, first])
+        self.after = self.through
+
+    def through(self, x: Tensor) -> Tensor:
+        found: Tensor = next(part for part in self.parts if isinstance(part, nn.Linear))(x)
+        return found
+
+
+def test_a_weight_that_is_an_embedding_s_stays_dense_and_is_named() -> None:
+    found = look(Tied(embedding_first=True))
+    assert found.units.names == ("conv.weight", "head.weight")
+    assert found.matrices == {"parts.0.weight": 100}
+    assert look(Tied(embedding_first=False)).units.names == ("conv.weight", "head.weight", "parts.0.weight")
 
 
 def test_matrices_of_no_layer_are_named_with_their_share() -> None:

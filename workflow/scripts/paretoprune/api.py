@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from paretoprune.data.gathering import gather_splits
 from paretoprune.data.splits import LabelledImages
-from paretoprune.devices import plain_modes
+from paretoprune.devices import one_at_a_time, plain_modes
 from paretoprune.evaluation.metrics import predict, top1_error
 from paretoprune.evaluation.task import Task
 from paretoprune.fronts import Front
@@ -62,6 +63,8 @@ N_GRADIENT_IMAGES = 256
 PREFIX_CACHE_MB = 1000
 BATCH_SIZE = 64
 MAX_IMAGES = 10_000
+# More processes than this only take memory.
+WORKERS_PER_CORE = 4
 # Where candidates are re-fitted, the order of elimination leads; a ladder of densities lets them share re-fits.
 REFITTED = (
     Phase1(
@@ -78,6 +81,7 @@ MASKED = (Phase1(start_densities=START_DENSITIES), Anchors(), Phase2(guides=("ma
 _LOGGER = logging.getLogger("paretoprune")
 
 
+@one_at_a_time()
 @plain_modes()
 def pareto_prune(
     network: nn.Module,
@@ -101,7 +105,8 @@ def pareto_prune(
 
     Phase 1 (NSGA-II on per-layer thresholds) gets half of the evaluations, Phase 2 (NSGA-II on the bits of the corridor
     between the light and the heavy anchor) the other half. The network is left as it is. So are the modes that torch is
-    in (gradients, inference mode, autocast, default type and device), and the global random states.
+    in (gradients, inference mode, autocast, default type and device), and the global random states. Calls from several
+    threads take turns.
 
     Args:
         network: A trained classifier: images (n, ...) to logits (n, n_classes).
@@ -191,7 +196,8 @@ def pareto_prune(
 @contextmanager
 def _shown(evaluations: int, progress: bool) -> Iterator[Progress]:
     """A bar that follows the rows of a search's history."""
-    with tqdm(total=evaluations, desc="pareto_prune", unit="network", disable=not progress) as bar:
+    hidden = not progress or sys.stderr is None  # as in a service
+    with tqdm(total=evaluations, desc="pareto_prune", unit="network", disable=hidden) as bar:
 
         def show(row: dict[str, Any]) -> None:
             bar.set_postfix(stage=row["stage"], hypervolume=f"{row['hypervolume']:.4f}")
@@ -224,12 +230,24 @@ def _slim(
         return find_slim_networks(task.to(device), costs, settings, effort, progress=show).front
 
 
+def _relabelling(labels: torch.Tensor, n_classes: int) -> str:
+    """What to do about labels that are no indices of a network's answers."""
+    low, high = int(labels.min()), int(labels.max())
+    if low == 1 and high == n_classes:
+        return "they start at 1: subtract 1"
+    if low < 0:
+        return "leave out the images without a label, which negative ones often stand for"
+    return "give the index of each image's class among the network's answers"
+
+
 def _processes(workers: Any) -> int:
     """Processes to evaluate candidates with: those asked for, or one for each core; one where none can be started."""
-    if workers is None:
-        n_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    else:
-        n_workers = whole_number("workers", workers, 1)
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    n_workers = n_cores if workers is None else whole_number("workers", workers, 1)
+    if n_workers > WORKERS_PER_CORE * n_cores:
+        n_most = WORKERS_PER_CORE * n_cores
+        _LOGGER.warning("of %d workers %d are started: there are %d cores", n_workers, n_most, n_cores)
+        n_workers = n_most
     if n_workers > 1 and multiprocessing.current_process().daemon:
         _LOGGER.warning("this is a daemon process, which may start no others: candidates are evaluated in it alone")
         return 1
@@ -243,7 +261,7 @@ def _look_at(network: nn.Module, train: LabelledImages, search: LabelledImages, 
         if not 0 <= int(given.min()) <= int(given.max()) < found.n_classes:
             raise ValueError(
                 f"expected {name} from 0 to {found.n_classes - 1}, as the network has {found.n_classes} answers, found "
-                f"{int(given.min())} to {int(given.max())}"
+                f"{int(given.min())} to {int(given.max())}; {_relabelling(given, found.n_classes)}"
             )
     known = images_to_compare(search, train)
     compared = compare_with_guessing(predict(found.network, known.images, BATCH_SIZE), known.labels)

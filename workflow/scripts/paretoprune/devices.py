@@ -1,5 +1,7 @@
 """What a device can do, how much it is given at a time, and how equal sums come out of it every time."""
 
+import os
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from math import prod
@@ -35,6 +37,19 @@ def repeatable() -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(before)
+
+
+# Whose turn it is; a process that is forked while another thread has it starts with its own.
+_turns = [threading.RLock()]
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _turns.__setitem__(0, threading.RLock()))
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Threads of a process take turns: tracing and default types are the same for all of them."""
+    with _turns[0]:
+        yield
 
 
 @contextmanager

@@ -3,9 +3,9 @@
 Objectives are always minimised. The loss is the first column, the costs are the others. Nothing here needs torch.
 """
 
-import copy
 import hashlib
 import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,9 @@ _ROUNDING = 1e-9
 
 def networks_beside(path: str | os.PathLike[str]) -> Path:
     """The file of the networks of a front that is saved at `path`."""
-    return Path(path).with_suffix(".safetensors")
+    path = Path(path)
+    # What follows the last dot of another name may tell it from its neighbours, as in `front-0.8`.
+    return path.with_suffix(".safetensors") if path.suffix == ".npz" else path.with_name(f"{path.name}.safetensors")
 
 
 def hypervolume(objectives: np.ndarray, reference: Sequence[float] = (1.0, 1.0)) -> float:
@@ -346,14 +348,10 @@ class Front:
                 "Front.load(path, network), or load the member's state from networks.safetensors with "
                 "paretoprune.tensors.load_networks"
             )
-        network, state = copy.deepcopy(self.dense), self.states[index]
-        whole = network.state_dict()
-        if whole.keys() == state.keys() and all(whole[key].shape == state[key].shape for key in whole):
-            network.load_state_dict(state)
-            return network
+        from paretoprune.copies import copied
         from paretoprune.shapes import with_state
 
-        return with_state(network, state)
+        return with_state(copied(self.dense), self.states[index])
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The front as plain arrays for an npz file; without names if the objectives are error and density."""
@@ -380,7 +378,13 @@ class Front:
 
         If the front has networks, they are written to a safetensors file beside it, each tensor as `<member>/<name>`,
         with a fingerprint of the front.
+
+        Raises:
+            ValueError: The path is a folder.
         """
+        path = Path(path).expanduser()
+        if path.is_dir():
+            raise ValueError(f"expected a file to write the front to, found the folder '{path}'; add a name, front.npz")
         # The networks first: if writing stops in between, no front lacks its networks.
         if self.states is not None:
             save_networks(networks_beside(path), self.states, {"front": self._fingerprint})
@@ -392,14 +396,20 @@ class Front:
 
         Args:
             path: The npz file.
-            network: A network of the architecture that was pruned, trained or not; it is copied. With it, `network(i)`
-                returns the saved networks, bit for bit. None to read only masks and numbers.
+            network: A network of the architecture that was pruned, trained or not, also in a wrapper; it is copied.
+                With it, `network(i)` returns the saved networks, bit for bit. None to read only masks and numbers.
 
         Raises:
             FileNotFoundError: The file, or the file of the networks beside it, does not exist.
-            ValueError: The networks belong to another front, or have another architecture.
+            ValueError: The file is no front, the networks belong to another, or have another architecture.
         """
-        front = cls.of_arrays(read_npz(path))
+        path = Path(path).expanduser()
+        try:
+            front = cls.of_arrays(read_npz(path))
+        except (IsADirectoryError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"expected a front at '{path}', an npz file that Front.save wrote, found something else; give that file"
+            ) from error
         if network is not None:
             front._read_networks(networks_beside(path), network)
         return front
@@ -408,6 +418,9 @@ class Front:
         """Read the networks that `save` wrote into `dense` and `states`; errors as for `load`."""
         import torch
 
+        from paretoprune.copies import check_module, copied, unwrapped
+
+        check_module(network)
         if not path.is_file():
             raise FileNotFoundError(
                 f"expected the networks of the front at '{path}', found no file; copy it beside the front, or load the "
@@ -419,7 +432,7 @@ class Front:
             )
         states = load_networks(path)
         with torch.inference_mode(mode=False):
-            dense = copy.deepcopy(network).cpu().float()
+            dense = copied(unwrapped(network)).cpu().float()
             dense.eval()
         own = {name: tensor.shape for name, tensor in dense.state_dict().items()}
         found = [{name: tensor.shape for name, tensor in state.items()} for state in states]

@@ -89,6 +89,9 @@ def with_state(network: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         ValueError: The state has a tensor that the network has not, or of another number of dimensions.
     """
     whole = network.state_dict()
+    if whole.keys() == state.keys() and all(_shape(whole[name]) == _shape(state[name]) for name in whole):
+        network.load_state_dict(dict(state))
+        return network
     constants = {name for name in state if name not in whole and name.endswith(".bias")}
     known = {name for name in constants if f"{name.removesuffix('bias')}weight" in whole}
     odd = [name for name in state if name not in whole and name not in known]
@@ -99,6 +102,11 @@ def with_state(network: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
             "was pruned"
         )
     return with_tensors(network, {name: state.get(name) for name in (*whole, *known)})
+
+
+def _shape(value: Any) -> Any:
+    """The shape of a tensor; anything else that a state may hold has none."""
+    return value.shape if isinstance(value, Tensor) else None
 
 
 def _replace(module: nn.Module, name: str, tensor: Tensor | None) -> None:

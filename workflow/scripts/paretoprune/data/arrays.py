@@ -259,6 +259,8 @@ def _classes_of(
         return _named(labels, known, names, path)
     if known.dtype.kind == "U":
         log.info("classes, sorted as text: %s", ", ".join(known[:10]))
+        if all(name.isdecimal() for name in known.tolist()) and known.tolist() != sorted(known.tolist(), key=int):
+            log.warning("the labels are numbers saved as text, and sorted so: 10 comes before 2; save whole numbers")
     elif len(known) > 1 and known[0] < 0 and known.tolist() != [-1, 1]:
         raise ValueError(
             f"expected labels from 0 on in '{path}', found {known[0]}, which often stands for no label; leave these "
@@ -272,6 +274,7 @@ def _classes_of(
 
 def _named(labels: np.ndarray, known: np.ndarray, names: np.ndarray, path: Path) -> tuple[np.ndarray, tuple[str, ...]]:
     """Indices and names of classes that the file names itself."""
+    names = names.astype(str) if names.dtype.kind == "S" else names
     classes = tuple(str(name) for name in names.ravel().tolist())
     if names.ndim != 1 or len(set(classes)) != len(classes):
         raise ValueError(f"expected a list of different names as '{CLASSES}' in '{path}', found {classes[:N_NAMED]}")
@@ -352,6 +355,13 @@ def _scaled(values: np.ndarray, path: Path, how: ArrayFile, log: logging.Logger)
     head = f"images of type {values.dtype} in '{path}' have values from {low:g} to {high:g}"
     if how.value_range == "type":
         if values.dtype == np.uint8:
+            if 0 < high < 128:
+                log.warning(
+                    "%s, of which 255 is taken for white: they are dark; give the dataset `value_range: [0, %g]` where "
+                    "their largest value is white",
+                    head,
+                    high,
+                )
             return values
         if values.dtype.kind == "f":
             return _as_float32(values, path)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -119,7 +120,8 @@ def read_image_folder(directory: Path, how: ImageFolder, log: logging.Logger) ->
         reason = (str(error) or type(error).__name__).splitlines()[0]
         kind = "zip" if path.suffix.lower() == ".zip" else "tar"
         raise ValueError(
-            f"expected a directory or a {kind} archive at '{path}', but: {reason}; give another `path`"
+            f"expected a directory or a {kind} archive at '{path}', but: {reason.rstrip(':')}; give another `path`: a "
+            "directory, a tar archive (also compressed by gzip, bzip2 or xz) or a zip archive"
         ) from error
     if listing.broken:
         named = [f"{'/'.join(parts)} ({reason})" for parts, reason in listing.broken.items()]
@@ -247,7 +249,7 @@ def _decode_all(tree: Tree, listing: Listing, how: Decoding) -> tuple[list[Entry
             decoded.append(decode(handle, how))
             entries.append(by_parts[parts])
         except DECODING_ERRORS as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = _not_an_image(handle) or (str(error) or type(error).__name__).splitlines()[0]
             if Path(parts[-1]).suffix.lower() in (".tif", ".tiff") and "cannot identify" in reason:
                 reason += "; of TIFF, Pillow reads 1, 8 and 16 bits and grey 32-bit integers and floats"
             listing.broken[parts] = reason
@@ -255,14 +257,25 @@ def _decode_all(tree: Tree, listing: Listing, how: Decoding) -> tuple[list[Entry
     return entries, decoded
 
 
-def _is_picture(handle: object) -> bool:
+def _not_an_image(handle: BinaryIO) -> str:
+    """What a broken image is in truth, by its first bytes; empty where they do not tell."""
+    handle.seek(0)
+    head = handle.read(64).lstrip().lower()
+    if head.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS; run `git lfs pull` where it comes from"
+    if head.startswith((b"<!doctype html", b"<html")):
+        return "a web page; download the image again"
+    return "" if head else "empty"
+
+
+def _is_picture(handle: BinaryIO) -> bool:
     try:
-        with Image.open(handle, formats=BY_CONTENT):  # type: ignore[arg-type]
+        with Image.open(handle, formats=BY_CONTENT):
             pass
     except DECODING_ERRORS:
         return False
     finally:
-        handle.seek(0)  # type: ignore[attr-defined]
+        handle.seek(0)
     return True
 
 
@@ -270,7 +283,8 @@ def _classes_of(path: Path, entries: Sequence[Entry], listing: Listing) -> tuple
     """The classes of the training images, sorted as text."""
     classes = tuple(sorted({entry.label for entry in entries if entry.part == "train"}))
     if not classes:
-        there = sorted({*listing.beside, *(name.split("/")[len(listing.root)] for name in listing.outside)})
+        skipped = [f"{len(files)} {kind}" for kind, files in sorted(listing.skipped.items()) if kind != "hidden"]
+        there = sorted({*skipped, *listing.beside, *(name.split("/")[len(listing.root)] for name in listing.outside)})
         raise ValueError(
             f"expected images at '{path}' as train/<class>/<image>, found none; arrange them so"
             f"{f' (there is: {_some(there)})' if there else ''}"

@@ -3,6 +3,7 @@
 import copy
 import logging
 import multiprocessing
+import os
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ BATCH_SIZE = 256
 # Keys under which batches that are mappings hold images and labels.
 IMAGE_KEYS = ("image", "images", "pixel_values", "img", "x", "input", "inputs", "data", "features")
 LABEL_KEYS = ("label", "labels", "y", "target", "targets", "class")
+# What torch says of examples that it cannot put into a batch.
+NOT_STACKED = ("default_collate: ", "stack expects each tensor", "should be of equal size", "resize storage")
 _SHAPES = "(n, c, h, w), signals (n, c, t) or tables (n, features)"
 _LOGGER = logging.getLogger("paretoprune")
 
@@ -54,6 +57,11 @@ def gather_splits(
             "yields both as search_images"
         )
     search = gather(search_images, search_labels, "search_images", "search_labels", max_images=max_images, seed=seed)
+    if search.images.shape[1:] != train.images.shape[1:]:
+        raise ValueError(
+            f"expected search_images of the shape of images, {tuple(train.images.shape[1:])}, found "
+            f"{tuple(search.images.shape[1:])}; prepare both alike"
+        )
     if len(search.labels.unique()) < 2:
         raise ValueError("expected search images of at least two classes, found one; give a mixed set")
     return train, search
@@ -83,6 +91,11 @@ def gather(images: Any, labels: Any, name: str, labels_name: str, *, max_images:
     Raises:
         ValueError: Images or labels cannot be used; the message says what was expected.
     """
+    if isinstance(images, str | bytes | os.PathLike):
+        raise ValueError(
+            f"expected {name} themselves, found the path {str(images)!r}; load them, as with "
+            "torchvision.datasets.ImageFolder(path, transform), or use the workflow, which reads folders"
+        )
     if yields_batches(images):
         if labels is not None:
             raise ValueError(
@@ -122,9 +135,13 @@ def _as_tensor(values: Any, name: str) -> Tensor:
     if isinstance(values, Tensor):
         if values.device.type == "meta":
             raise ValueError(f"expected {name} with values, found a tensor on the device 'meta'; load the data")
-        values = values.detach().cpu().as_subclass(Tensor)
-        values = values.to_dense() if values.layout != torch.strided else values
+        if values.is_nested:
+            raise ValueError(f"expected {name} of one shape, found a nested tensor; bring them to one size first")
+        values = values.detach().cpu()
+        values = (values.to_dense() if values.layout != torch.strided else values).as_subclass(Tensor)
         return values.clone() if values.is_inference() else values
+    if np.ma.is_masked(values):
+        raise ValueError(f"expected {name} with all their values, found masked ones; fill them in or leave them out")
     try:
         array = np.asarray(values)
     except ValueError as error:
@@ -181,7 +198,7 @@ def _gathered(source: Any, name: str, max_images: int, seed: int) -> tuple[Tenso
     labels: list[Tensor] = []
     n = 0
     with _draws_of_its_own(source, seed):
-        for batch in loader:
+        for batch in _batches_of(loader, name):
             if n >= max_images:
                 _LOGGER.warning(
                     "of %s the first %d images are taken; raise max_images for more, and let the loader shuffle where "
@@ -191,7 +208,17 @@ def _gathered(source: Any, name: str, max_images: int, seed: int) -> tuple[Tenso
                 )
                 break
             x, y = _parts(batch, name)
+            if isinstance(x, list | tuple) and x and all(isinstance(part, Tensor) and part.ndim > 1 for part in x):
+                raise ValueError(
+                    f"expected one tensor for the {name} of a batch, found {len(x)}; networks of several inputs are "
+                    "not supported"
+                )
             x, y = _as_images(x, name), _as_labels(y, f"the labels of {name}")
+            if not y.ndim:
+                raise ValueError(
+                    f"expected batches from {name}, found a single image with its label; put them into a list, and "
+                    "that into a DataLoader"
+                )
             if images and x.shape[1:] != images[0].shape[1:]:
                 raise ValueError(
                     f"expected {name} of one shape, found batches of {tuple(images[0].shape[1:])} and "
@@ -231,6 +258,21 @@ def _loader_of(source: Any, name: str, max_images: int, seed: int) -> tuple[Iter
         drawn = np.sort(np.random.default_rng(seed).permutation(n_all)[:max_images])
         chosen = Subset(source, drawn.tolist())
     return DataLoader(chosen, batch_size=BATCH_SIZE), n_all
+
+
+def _batches_of(loader: Iterable[Any], name: str) -> Iterator[Any]:
+    """The batches, or an error that says what keeps examples from being put into one."""
+    try:
+        yield from loader
+    except (TypeError, RuntimeError) as error:
+        reason = next((line for line in str(error).splitlines() if any(word in line for word in NOT_STACKED)), None)
+        if reason is None:
+            raise
+        raise ValueError(
+            f"expected {name} and labels that can be put into batches, found others ({reason}); let the data set give "
+            "tensors of one size and class indices, as with transform=Compose([Resize((h, w)), ToTensor(), "
+            "Normalize(mean, std)]) of torchvision.transforms"
+        ) from error
 
 
 def _parts(batch: Any, name: str) -> tuple[Any, Any]:

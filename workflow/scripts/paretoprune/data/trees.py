@@ -83,6 +83,8 @@ class TarArchive(Tree):
         with self._opened() as archive:
             for member in archive:
                 parts = _inside(member.name)
+                if not parts:
+                    continue  # "./", the folder that was packed
                 if member.isdir():
                     self.folders.add(parts)
                 elif member.isfile() or member.islnk() or member.issym():
@@ -117,6 +119,8 @@ class ZipArchive(Tree):
         with zipfile.ZipFile(path) as archive:
             for member in sorted(archive.infolist(), key=lambda one: _inside(one.filename)):
                 parts = _inside(member.filename)
+                if not parts:
+                    continue
                 if member.is_dir():
                     self.folders.add(parts)
                 elif stat.S_ISLNK(member.external_attr >> 16):

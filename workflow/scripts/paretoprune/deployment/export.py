@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from paretoprune.copies import copied, unwrapped
 from paretoprune.deployment.packages import needed
 from paretoprune.devices import plain_modes
 from paretoprune.files import atomic_path
-from paretoprune.networks.wrapping import copied, unwrapped
 
 # What torch's exporter translates to by itself; newer ones are made of it by a further conversion, which may fail.
 OPSET = 18

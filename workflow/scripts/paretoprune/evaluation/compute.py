@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from paretoprune.copies import copied
 from paretoprune.devices import computes_bfloat16, default_batch_size, out_of_memory, repeatable
 from paretoprune.evaluation.fused import FusedNetwork
 from paretoprune.evaluation.layerwise import LayerwiseNetwork
@@ -24,7 +25,6 @@ from paretoprune.importance.layer_statistics import collect_statistics
 from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.architectures import channels_last
 from paretoprune.networks.tracing import NotTraceableError
-from paretoprune.networks.wrapping import copied
 from paretoprune.repair.refit import Refit
 from paretoprune.repair.repairs import repair_named
 from paretoprune.settings import Compute, Evaluating

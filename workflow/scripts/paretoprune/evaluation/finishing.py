@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from paretoprune.copies import copied
 from paretoprune.devices import repeatable
 from paretoprune.evaluation.compute import Backends, batch_size_of, make_refit, n_processes, place
 from paretoprune.evaluation.metrics import divergence_of, image_losses, predict
@@ -16,7 +17,6 @@ from paretoprune.evaluation.workers import run_in_processes
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.networks.architectures import to_channels_last
 from paretoprune.networks.tracing import NotTraceableError
-from paretoprune.networks.wrapping import copied
 from paretoprune.repair.refit import Refit
 from paretoprune.repair.sequential import Refined, SequentialRefit
 from paretoprune.settings import LOSSES, Compute, Evaluating

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from paretoprune.copies import copied
 from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.architectures import to_channels_last
 from paretoprune.networks.tracing import Cut
-from paretoprune.networks.wrapping import copied
 from paretoprune.repair.refit import Refit
 from paretoprune.repair.repairs import make_repair
 

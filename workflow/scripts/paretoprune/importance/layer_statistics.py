@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from paretoprune.copies import copied
+from paretoprune.devices import out_of_memory
 from paretoprune.masks.units import WeightUnits
-from paretoprune.networks.wrapping import copied
 from paretoprune.tensors import load_tensors, save_tensors
 
 # Output positions of one image that a layer's moments are taken over: neighbouring ones say nearly the same, and more
@@ -356,21 +357,35 @@ class _Observer:
         """
         self._made.clear()
         self._given.clear()
-        logits = network(batch.requires_grad_(True))
-        signs = torch.randint(0, 2, logits.shape, generator=self._generator).to(logits) * 2 - 1
-        # A constant added to all logits changes no answer.
-        projection = ((signs - signs.mean(dim=1, keepdim=True)) * logits).sum()
-        try:
+        with derivatives_needed():
+            logits = network(batch.requires_grad_(True))
+            signs = torch.randint(0, 2, logits.shape, generator=self._generator).to(logits) * 2 - 1
+            # A constant added to all logits changes no answer.
+            projection = ((signs - signs.mean(dim=1, keepdim=True)) * logits).sum()
             projection.backward()
-        except RuntimeError as error:
-            raise ValueError(
-                f"the network has no derivatives ({str(error).splitlines()[0]}); let no layer change in place what "
-                "its derivative needs, or use a repair and importance scores without statistics"
-            ) from error
         normed = {(id(x), version) for x, version in self._given}
         self.normalised = {
             name: all((id(x), version) in normed for x, version in outputs) for name, outputs in self._made.items()
         }
+
+
+@contextmanager
+def derivatives_needed() -> Iterator[None]:
+    """Say what to do where a network cannot be differentiated.
+
+    Raises:
+        ValueError: It has no derivatives.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        raise ValueError(
+            f"the network has no derivatives ({str(error).splitlines()[0]}); let its forward compute with torch alone, "
+            "without numpy, detach, no_grad and inference_mode, and change nothing in place that a derivative needs, "
+            "or use a repair and importance scores without statistics and gradients"
+        ) from error
 
 
 def _per_row(module: nn.Module, gradient: Tensor) -> Tensor:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from paretoprune.copies import copied
 from paretoprune.importance.curvature import curvature_scores
-from paretoprune.importance.layer_statistics import LayerStatistics, collect_statistics
+from paretoprune.importance.layer_statistics import LayerStatistics, collect_statistics, derivatives_needed
 from paretoprune.importance.registry import SCORE_NEEDS
 from paretoprune.masks.units import WeightUnits
-from paretoprune.networks.wrapping import copied
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,9 @@ def _gradients(evidence: Evidence) -> Iterator[list[Tensor]]:
         parameter.requires_grad_(False)
     weights = [parameters[name].requires_grad_(True) for name in evidence.layout.names]
     for image, label in zip(evidence.images, evidence.labels, strict=True):
-        loss = functional.cross_entropy(network(image[None]), label[None])
-        found = torch.autograd.grad(loss, weights, allow_unused=True)
+        with derivatives_needed():
+            loss = functional.cross_entropy(network(image[None]), label[None])
+            found = torch.autograd.grad(loss, weights, allow_unused=True)
         yield [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
 
 

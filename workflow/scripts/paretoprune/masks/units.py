@@ -105,7 +105,8 @@ class WeightUnits(Units):
     def of(cls, network: "nn.Module", exclude: Sequence[str] = ()) -> "WeightUnits":
         """The prunable weights of a network: those of convolutions, linear, attention and recurrent layers.
 
-        Biases and normalisation parameters are never pruned. A weight that several modules share appears once.
+        Biases and normalisation parameters are never pruned. A weight that several modules share appears once; one that
+        is an embedding's first stays dense with it.
 
         Args:
             network: Any module.
@@ -116,10 +117,13 @@ class WeightUnits(Units):
                 parameter.
         """
         parameters = dict(network.named_parameters())
+        known = {id(parameter) for parameter in parameters.values()}
         prunable: dict[int, tuple[str, tuple[int, ...]]] = {}
         for prefix, module in network.named_modules():
             for own_name in prunable_parameters(module):
                 name, weight = f"{prefix}.{own_name}" if prefix else own_name, getattr(module, own_name)
+                if id(weight) in known and id(weight) not in prunable and name not in parameters:
+                    continue  # shared with a module before it that is no such layer, such as an embedding
                 if id(weight) not in prunable and name not in parameters:
                     raise ValueError(
                         f"'{name}' is computed from other tensors (weight norm, another pruning) and cannot be masked; "
@@ -130,15 +134,21 @@ class WeightUnits(Units):
         found = list(prunable.values())
         for pattern in exclude:
             if not any(fnmatch.fnmatchcase(name, pattern) for name, _ in found):
+                is_module = any(fnmatch.fnmatchcase(name, f"{pattern}.*") for name, _ in found)
                 raise ValueError(
                     f"exclude pattern '{pattern}' matches none of the prunable weights "
-                    f"({', '.join(name for name, _ in found) or 'there are none'}); correct or remove it"
+                    f"({', '.join(name for name, _ in found) or 'there are none'}); "
+                    + (f"for all weights in it give '{pattern}.*'" if is_module else "correct or remove it")
                 )
         kept = [(n, s) for n, s in found if not any(fnmatch.fnmatchcase(n, pattern) for pattern in exclude)]
         if not kept:
             raise ValueError(
                 "expected at least one convolution or linear layer to prune, found none"
-                + (f" outside exclude={list(exclude)}; exclude less" if found else " in this network; give another one")
+                + (
+                    f" outside exclude={list(exclude)}; exclude less"
+                    if found
+                    else " in this network; give one that is made of torch's own layers, as before an export"
+                )
             )
         return cls(tuple(n for n, _ in kept), tuple(s for _, s in kept))
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from paretoprune.copies import unwrapped
 from paretoprune.networks.names import CIFAR_RESNETS, FROM_IMAGES
-from paretoprune.networks.wrapping import unwrapped
 
 
 class BasicBlock(nn.Module):

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field
 
 from torch import Tensor, nn
 
+from paretoprune.copies import copied
 from paretoprune.networks.architectures import Architecture
-from paretoprune.networks.wrapping import Adaptation, adapt, copied
+from paretoprune.networks.wrapping import Adaptation, adapt
 from paretoprune.shapes import with_state
 from paretoprune.tensors import load_tensors, read_metadata, save_tensors
 

@@ -17,18 +17,17 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from paretoprune.masks.units import WeightUnits, prunable_parameters
+from paretoprune.copies import HOOKS, check_module, copied, tensors_in, unwrapped, wrapper_of
+from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.wrapping import (
     Adaptation,
     adapt,
-    copied,
+    are_probabilities,
     hooks_of,
     isolate_hooks,
     logits_of,
     remove_hook,
-    unwrapped,
     without_adaptation,
-    wrapper_of,
 )
 
 # Images that the checks look at.
@@ -101,6 +100,7 @@ class Inspection:
         adapted = [f"taken out of {self.wrapper}"] if self.wrapper else []
         adapted += ["gets copies of its images, as it writes into them"] if adaptation.copies_inputs else []
         adapted += ["only its logits are looked at"] if adaptation.takes_logits else []
+        adapted += ["its probabilities are taken by their logarithm"] if adaptation.takes_logarithm else []
         adapted += ["hooks that change no answer are left out"] if adaptation.drops_hooks else []
         return lines + ([f"the network as it is run: {'; '.join(adapted)}"] if adapted else [])
 
@@ -127,10 +127,12 @@ def inspect_network(
     Raises:
         ValueError: It cannot be pruned as it is; the message names the module or tensor, and the remedy.
     """
+    check_module(network)
     wrapper = next((kind for module in network.modules() if (kind := wrapper_of(module))), "")
     network = unwrapped(network)
     check_plain(network)
     own = without_adaptation(network)
+    _check_state(own, name)
     isolate_hooks(own)
     own.to("cpu").float()
     own.eval()
@@ -140,9 +142,14 @@ def inspect_network(
         own, adaptation = _adapted(own, images, name, remedy)
         n_classes = check_answers(own, images, name=name, trained=trained)
         unused_names = _unused(own, units.names, images)
+        _check_registered(own, images, name)
     sizes = {key: parameter.numel() for key, parameter in own.named_parameters()}
     if len(unused_names) == units.n_groups:
-        raise ValueError(f"expected weights of {name} that its answers depend on, found none among the prunable ones")
+        raise ValueError(
+            f"expected weights of {name} that its answers depend on, found none among the prunable ones; a forward "
+            "that is put on a network as a function (a lambda that holds the network) runs the same weights in every "
+            "copy: write it as a method of its class"
+        )
     exclude = (*exclude, *(glob.escape(key) for key in unused_names))
     return Inspection(
         own,
@@ -190,11 +197,21 @@ def check_plain(network: nn.Module) -> None:
                 f"expected a network of Python code, found TorchScript in '{prefix}'; give the module that it was made "
                 "from"
             )
+        if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
+            raise ValueError(
+                f"expected weights of floating point, found the quantised '{prefix}' ({type(module).__name__}); give "
+                "the network from before quantisation"
+            )
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if nn.parameter.is_lazy(tensor):
                 raise ValueError(
                     f"expected a network whose parameters exist, found the lazy '{dot}{key}'; run it once: "
                     "network(images[:2])"
+                )
+            if tensor is not None and tensor.is_meta:
+                raise ValueError(
+                    f"expected a network with values, found '{dot}{key}' on the device 'meta'; load its trained "
+                    "weights: network.to_empty(device='cpu').load_state_dict(...)"
                 )
         if parametrize.is_parametrized(module):
             key = next(iter(module.parametrizations))
@@ -208,6 +225,69 @@ def check_plain(network: nn.Module) -> None:
                 _refuse(f"{dot}{hook._tensor_name}", f"torch.nn.utils.prune.remove({at}, '{hook._tensor_name}')")
 
 
+def _check_state(network: nn.Module, name: str) -> None:
+    """Refuse a network whose state dict is not one of tensors that it takes back: its members could not be kept.
+
+    Raises:
+        ValueError: With what is wrong.
+    """
+    state = dict(network.state_dict())
+    others = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    try:
+        reason = f"'{others[0]}' is {type(state[others[0]]).__name__}" if others else ""
+        if not others:
+            copied(network).load_state_dict(state)
+    except RuntimeError as error:
+        reason = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
+    if reason:
+        raise ValueError(
+            f"expected a state dict of {name} that holds tensors and that it takes back, as pruned networks are kept "
+            f"as such; found that {reason}; take off what changes it (a get_extra_state, a hook on the state dict, a "
+            "buffer set to None)"
+        )
+
+
+def _joined(prefix: str, key: str) -> str:
+    return f"{prefix}.{key}" if prefix else key
+
+
+def _check_registered(network: nn.Module, images: Tensor, name: str) -> None:
+    """Refuse a network that answers by layers which it holds in a plain list, so that nobody sees their weights.
+
+    Raises:
+        ValueError: With the attribute.
+    """
+    known = {id(parameter) for parameter in network.parameters()}
+
+    def hidden_in(value: Any) -> list[Tensor]:
+        return [t for t in tensors_in([value]) if isinstance(t, nn.Parameter) and id(t) not in known]
+
+    if not hidden_in(network):
+        return
+    with torch.no_grad():
+        expected = network(images)
+        for prefix, module in network.named_modules():
+            # Containers first: methods and trainers lead back to the whole network.
+            held = sorted(vars(module).items(), key=lambda item: not isinstance(item[1], list | tuple | dict | set))
+            for key, value in held:
+                if key in ("_modules", *HOOKS) or not (hidden := hidden_in(value)):
+                    continue
+                before = [parameter.detach().clone() for parameter in hidden]
+                try:
+                    for parameter in hidden:
+                        parameter.fill_(torch.nan)
+                    changes = not _are_close(network(images), expected, SAME)
+                finally:
+                    for parameter, own in zip(hidden, before, strict=True):
+                        parameter.copy_(own)
+                if changes:
+                    raise ValueError(
+                        f"expected the layers of {name} as parts of it, found some in '{_joined(prefix, key)}' "
+                        f"({type(value).__name__}), whose weights are neither in its parameters nor in its state dict; "
+                        "hold them in nn.ModuleList, nn.ModuleDict or nn.ParameterList"
+                    )
+
+
 def _refuse(tensor: str, call: str) -> None:
     raise ValueError(
         f"expected plain parameters, found '{tensor}', which is computed from other tensors and cannot be masked; make "
@@ -217,11 +297,11 @@ def _refuse(tensor: str, call: str) -> None:
 
 def other_matrices(network: nn.Module) -> dict[str, int]:
     """Sizes of the parameters of several dimensions that no prunable layer holds."""
-    weights = {id(getattr(layer, name)) for layer in network.modules() for name in prunable_parameters(layer)}
+    prunable = set(WeightUnits.of(network).names)
     return {
         name: parameter.numel()
         for name, parameter in network.named_parameters()
-        if id(parameter) not in weights and sum(size > 1 for size in parameter.shape) > 1
+        if name not in prunable and sum(size > 1 for size in parameter.shape) > 1
     }
 
 
@@ -241,6 +321,13 @@ def _adapted(own: nn.Module, images: Tensor, name: str, remedy: str) -> tuple[nn
     except Exception as error:  # whatever the network's own code raises
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         shape = tuple(images.shape[1:])
+        if any(words in reason for words in ("dtype", "scalar type", "should be the same")) and "type" in reason:
+            remedy = (
+                "networks are run in float32: let its forward cast to the type of its weights, as in "
+                "x.to(self.weight.dtype), and to no other"
+            )
+        if isinstance(error, TypeError) and "argument" in reason:
+            remedy = "wrap it so that its forward takes the images alone, as its one positional argument"
         raise ValueError(f"{name} cannot run on images of shape {shape}: {reason}; {remedy}") from error
     drops = False
     hooks = hooks_of(own)
@@ -266,12 +353,22 @@ def _adapted(own: nn.Module, images: Tensor, name: str, remedy: str) -> tuple[nn
         logits = logits_of(output)
     except ValueError as error:
         raise ValueError(f"{name} answers something else: {error}") from error
+    if logits.is_floating_point() and tuple(logits.shape) in ((len(few),), (len(few), 1)):
+        raise ValueError(
+            f"expected an answer of {name} for each class, found one for each image; where it says how likely the "
+            "second of two classes is, wrap it so that it answers two logits:\n"
+            "class TwoLogits(nn.Sequential):\n"
+            "    def forward(self, x):\n"
+            "        z = self[0](x).reshape(-1, 1)  # before any sigmoid\n"
+            "        return torch.cat([torch.zeros_like(z), z], dim=1)  # then prune TwoLogits(network)"
+        )
     if logits.ndim != 2 or len(logits) != len(few) or not logits.is_floating_point():
         raise ValueError(
             f"expected logits (n, n_classes) from {name}, found shape {tuple(logits.shape)} of {logits.dtype} for "
-            f"{len(few)} images; wrap it so that it answers one row of floats for each image"
+            f"{len(few)} images; wrap it so that it answers one row of floats for each image "
+            "(flatten(1) takes off sizes of 1)"
         )
-    adaptation = Adaptation(writes, logits is not output, drops)
+    adaptation = Adaptation(writes, logits is not output, drops, are_probabilities(logits))
     # The hooks to drop are gone; those that are left change answers.
     return adapt(own, replace(adaptation, drops_hooks=False)), adaptation
 
@@ -328,7 +425,8 @@ def check_answers(network: nn.Module, images: Tensor, *, name: str = "the networ
             raise ValueError(
                 f"expected answers of {name} that do not depend on the other images of a batch, found some that do: "
                 f"{at} mixes the images; give batch norm running statistics (track_running_stats=True, and "
-                "training=self.training in functional.batch_norm), and take no mean over a batch"
+                "training=self.training in functional.batch_norm), attention and recurrent layers "
+                "batch_first=True where images come first, and take no mean over a batch"
             )
         _check_one_image(probe, images, logits, name)
     return logits.shape[1]

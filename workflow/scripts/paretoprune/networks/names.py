@@ -55,6 +55,9 @@ def _broken_factory(path: str, arguments: Mapping[str, Any]) -> str | None:
     module, _, function = path.partition(":")
     source = _source_of(module)
     remedy = "it must be importable from the folder where snakemake is started, or be installed"
+    if source is None and (module.endswith(".py") or "/" in module):
+        dotted = ".".join(part for part in module.removesuffix(".py").split("/") if part not in ("", "."))
+        return f"expected a factory as package.module:function, found '{path}'; write it as {dotted}:{function}"
     if source is None:
         return f"expected a factory at '{path}' (package.module:function), found no module '{module}'; {remedy}"
     if source.suffix != ".py" or not source.is_file():

@@ -185,6 +185,8 @@ def _as_numbers(network: nn.Module, state: Mapping[str, Tensor], source: str) ->
             continue
         _check_numbers(name, tensor, source)
         floats = own[name].is_floating_point()
+        if tensor.is_complex():
+            raise ValueError(f"{source} has complex numbers in '{name}', expected real ones; give a real network's")
         if floats and not tensor.is_floating_point() and name in parameters:
             _refuse_quantised(source, name)
         if tensor.layout != torch.strided:

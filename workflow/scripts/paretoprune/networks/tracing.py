@@ -16,8 +16,9 @@ from torch.fx.node import map_arg
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from paretoprune.copies import copied
 from paretoprune.networks.architectures import has_running_statistics
-from paretoprune.networks.wrapping import adaptation_of, copied, copy_inputs, hooks_of, logits_of
+from paretoprune.networks.wrapping import adaptation_of, copy_inputs, hooks_of, logarithm_of, logits_of
 from paretoprune.shapes import Emptied
 
 
@@ -180,7 +181,8 @@ class _Tracer(fx.Tracer):
 
         def adapted(network: nn.Module, *inputs: Any) -> Any:
             output = forward(network, *(copy_inputs(network, inputs) if adaptation.copies_inputs else inputs))
-            return logits_of(output) if adaptation.takes_logits else output
+            output = logits_of(output) if adaptation.takes_logits else output
+            return logarithm_of(output) if adaptation.takes_logarithm else output
 
         return adapted, args
 

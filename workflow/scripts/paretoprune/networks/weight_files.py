@@ -47,6 +47,8 @@ SUSPICIOUS = (
     "shutil",
     "socket",
 )
+# How the old format of torch.save begins: the long number 0x1950a86a20f9469cfc6c, pickled.
+TORCH_MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
 DAMAGED = "the file is cut short or damaged; copy or download it again"
 _NO_TENSORS = (
     pickle.UnpicklingError, SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError,
@@ -120,6 +122,7 @@ def _content(path: Path) -> Any:
         sparse = torch.sparse.check_sparse_tensor_invariants()
         with torch.serialization.safe_globals(HARMLESS), sparse, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)  # of quantised tensors
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)  # what follows is an error
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except _NO_TENSORS as error:
         raise _refusal(path, *_explained(path, data, error)) from error
@@ -130,7 +133,9 @@ def _refusal(path: Path, found: str, remedy: str) -> ValueError:
 
 
 def _reason(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    # What torch says of any file that it does not know, with the advice to run whatever it holds.
+    return "neither torch nor safetensors wrote it" if reason.startswith("Weights only load failed") else reason
 
 
 def _is_safetensors(data: bytes) -> bool:
@@ -180,9 +185,16 @@ def _filled(path: Path, line: str) -> str:
     return line.format(path=repr(str(path)), new=repr(str(path.with_name(f"{path.name.split('.')[0]}-weights.pt"))))
 
 
-def _two_lines(path: Path, load: str, state: str) -> str:
-    """The remedy for a file that needs code: two lines that make a state dict of it."""
-    lines = [f"content = {load}", f"torch.save(content{state}, {{new}})"]
+def _two_lines(path: Path, load: str, state: str, *, whole: bool = False) -> str:
+    """The remedy for a file that needs code: two lines that make a state dict of it.
+
+    Args:
+        path: The file.
+        load: What reads it.
+        state: What makes a state dict of its content: the end of an expression, or all of it.
+        whole: Whether it is all of it.
+    """
+    lines = [f"content = {load}", f"torch.save({state if whole else f'content{state}'}, {{new}})"]
     return (
         "make a state dict of it where the network's code can be imported, if you trust the file (this runs its code)"
         ":\n    " + "\n    ".join(_filled(path, line) for line in lines)
@@ -192,6 +204,15 @@ def _two_lines(path: Path, load: str, state: str) -> str:
 def _explained(path: Path, data: bytes, error: Exception) -> tuple[str, str]:
     """What stands in the way of reading a file, and the remedy."""
     globals_, whole, key, strings = _in_pickle(data)
+    # Torch's own old format begins with a number.
+    pickled = data.startswith(b"\x80") and TORCH_MAGIC not in data[:64]
+    load = (
+        "np.load({path}, allow_pickle=True)"
+        if pickled
+        else "torch.load({path}, map_location='cpu', weights_only=False)"
+    )
+    if not globals_ and pickled and b"torch" in data:
+        return "a plain pickle", _two_lines(path, load, "")
     if not globals_:
         plain = "a checkpoint must hold tensors only: save it with torch.save(network.state_dict(), path)"
         starts = data.startswith((b"PK", b"\x80")) or _is_safetensors(data)
@@ -199,10 +220,14 @@ def _explained(path: Path, data: bytes, error: Exception) -> tuple[str, str]:
     name = globals_[0]
     if name.partition(".")[0] in SUSPICIOUS:
         return f"it would call {name}", "a checkpoint must hold tensors only; do not load this file"
-    load = "torch.load({path}, map_location='cpu', weights_only=False)"
+    at = next((known for known in PLAIN_KEYS if known in strings and known != key), None)
+    if name.endswith(".multiarray._reconstruct"):
+        inner = "content" if at is None else f"content['{at}']"
+        what = "weights are arrays of numpy" if at is None else f"beside weights it holds arrays of numpy (`{key}`)"
+        lines = f"{{{{k: torch.as_tensor(v) for k, v in {inner}.items()}}}}"
+        return what, _two_lines(path, load, lines, whole=True)
     if whole:
         return f"a whole pickled network or object, {name}", _two_lines(path, load, ".state_dict()")
-    at = next((known for known in PLAIN_KEYS if known in strings and known != key), None)
     if at is None:
         known = key in PLAIN_KEYS or "ema" in key
         return f"`{key}` is an object, {name}", _two_lines(

@@ -1,20 +1,22 @@
-"""Networks as people bring them: out of wrappers, copied whatever they hold, and given copies where they write."""
+"""Networks as people bring them, made to run like others: given copies where they write, asked for logits alone."""
 
 import copy
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from paretoprune.copies import HOOKS, copied, tensors_in
 
 # Under which names an answer of several parts holds its logits.
 LOGITS = ("logits", "out")
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+# Probabilities below this are rounded to 0 in some types; how far a sum of probabilities may be from 1.
+LEAST_PROBABILITY, ROUNDING = 1e-30, 1e-3
 _FLAGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
@@ -25,77 +27,14 @@ class Adaptation:
     Attributes:
         copies_inputs: Its `forward` writes into what it is given.
         takes_logits: It answers with several parts, of which one is the logits.
+        takes_logarithm: It answers probabilities, of which the logarithm is what others call logits.
         drops_hooks: It has hooks that change no answer.
     """
 
     copies_inputs: bool = False
     takes_logits: bool = False
     drops_hooks: bool = False
-
-
-def wrapper_of(network: nn.Module) -> str | None:
-    """Name of the wrapper that a module is, `DataParallel` or `torch.compile`; None for any other module."""
-    if isinstance(network, DataParallel | DistributedDataParallel):
-        return type(network).__name__
-    # The class itself lies in torch._dynamo, which takes seconds to import.
-    return "torch.compile" if type(network).__name__ == "OptimizedModule" and hasattr(network, "_orig_mod") else None
-
-
-def unwrapped(network: nn.Module) -> nn.Module:
-    """What is inside of `DataParallel` and `torch.compile`, around a network or its parts.
-
-    Where a part is wrapped, what comes back is a new module around the same parameters; the network is left as it is.
-    """
-    return _unwrapped(network, {}) if any(wrapper_of(module) for module in network.modules()) else network
-
-
-def _unwrapped(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
-    while wrapper_of(module):
-        module = module.get_submodule("_orig_mod" if hasattr(module, "_orig_mod") else "module")
-    if id(module) not in done:
-        done[id(module)] = module
-        if any(wrapper_of(part) for part in module.modules()):
-            shallow = done[id(module)] = module.__new__(type(module))
-            shallow.__dict__.update(module.__dict__)
-            parts = {name: None if part is None else _unwrapped(part, done) for name, part in module._modules.items()}
-            shallow.__dict__["_modules"] = parts
-    return done[id(module)]
-
-
-def copied(network: nn.Module) -> nn.Module:
-    """A copy of a network, of which the original sees nothing.
-
-    Activations that a module keeps are copied without their history, and hooks write into containers of their own.
-    """
-    memo: dict[int, Any] = {}
-    for tensor in _tensors_in([network]):
-        if not tensor.is_leaf or tensor.is_inference():
-            with torch.inference_mode(mode=False):
-                memo[id(tensor)] = tensor.detach().clone()
-    with torch.inference_mode(mode=False):
-        return copy.deepcopy(network, memo)
-
-
-def _tensors_in(values: Iterable[Any]) -> Iterable[Tensor]:
-    """All tensors that a copy of these values would copy."""
-    stack, seen = list(values), set[int]()
-    while stack:
-        value = stack.pop()
-        if id(value) in seen or isinstance(value, str | bytes | int | float | type | types.ModuleType | torch.dtype):
-            continue
-        seen.add(id(value))
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, Mapping):
-            stack += value.values()
-        elif isinstance(value, list | tuple | set | frozenset):
-            stack += value
-        elif isinstance(value, types.MethodType):
-            stack.append(value.__self__)
-        elif isinstance(value, partial):
-            stack += [value.func, value.args, value.keywords]
-        elif not isinstance(value, types.FunctionType) and hasattr(value, "__dict__"):
-            stack += vars(value).values()
+    takes_logarithm: bool = False
 
 
 # ------------------------------------------------------------------------------------------------ hooks
@@ -106,9 +45,9 @@ def hooks_of(network: nn.Module) -> dict[tuple[str, str, int], Callable[..., Any
     return {
         (name, kind, key): hook
         for name, module in network.named_modules()
-        for kind in _HOOKS
+        for kind in HOOKS
         for key, hook in getattr(module, kind).items()
-        if hook not in (copy_inputs, take_logits)
+        if hook not in (copy_inputs, take_logits, take_logarithm)
     }
 
 
@@ -167,7 +106,7 @@ def _own(value: Any, memo: dict[int, Any]) -> Any:
             memo[id(value)] = value  # a function may hold itself
             memo[id(value)] = _isolated(value, memo)
         return memo[id(value)]
-    memo |= {id(t): t.detach().clone() for t in _tensors_in([value]) if not t.is_leaf or t.is_inference()}
+    memo |= {id(t): t.detach().clone() for t in tensors_in([value]) if not t.is_leaf or t.is_inference()}
     try:
         return copy.deepcopy(value, memo)
     except Exception:  # locks, files, whatever a recorder holds
@@ -187,6 +126,21 @@ def take_logits(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
     return logits_of(output)
 
 
+def take_logarithm(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    """Forward hook of a network that answers probabilities: their logarithm."""
+    return logarithm_of(output)
+
+
+def logarithm_of(probabilities: Any) -> Any:
+    """The logarithm, of probabilities that were rounded to 0 too."""
+    return probabilities.clamp(min=LEAST_PROBABILITY).log()
+
+
+def are_probabilities(answers: Tensor) -> bool:
+    """Whether answers (n, n_classes) are shares of 1, as after a softmax."""
+    return bool((answers >= 0).all() & ((answers.sum(dim=1) - 1).abs() < ROUNDING).all())
+
+
 def logits_of(output: Any) -> Any:
     """The logits of an answer: itself, or the part that is called `logits` or `out`.
 
@@ -200,17 +154,21 @@ def logits_of(output: Any) -> Any:
         found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
         if isinstance(found, Tensor | torch.fx.Proxy):
             return found
-    kind = type(output).__name__
+    kind, place = type(output).__name__, "[0]"
     if isinstance(output, Mapping):
         kind += f" with {', '.join(str(key) for key in list(output)[:4])}"
+        place = next((f"[{key!r}]" for key, part in output.items() if isinstance(part, Tensor)), place)
     elif isinstance(output, tuple | list):
         kind += f" of {len(output)}"
+    elif held := [key for key, part in getattr(output, "__dict__", {}).items() if isinstance(part, Tensor)]:
+        kind += f" with {', '.join(held[:4])}"
+        place = f".{held[0]}"
     raise ValueError(
         f"expected logits (n, n_classes), or an answer with `logits` or `out`, found a {kind}; wrap the network so "
         "that it answers the logits alone:\n"
         "class Logits(nn.Sequential):\n"
         "    def forward(self, x):\n"
-        "        return self[0](x)[0]  # then prune Logits(network); [0] is where the logits are"
+        f"        return self[0](x){place}  # then prune Logits(network); {place} is where the logits are"
     )
 
 
@@ -223,6 +181,8 @@ def adapt(network: nn.Module, adaptation: Adaptation) -> nn.Module:
         network.register_forward_pre_hook(copy_inputs, prepend=True)
     if adaptation.takes_logits:
         network.register_forward_hook(take_logits)
+    if adaptation.takes_logarithm:
+        network.register_forward_hook(take_logarithm)
     return network
 
 
@@ -231,13 +191,15 @@ def adaptation_of(network: nn.Module) -> Adaptation:
     return Adaptation(
         copies_inputs=copy_inputs in network._forward_pre_hooks.values(),
         takes_logits=take_logits in network._forward_hooks.values(),
+        takes_logarithm=take_logarithm in network._forward_hooks.values(),
     )
 
 
 def without_adaptation(network: nn.Module) -> nn.Module:
     """A copy that needs nothing of this package, and answers as the original did."""
     network = copied(network)
-    for kind, ours in (("_forward_pre_hooks", copy_inputs), ("_forward_hooks", take_logits)):
-        kept = [(key, hook) for key, hook in getattr(network, kind).items() if hook is not ours]
+    for kind in ("_forward_pre_hooks", "_forward_hooks"):
+        ours = (copy_inputs, take_logits, take_logarithm)
+        kept = [(key, hook) for key, hook in getattr(network, kind).items() if hook not in ours]
         setattr(network, kind, OrderedDict(kept))
     return network

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from paretoprune.copies import copied
 from paretoprune.importance.curvature import damped, elimination_losses
 from paretoprune.importance.layer_statistics import (
     POSITIONS,
@@ -24,7 +25,6 @@ from paretoprune.importance.layer_statistics import (
     weight_matrix,
 )
 from paretoprune.networks.tracing import Call, Convolution, run_call, trace
-from paretoprune.networks.wrapping import copied
 from paretoprune.repair.batchnorm import channel_moments, corrected_statistics
 from paretoprune.repair.refit import Refit, refit
 

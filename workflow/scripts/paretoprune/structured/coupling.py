@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from paretoprune.networks.wrapping import copied
+from paretoprune.copies import copied
 from paretoprune.shapes import is_attention, is_depthwise, with_tensors
 
 # How far answers of the cut and of the whole network may be apart, as a share of the largest: they are computed in

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from paretoprune.networks.wrapping import copied
+from paretoprune.copies import copied
 from paretoprune.structured.coupling import STAYS
 from paretoprune.structured.units import ChannelUnits
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from paretoprune.copies import copied
 from paretoprune.devices import repeatable
 from paretoprune.evaluation.metrics import divergence, predict, top1_error
 from paretoprune.evaluation.task import Scores
 from paretoprune.evaluation.workers import run_in_processes
 from paretoprune.masks.packed import PackedMasks
-from paretoprune.networks.wrapping import copied
 from paretoprune.structured.refit import SlimRefit
 from paretoprune.structured.units import ChannelUnits
 

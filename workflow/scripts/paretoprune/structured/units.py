@@ -12,10 +12,10 @@ from scipy.sparse import csr_array
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from paretoprune.copies import copied
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import Units, WeightUnits
 from paretoprune.networks.costs import NUMBER_BYTES, count_uses
-from paretoprune.networks.wrapping import copied
 from paretoprune.objectives import Cost
 from paretoprune.structured.coupling import Coupling, cut, find_couplings
 

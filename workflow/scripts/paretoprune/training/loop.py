@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from paretoprune.copies import copied
 from paretoprune.data.datasets import check_augmentation
 from paretoprune.data.splits import LabelledImages
 from paretoprune.files import atomic_path
 from paretoprune.networks.architectures import channels_last, to_channels_last
-from paretoprune.networks.wrapping import copied, logits_of
+from paretoprune.networks.wrapping import logits_of
 
 TRAINING_COLUMNS = ("epoch", "learning_rate", "loss", "train_error")
 

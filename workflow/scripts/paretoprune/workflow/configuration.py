@@ -3,6 +3,7 @@
 import copy
 import difflib
 import hashlib
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from paretoprune.networks.names import broken_architecture
 from paretoprune.repair.registry import REPAIR_REFITS
 from paretoprune.search.sparse_ea import n_groups_within
 from paretoprune.settings import AUTO, REFIT_GUIDE, ComparedMethod, n_channel_starts
+from paretoprune.workflow.resolving import expanded
 from paretoprune.workflow.sections import OWN_KEYS
 
 Config = Mapping[str, Any]
@@ -91,6 +93,9 @@ def _broken_references(config: Config) -> Iterator[str]:
     for key in ("results_directory", "data_directory"):
         if set("{}") & set(config[key]):
             yield f"{key}: braces are wildcards to Snakemake, found '{config[key]}'; choose a name without them"
+        elif config[key].startswith("~") or "$" in config[key]:
+            yield f"{key}: no such user or variable is known, found '{config[key]}'; write the path out"
+    yield from _not_finite(config)
     for name in dict.fromkeys(run["network"] for run in config["runs"] if run["network"] in config["networks"]):
         network = config["networks"][name]
         if problem := broken_architecture(network["architecture"], network["arguments"]):
@@ -118,6 +123,15 @@ def _broken_references(config: Config) -> Iterator[str]:
     for name in config["methods"]:
         if name in settings:
             yield from _broken_method(config, name)
+
+
+def _not_finite(value: Any, where: str = "") -> Iterator[str]:
+    """Numbers that no range of the schema refuses, as nothing is larger or smaller than nan."""
+    parts = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in parts:
+        yield from _not_finite(inner, f"{where}.{key}" if where else str(key))
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{where}: expected a finite number, found {value}; correct it"
 
 
 def keys_of_source(source: str) -> tuple[str, ...]:
@@ -233,13 +247,20 @@ def _missing_files(config: Config) -> Iterator[str]:
     for run in config["runs"]:
         dataset, network = config["datasets"][run["dataset"]], config["networks"][run["network"]]
         images, checkpoint = dataset.get("path"), network["checkpoint"]
-        remedy = "correct it or `data_directory`"
         if images is not None and not data_path(config, images).exists():
             place = data_path(config, images)
-            yield f"datasets.{run['dataset']}.path: expected '{place}', found nothing there; {remedy}"
+            yield f"datasets.{run['dataset']}.path: expected '{place}', found nothing there; {_remedy_for(images)}"
         if checkpoint is not None and not data_path(config, checkpoint).is_file():
             place = data_path(config, checkpoint)
-            yield f"networks.{run['network']}.checkpoint: expected '{place}', found nothing that is a file; {remedy}"
+            yield (
+                f"networks.{run['network']}.checkpoint: expected '{place}', found nothing that is a file; "
+                f"{_remedy_for(checkpoint)}"
+            )
+
+
+def _remedy_for(path: str) -> str:
+    """What to do about a path that leads nowhere."""
+    return "download it, and give the file" if "://" in path else "correct it or `data_directory`"
 
 
 def merge(base: Config, override: Config) -> dict[str, Any]:
@@ -258,7 +279,7 @@ def seeds_of(config: Config, run: Config) -> list[int]:
 
 def data_path(config: Config, path: str) -> Path:
     """A path of a dataset or checkpoint: as it stands when absolute, otherwise inside `data_directory`."""
-    return Path(config["data_directory"]).expanduser() / Path(path).expanduser()
+    return Path(expanded(config["data_directory"])) / expanded(path)
 
 
 def folder_state(folder: Path) -> str:

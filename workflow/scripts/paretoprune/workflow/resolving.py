@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -28,8 +27,13 @@ def resolved(config: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, 
         path = typed.get(key)
         if isinstance(path, str) and path:
             # Snakemake joins paths as texts, so that a slash at the end or `./` would make other names of one file.
-            typed[key] = os.path.normpath(Path(path).expanduser())
+            typed[key] = os.path.normpath(expanded(path))
     return typed
+
+
+def expanded(path: str) -> str:
+    """A path with the home folder for `~` and the values of variables for `$NAME`; what is not known stays."""
+    return os.path.expanduser(os.path.expandvars(path))  # noqa: PTH111  (that of pathlib refuses unknown users)
 
 
 def _typed(value: Any, rule: Mapping[str, Any]) -> Any:
@@ -44,6 +48,10 @@ def _typed(value: Any, rule: Mapping[str, Any]) -> Any:
     if isinstance(value, str) and not rule:
         # Arguments of networks may be anything: plain numbers, yes and no have no other spelling on the command line.
         return _parsed(value) if PLAIN.fullmatch(value) else value
+    if value == "null" and _is_valid(None, rule):
+        return None  # also where any text will do, as for a file: Snakemake hands over the word
+    if isinstance(value, float) and value.is_integer() and _means_integer(value, rule):
+        return int(value)
     if not isinstance(value, str) or _is_valid(value, rule):
         return value
     parsed = _parsed(value)
@@ -51,12 +59,18 @@ def _typed(value: Any, rule: Mapping[str, Any]) -> Any:
         return _typed(parsed, rule)
     kinds = rule.get("type", [])
     kinds = [kinds] if isinstance(kinds, str) else kinds
-    if "integer" in kinds and isinstance(parsed, float) and parsed.is_integer():
+    if isinstance(parsed, float) and parsed.is_integer() and ("integer" in kinds or _means_integer(parsed, rule)):
         parsed = int(parsed)
     is_number = isinstance(parsed, int | float) and not isinstance(parsed, bool)
     # A number out of its range is still a number: the check then speaks of the range.
     fits = _is_valid(parsed, rule) or (is_number and not {"integer", "number"}.isdisjoint(kinds))
     return parsed if fits else value
+
+
+def _means_integer(value: float, rule: Mapping[str, Any]) -> bool:
+    """Whether a number like 1e2 stands where a whole one belongs, which may also be one of several choices."""
+    choices = [rule, *rule.get("anyOf", []), *rule.get("oneOf", [])]
+    return any(choice.get("type") == "integer" and _is_valid(value, choice) for choice in choices)
 
 
 def _is_valid(value: Any, rule: Mapping[str, Any]) -> bool:
