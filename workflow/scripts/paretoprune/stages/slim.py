@@ -31,7 +31,8 @@ class SlimSearch:
     Attributes:
         repair: `none`, `batchnorm` or `reconstruct`.
         loss: `error` or `divergence`.
-        n_candidate_images: Calibration images that candidates are repaired on.
+        n_repair_images: Calibration images that candidates are repaired on.
+        n_images: Images that candidates are measured on, the first ones; None for all.
         n_processes: Processes to evaluate candidates with.
         front_size: Members that are finished, at most; None for all.
         sparsities: The best member beyond each of these shares of the first cost is finished, see `Front.thinned`.
@@ -40,7 +41,8 @@ class SlimSearch:
 
     repair: str = "reconstruct"
     loss: str = "divergence"
-    n_candidate_images: int = 384
+    n_repair_images: int = 384
+    n_images: int | None = None
     n_processes: int = 1
     front_size: int | None = 30
     sparsities: Sequence[float] = ()
@@ -52,6 +54,7 @@ class SlimSearch:
         return cls(
             step.repair,
             step.objective,
+            n_images=step.candidate_images,
             n_processes=n_processes,
             front_size=step.front_size,
             sparsities=step.sparsities,
@@ -91,7 +94,7 @@ def find_slim_networks(
         "elimination": elimination_scores(task.network, units, statistics),
         "magnitude": group_magnitude(task.network, units),
     }
-    judge = SlimJudge(task, settings.repair, settings.loss, settings.n_candidate_images, settings.n_processes)
+    judge = SlimJudge(task, settings.repair, settings.loss, settings.n_repair_images, settings.n_processes, settings.n_images)
     problem = Problem(units, judge, tuple(costs), units.can_be_built, progress, settings.loss)
     found = search(
         problem,

@@ -16,6 +16,7 @@ from paretoprune.evaluation.metrics import divergence, predict, top1_error
 from paretoprune.evaluation.task import Scores
 from paretoprune.evaluation.workers import run_in_processes
 from paretoprune.masks.packed import PackedMasks
+from paretoprune.settings import LOSSES
 from paretoprune.structured.refit import SlimRefit
 from paretoprune.structured.units import ChannelUnits
 
@@ -58,13 +59,22 @@ class SlimJudge:
         task: What is cut and measured.
         repair: `none`, `batchnorm` (statistics corrected), or `reconstruct` (every layer re-fitted too).
         loss: `error` or `divergence`.
-        n_candidate_images: Calibration images that candidates are repaired on, the first ones.
+        n_repair_images: Calibration images that candidates are repaired on, the first ones.
         n_processes: Processes, each of one thread.
+        n_images: Images that candidates are measured on, the first ones; None for all.
     """
 
-    def __init__(self, task: SlimTask, repair: str, loss: str, n_candidate_images: int, n_processes: int) -> None:
-        self._task, self._repair, self._loss = task, repair, loss
-        self._n_candidate_images, self._n_processes = n_candidate_images, n_processes
+    def __init__(
+        self,
+        task: SlimTask,
+        repair: str,
+        loss: str,
+        n_repair_images: int,
+        n_processes: int,
+        n_images: int | None = None,
+    ) -> None:
+        self._task, self._repair, self._loss, self._n_images = task, repair, loss, n_images
+        self._n_repair_images, self._n_processes = n_repair_images, n_processes
 
     @cached_property
     def _refit(self) -> SlimRefit | None:
@@ -91,21 +101,22 @@ class SlimJudge:
         with repeatable():
             return self._refit(mask, n_images)[0]
 
-    def measure(self, network: nn.Module) -> tuple[float, float]:
-        """Error and divergence of a network on the images."""
+    def measure(self, network: nn.Module, n_images: int | None = None) -> tuple[float, float]:
+        """Error and divergence of a network on the first images, or on all."""
         with repeatable():
-            logits = predict(network, self._task.images, BATCH_SIZE)
-        return top1_error(logits, self._task.labels), divergence(logits, self._dense_log_probabilities)
+            logits = predict(network, self._task.images[:n_images], BATCH_SIZE)
+        labels, known = self._task.labels[:n_images], self._dense_log_probabilities[:n_images]
+        return top1_error(logits, labels), divergence(logits, known)
 
     def __call__(self, masks: PackedMasks) -> np.ndarray:
         """Losses of masks, float64 (n_masks,)."""
-        scores = self._measured(masks, self._n_candidate_images)
-        return scores.error if self._loss == "error" else scores.divergence
-
-    def _measured(self, masks: PackedMasks, n_images: int | None) -> Scores:
         self._prepare()
-        found = self._each(lambda i: self.measure(self.build(masks.unpack(i), n_images)), len(masks))
-        return Scores(np.array([error for error, _ in found]), np.array([kl for _, kl in found]))
+
+        def measured(i: int) -> tuple[float, float]:
+            return self.measure(self.build(masks.unpack(i), self._n_repair_images), self._n_images)
+
+        at = LOSSES.index(self._loss)
+        return np.array([found[at] for found in self._each(measured, len(masks))], dtype=np.float64)
 
     def calibration_divergence(self, masks: PackedMasks, n_images: int) -> np.ndarray:
         """Divergence of repaired networks on the images that they are repaired on, float64 (n_masks,)."""
