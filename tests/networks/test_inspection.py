@@ -203,6 +203,13 @@ class Noise(nn.Module):
         return x + 0.1 * torch.randn_like(x)
 
 
+class SeldomDropped(nn.Module):
+    """As stochastic depth that is never switched off: some calls are without."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0 * x if float(torch.rand(())) < 0.3 else x
+
+
 class Inner(nn.Module):
     """A module whose function is not that of a child."""
 
@@ -326,6 +333,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         r"others at each call: its own forward \(Plain\)",
     ),
     "noise in a module": (lambda: Plain(middle=nn.Sequential(nn.ReLU(), Noise())), r"'middle\.1' \(Noise\) is random"),
+    "a part that is seldom dropped": (lambda: Plain(middle=SeldomDropped()), r"'middle' \(SeldomDropped\) is random"),
     "functional dropout in a parent": (
         lambda: Plain(middle=Inner(lambda x: functional.dropout(x, 0.5))),
         r"'middle' \(Inner\) is random",

@@ -37,6 +37,8 @@ N_IMAGES = 64
 BATCH, N_STAYING = 13, 6
 # How far equal answers may be apart, as a share of the largest: rounding, and that of other kernels.
 SAME, NEARLY_SAME = 1e-5, 1e-2
+# Calls with few images, for what is random only now and then.
+N_CALLS = 24
 # Names that a line has room for.
 N_NAMED = 3
 
@@ -404,8 +406,13 @@ def check_answers(network: nn.Module, images: Tensor, *, name: str = "the networ
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         probe = copied(network)
         logits, again = probe(images), probe(images)
-        if not _are_close(logits, again, SAME):
-            at = _first_at_fault(network, [images[:BATCH]] * 2, None)
+        few = images[:2]
+        try:
+            calls = [probe(few) for _ in range(N_CALLS)]
+        except Exception:  # a batch of another size is looked at below
+            calls = []
+        if not _are_close(logits, again, SAME) or not all(_are_close(call, calls[0], SAME) for call in calls):
+            at = _first_at_fault(network, [images[:BATCH]] * 2 + [few] * len(calls), None)
             raise ValueError(
                 f"expected equal answers of {name} to equal images, found others at each call: {at} is random in "
                 "evaluation mode; let it draw in training only, as nn.Dropout and "
@@ -505,14 +512,14 @@ def _first_at_fault(network: nn.Module, batches: Sequence[Tensor], staying: int 
 
     Args:
         network: It is left as it is.
-        batches: Two, to be run one after the other.
+        batches: To be run one after the other; those of one size are compared with the first of that size.
         staying: How many images of a batch are compared, the first ones; None for all.
     """
     runs: list[list[_Seen]] = []
     seen: list[_Seen] = []
 
     def digest(value: Any) -> bytes | None:
-        return _digest(value, len(batches[0]), staying)
+        return _digest(value, len(batches[len(runs)]), staying)
 
     with _watched(
         network, digest, lambda name, given, output: seen.append(_Seen(name, given, digest(output)))
@@ -521,10 +528,12 @@ def _first_at_fault(network: nn.Module, batches: Sequence[Tensor], staying: int 
             seen.clear()
             probe(batch)
             runs.append(list(seen))
-    for a, b in zip(*runs, strict=False):
-        known = None not in (a.given, b.given, a.gave, b.gave)
-        if a.name == b.name and known and a.given == b.given and a.gave != b.gave:
-            return _described(network, a.name)
+    first = {len(batch): run for batch, run in zip(reversed(batches), reversed(runs), strict=True)}
+    for batch, run in zip(batches, runs, strict=True):
+        for a, b in zip(first[len(batch)], run, strict=False):
+            known = None not in (a.given, b.given, a.gave, b.gave)
+            if a.name == b.name and known and a.given == b.given and a.gave != b.gave:
+                return _described(network, a.name)
     return _described(network, "")
 
 
