@@ -289,7 +289,14 @@ def test_the_final_front_is_evaluated_in_float32(precision: str, monkeypatch: py
 
 def test_a_front_is_data_and_keeps_no_images_alive() -> None:
     front = pruned()
-    assert {type(value) for value in vars(front).values()} <= {PackedMasks, np.ndarray, list, tuple, type(front.dense)}
+    assert {type(value) for value in vars(front).values()} <= {
+        PackedMasks,
+        np.ndarray,
+        list,
+        tuple,
+        str,
+        type(front.dense),
+    }
     stored = len(pickle.dumps(front))
     states = sum(tensor.numel() * tensor.element_size() for state in front.states or [] for tensor in state.values())
     assert stored < 1.3 * states + 200_000

@@ -208,5 +208,5 @@ def test_the_reference_has_a_line_for_every_key() -> None:
     assert "| `search.population` | `30` | whole number ≥ 4 | candidates in a population |" in text
     assert "| `search.front_size` | `60` | whole number ≥ 2 or null |" in text
     assert "| `datasets.<name>.path` |  | text | of an imagefolder" in text
-    assert "| `method_settings.<name>.kind` |  | two_phase, flat, allocation |" in text
+    assert "| `method_settings.<name>.kind` |  | two_phase, flat, allocation, channels |" in text
     assert "| `ladder` | `densities` |" in text

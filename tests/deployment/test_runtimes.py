@@ -97,7 +97,8 @@ def test_a_network_of_twice_the_depth_takes_about_twice_as_long(name: str) -> No
     shallow, deep = (nn.Sequential(*(Residual(32, 32) for _ in range(n))) for n in (2, 4))
     example = torch.randn(1, 32, 16, 16)
     timings = measure_interleaved([prepare(one, example, runtime) for one in (shallow, deep)], repeats=10)
-    assert 1.5 < timings.relative()[1] < 3
+    # A busy machine has been seen to say 1.41.
+    assert 1.2 < timings.relative()[1] < 3
 
 
 def test_onnxruntime_computes_what_the_network_answers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"
 SEED = Path("results/digits/resnet8/seed3")
 TINY = "tests/tiny.yaml"
-METHODS = ("two_phase_nsga2", "two_phase_moead", "flat_nsga2", "global_magnitude", "refitted")
+METHODS = ("two_phase_nsga2", "two_phase_moead", "channels", "flat_nsga2", "global_magnitude", "refitted")
 
 
 def copy_repository(target: Path) -> Path:
@@ -246,17 +246,22 @@ def test_touching_a_module_without_changing_it_reruns_nothing(copy_of_finished: 
 @pytest.mark.parametrize(
     ("module", "expected"),
     [
-        ("training/finetuning", {"finetune_members": 1, "write_report": 1}),
+        ("training/finetuning", {"finetune_members": 2, "write_report": 1}),
         ("reporting/run_plots", {"write_report": 1}),
+        (
+            "structured/refit",
+            {"search_channels": 1, "evaluate_front": 1, "finetune_members": 1, "write_report": 1},
+        ),
         ("search/guidance", {"search_corridor": 3, "evaluate_front": 3, "finetune_members": 1, "write_report": 1}),
         (
             "search/groups",
             {
                 "choose_anchors": 3,
                 "search_corridor": 3,
+                "search_channels": 1,
                 "search_flat": 1,
-                "evaluate_front": 4,
-                "finetune_members": 1,
+                "evaluate_front": 5,
+                "finetune_members": 2,
                 "write_report": 1,
             },
         ),
@@ -296,7 +301,7 @@ def test_changing_the_fine_tuning_reruns_no_search(copy_of_finished: Path) -> No
     config = yaml.safe_load((copy_of_finished / TINY).read_text())
     config["finetune"]["epochs"] = 2
     (copy_of_finished / "changed.yaml").write_text(yaml.safe_dump(config))
-    assert planned(copy_of_finished, "changed.yaml") == {"finetune_members": 1, "write_report": 1}
+    assert planned(copy_of_finished, "changed.yaml") == {"finetune_members": 2, "write_report": 1}
 
 
 def test_figures_are_drawn_from_small_files_alone_and_never_by_training(finished: Path, tmp_path: Path) -> None:
