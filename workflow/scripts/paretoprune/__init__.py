@@ -4,13 +4,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from paretoprune.api import distil as distil
     from paretoprune.api import pareto_prune as pareto_prune
     from paretoprune.fronts import Front as Front
 
-__all__ = ["Front", "pareto_prune"]
+__all__ = ["Front", "distil", "pareto_prune"]
 __version__ = "0.1.0"
 
-_HOMES = {"pareto_prune": "paretoprune.api", "Front": "paretoprune.fronts"}
+_HOMES = {"pareto_prune": "paretoprune.api", "distil": "paretoprune.api", "Front": "paretoprune.fronts"}
 
 
 def __getattr__(name: str) -> Any:

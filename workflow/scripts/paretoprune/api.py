@@ -1,4 +1,7 @@
-"""The search as one function, for networks and images in memory: the workflow's stages, one after the other."""
+"""The search as one function, for networks and images in memory: the workflow's stages, one after the other.
+
+And the distillation of what it found as another.
+"""
 
 import logging
 import multiprocessing
@@ -14,7 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from paretoprune.data.gathering import gather_splits
+from paretoprune.data.gathering import N_HELD_OUT, gather_images, gather_splits
 from paretoprune.data.splits import LabelledImages
 from paretoprune.devices import one_at_a_time, plain_modes
 from paretoprune.evaluation.metrics import predict, top1_error
@@ -25,6 +28,7 @@ from paretoprune.importance.layer_statistics import collect_statistics
 from paretoprune.importance.scores import compute_importance, flat_scores
 from paretoprune.networks.guessing import compare_with_guessing, images_to_compare
 from paretoprune.networks.inspection import Inspection, inspect_network
+from paretoprune.networks.wrapping import adapt, without_adaptation
 from paretoprune.options import (
     LARGEST_SEED,
     defaults_of,
@@ -55,6 +59,7 @@ from paretoprune.stages.publish import publish
 from paretoprune.stages.slim import SlimSearch, find_slim_networks
 from paretoprune.structured.judging import SlimTask
 from paretoprune.structured.units import ChannelUnits, slim_costs
+from paretoprune.training import distilling
 
 START_DENSITIES = (0.8, 0.5, 0.3, 0.2, 0.1)
 N_CALIBRATION = 512
@@ -65,6 +70,7 @@ BATCH_SIZE = 64
 MAX_IMAGES = 10_000
 # More processes than this only take memory.
 WORKERS_PER_CORE = 4
+DISTILLING_SECONDS = 180.0
 # Where candidates are re-fitted, the order of elimination leads; a ladder of densities lets them share re-fits.
 REFITTED = (
     Phase1(
@@ -191,6 +197,95 @@ def pareto_prune(
         found = refine_bits(setup, guides, found.front.masks.select(chosen), found, phase2, effort)
     front = publish(found.front, setup, Publishing())
     return replace(front, dense=inspected.bare())
+
+
+@plain_modes()
+def distil(
+    front: Front,
+    index: int,
+    images: Any,
+    *,
+    search_images: Any = None,
+    budget_seconds: float | None = None,
+    n_steps: int | None = None,
+    rates: Sequence[float] = distilling.RATES,
+    crop: int = 0,
+    flip: bool = False,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+    max_images: int = MAX_IMAGES,
+) -> nn.Module:
+    """Train a member of a front further, to answer as the dense network does, without labels.
+
+    What is measured on `search_images` chooses the learning rate by short trials, and decides between the network as it
+    was and as it was trained. A network pruned by a mask keeps its zeros. Front, networks, torch's modes and the global
+    random states are left as they are.
+
+    Args:
+        front: What `pareto_prune` returned, or a front that was loaded with its networks.
+        index: Member of the front.
+        images: Images to train on, in any form that `pareto_prune` takes; labels are neither needed nor looked at.
+        search_images: Images to measure on, such as those of the search, but no test images; without them a fifth of
+            `images` (at most 2,000) is held out.
+        budget_seconds: How long everything may take, about; by default three minutes.
+        n_steps: Instead of it, steps in all: equal calls on one machine then give equal networks. A budget is turned
+            into steps, and how many is said in the log.
+        rates: Learning rates to try.
+        crop: Pixels that images are shifted by at random, at most; 0 for none.
+        flip: Whether images are mirrored left to right half of the time.
+        seed: Fixes every draw.
+        device: Where to compute; by default a GPU where there is one.
+        progress: Whether to show a progress bar.
+        max_images: Taken from a DataLoader or Dataset, at most.
+
+    Returns:
+        The better of before and after by the divergence on the search images, on the CPU and in evaluation mode: a
+        plain network of the shapes of `front.network(index)`, and this network bit for bit where training did not help.
+
+    Raises:
+        RuntimeError: The front has no networks.
+        ValueError: Images or options cannot be used; the message says what was expected.
+    """
+    seed, max_images = whole_number("seed", seed, 0, LARGEST_SEED), whole_number("max_images", max_images, 1)
+    index, crop = whole_number("index", index, -len(front), len(front) - 1), whole_number("crop", crop, 0)
+    flip, progress, device = truth("flip", flip), truth("progress", progress), usable_device(device)
+    n_steps = None if n_steps is None else whole_number("n_steps", n_steps, 1)
+    if n_steps is None and budget_seconds is None:
+        budget_seconds = DISTILLING_SECONDS
+    member = front.network(index)
+    train = gather_images(images, "images", max_images=max_images, seed=seed)
+    if search_images is None:
+        order = torch.from_numpy(np.random.default_rng(seed).permutation(len(train)))
+        n_search = min(N_HELD_OUT, len(train) // 5)
+        train, search = train[order[n_search:]], train[order[:n_search]]
+    else:
+        search = gather_images(search_images, "search_images", max_images=max_images, seed=seed)
+    assert front.dense is not None  # by Front.network
+    inspected = inspect_network(front.dense, train)
+    with tqdm(desc="distil", unit="step", disable=not progress) as bar:
+
+        def show(done: int, n_steps: int) -> None:
+            bar.total = n_steps
+            bar.update(done - bar.n)
+
+        found = distilling.distil(
+            adapt(member, inspected.adaptation),
+            inspected.network,
+            train,
+            search_images=search,
+            seed=seed,
+            n_steps=n_steps,
+            budget_seconds=budget_seconds,
+            rates=rates,
+            crop=crop,
+            flip=flip,
+            device=device,
+            progress=show,
+        )
+        kept = "trained" if found.is_trained else "unchanged"
+        bar.set_postfix_str(f"divergence {found.before:.4f} before, {found.after:.4f} after, kept {kept}")
+    return without_adaptation(found.network)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The options of `pareto_prune`, checked before any work: each error names the option and what it may be."""
+"""The options of the library's functions, checked before any work: each error names the option and what it may be."""
 
 import operator
 from collections.abc import Sequence

@@ -111,6 +111,33 @@ def gather(images: Any, labels: Any, name: str, labels_name: str, *, max_images:
     return _checked(_as_images(images, name), _as_labels(labels, labels_name), name, labels_name)
 
 
+def gather_images(images: Any, name: str, *, max_images: int, seed: int) -> Tensor:
+    """Images alone, in any of the forms that `gather` takes; labels that come with them are left out.
+
+    Args:
+        images: As for `gather`; batches may hold images only.
+        name: Of the images, for errors.
+        max_images: Taken from what yields them.
+        seed: Fixes what a data set or loader draws.
+
+    Raises:
+        ValueError: The images cannot be used.
+    """
+    if yields_batches(images):
+        found, _ = _gathered(images, name, max_images, seed, labelled=False)
+    else:
+        found = _as_images(images, name)
+    return _checked_images(found, name)
+
+
+def _checked_images(images: Tensor, name: str) -> Tensor:
+    if not len(images):
+        raise ValueError(f"expected at least one image in {name}, found none")
+    if not bool(torch.isfinite(images).all()):
+        raise ValueError(f"expected finite {name}, found NaN or infinite values; clean the data")
+    return images
+
+
 def _checked(images: Tensor, labels: Tensor, name: str, labels_name: str) -> LabelledImages:
     if not len(images):
         raise ValueError(f"expected at least one image in {name}, found none")
@@ -119,9 +146,7 @@ def _checked(images: Tensor, labels: Tensor, name: str, labels_name: str) -> Lab
             f"expected one label for each of {len(images)} {name}, found shape {tuple(labels.shape)}; "
             f"give {labels_name} as class indices (n,), (n, 1) or one-hot (n, n_classes)"
         )
-    if not bool(torch.isfinite(images).all()):
-        raise ValueError(f"expected finite {name}, found NaN or infinite values; clean the data")
-    return LabelledImages(images, labels)
+    return LabelledImages(_checked_images(images, name), labels)
 
 
 def _as_tensor(values: Any, name: str) -> Tensor:
@@ -191,8 +216,8 @@ def _as_labels(labels: Any, name: str) -> Tensor:
     return (tensor[:, 0] if tensor.ndim == 2 and tensor.shape[1] == 1 else tensor).long()
 
 
-def _gathered(source: Any, name: str, max_images: int, seed: int) -> tuple[Tensor, Tensor]:
-    """The first images and labels that batches hold, at most `max_images`."""
+def _gathered(source: Any, name: str, max_images: int, seed: int, *, labelled: bool = True) -> tuple[Tensor, Tensor]:
+    """The first images and labels that batches hold, at most `max_images`; zeros for labels that are not wanted."""
     loader, n_all = _loader_of(source, name, max_images, seed)
     images: list[Tensor] = []
     labels: list[Tensor] = []
@@ -207,13 +232,14 @@ def _gathered(source: Any, name: str, max_images: int, seed: int) -> tuple[Tenso
                     max_images,
                 )
                 break
-            x, y = _parts(batch, name)
+            x, y = _parts(batch, name) if labelled else (_images_of(batch, name), None)
             if isinstance(x, list | tuple) and x and all(isinstance(part, Tensor) and part.ndim > 1 for part in x):
                 raise ValueError(
                     f"expected one tensor for the {name} of a batch, found {len(x)}; networks of several inputs are "
                     "not supported"
                 )
-            x, y = _as_images(x, name), _as_labels(y, f"the labels of {name}")
+            x = _as_images(x, name)
+            y = torch.zeros(len(x), dtype=torch.int64) if y is None else _as_labels(y, f"the labels of {name}")
             if not y.ndim:
                 raise ValueError(
                     f"expected batches from {name}, found a single image with its label; put them into a list, and "
@@ -291,6 +317,19 @@ def _parts(batch: Any, name: str) -> tuple[Any, Any]:
             f"{f' of {len(batch)}' if isinstance(batch, list | tuple) else ''}; yield the labels too"
         )
     return batch[0], batch[1]
+
+
+def _images_of(batch: Any, name: str) -> Any:
+    """Images of a batch: itself, its first part, or those under a usual key."""
+    if isinstance(batch, Mapping):
+        found = next((key for key in IMAGE_KEYS if key in batch), None)
+        if found is None:
+            raise ValueError(
+                f"expected batches of {name} with images under one of {', '.join(IMAGE_KEYS)}, found the keys "
+                f"{', '.join(map(str, batch))}; rename them"
+            )
+        return batch[found]
+    return batch[0] if isinstance(batch, list | tuple) and len(batch) else batch
 
 
 @contextmanager

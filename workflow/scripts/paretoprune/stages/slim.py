@@ -94,7 +94,9 @@ def find_slim_networks(
         "elimination": elimination_scores(task.network, units, statistics),
         "magnitude": group_magnitude(task.network, units),
     }
-    judge = SlimJudge(task, settings.repair, settings.loss, settings.n_repair_images, settings.n_processes, settings.n_images)
+    judge = SlimJudge(
+        task, settings.repair, settings.loss, settings.n_repair_images, settings.n_processes, settings.n_images
+    )
     problem = Problem(units, judge, tuple(costs), units.can_be_built, progress, settings.loss)
     found = search(
         problem,
