@@ -429,6 +429,7 @@ def test_networks_that_are_missing_or_of_another_front_are_refused(tmp_path: Pat
 )
 def test_modes_of_the_caller_change_nothing(mode: Callable[[], AbstractContextManager[Any]]) -> None:
     loader = DataLoader(TensorDataset(X, Y), batch_size=7)
+    trained()  # outside of the mode, where this is the first test of a process
     with mode():
         before = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
         front = prune(loader)
