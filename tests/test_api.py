@@ -296,6 +296,7 @@ def test_a_front_is_data_and_keeps_no_images_alive() -> None:
         tuple,
         str,
         type(front.dense),
+        type(None),
     }
     stored = len(pickle.dumps(front))
     states = sum(tensor.numel() * tensor.element_size() for state in front.states or [] for tensor in state.values())

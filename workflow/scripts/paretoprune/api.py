@@ -19,6 +19,8 @@ from tqdm import tqdm
 
 from paretoprune.data.gathering import N_HELD_OUT, gather_images, gather_splits
 from paretoprune.data.splits import LabelledImages
+from paretoprune.deployment.latency import LatencyTable
+from paretoprune.deployment.runtimes import Runtime
 from paretoprune.devices import one_at_a_time, plain_modes
 from paretoprune.evaluation.metrics import predict, top1_error
 from paretoprune.evaluation.task import Task
@@ -31,7 +33,9 @@ from paretoprune.networks.inspection import Inspection, inspect_network
 from paretoprune.networks.wrapping import adapt, without_adaptation
 from paretoprune.options import (
     LARGEST_SEED,
+    LatencySource,
     defaults_of,
+    latency_source,
     objective_names,
     patterns,
     repair_name,
@@ -58,7 +62,8 @@ from paretoprune.stages.phase2 import refine_bits
 from paretoprune.stages.publish import publish
 from paretoprune.stages.slim import SlimSearch, find_slim_networks
 from paretoprune.structured.judging import SlimTask
-from paretoprune.structured.units import ChannelUnits, slim_costs
+from paretoprune.structured.latency import find_latency_cost, time_members
+from paretoprune.structured.units import LATENCY, ChannelUnits, slim_costs
 from paretoprune.training import distilling
 
 START_DENSITIES = (0.8, 0.5, 0.3, 0.2, 0.1)
@@ -106,6 +111,8 @@ def pareto_prune(
     objectives: Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
     max_images: int = MAX_IMAGES,
+    runtime: Runtime | None = None,
+    latency_table: LatencyTable | str | os.PathLike[str] | None = None,
 ) -> Front:
     """Find the Pareto set of pruned versions of a trained network, error against density.
 
@@ -135,17 +142,24 @@ def pareto_prune(
             depend on it.
         progress: Whether to show a progress bar.
         objectives: What is minimised: a loss (`error`, or `divergence` from the dense network's answers) and one or two
-            costs (`density`, `parameters`, `macs`, `bytes`, and for channels `memory`, the largest activations), each
-            relative to the dense network. By default error and density for weights, divergence and macs for channels.
+            costs (`density`, `parameters`, `macs`, `bytes`; for channels also `memory`, the largest activations, and
+            `latency`, as predicted), each relative to the dense network. By default error and density for weights,
+            divergence and macs for channels.
         exclude: Shell patterns of weights that stay dense, such as `head.*`; for channels, of layers that stay whole.
         max_images: Taken from a DataLoader or Dataset, at most; what is left out is said.
+        runtime: What networks are run by where latency is an objective; by default `latency_table`'s, or onnxruntime
+            with one image at a time and one thread.
+        latency_table: Times of the network's layers on this machine, from `structured.latency.measure_latency`, or the
+            path of its file. Without it they are measured, and written to the path if there is no such file.
 
     Returns:
         The front, at most 60 members: `sparsity`, `error` (the loss on the search images, after repair) and `costs` per
         member, `hypervolume()`, `closest(sparsity=0.8)`, and `network(i)`, a copy of the very network that was
-        measured, on the CPU. `save(path)` and `Front.load(path, network)` keep it with its networks.
+        measured, on the CPU. `save(path)` and `Front.load(path, network)` keep it with its networks. With latency as
+        an objective, `measured_latency` says how long each member really takes, relative to the dense network.
 
     Raises:
+        ModuleNotFoundError: The runtime is not installed.
         ValueError: Images, labels, options or network cannot be used; the message says what was expected.
     """
     defaults = defaults_of(units)
@@ -155,6 +169,7 @@ def pareto_prune(
     seed, repair = whole_number("seed", seed, 0, LARGEST_SEED), repair_name(repair or defaults.repair)
     max_images, workers = whole_number("max_images", max_images, 1), _processes(workers)
     progress, device = truth("progress", progress), usable_device(device)
+    source = latency_source(objectives, runtime, latency_table)
     refits = repair_named(repair).refits
     phase1, anchors, phase2 = REFITTED if refits else MASKED
     budget, population = Budget(evaluations, phase1.share), int(np.clip(evaluations // 20, 8, 40))
@@ -171,8 +186,7 @@ def pareto_prune(
     if units == "channels":
         effort = Effort(evaluations, population, seed)
         wanted = (loss, *costs)
-        front = _slim(inspected.network, train, search, wanted, exclude, repair, effort, device, workers, progress)
-        return replace(front, dense=inspected.bare())
+        return _slim(inspected, train, search, wanted, exclude, repair, effort, device, workers, progress, source)
     network, layout, n_classes = inspected.network, inspected.units, inspected.n_classes
     order = np.random.default_rng(seed).permutation(len(train))
     calibration = train.images[order[:N_CALIBRATION]]
@@ -302,7 +316,7 @@ def _shown(evaluations: int, progress: bool) -> Iterator[Progress]:
 
 
 def _slim(
-    network: nn.Module,
+    inspected: Inspection,
     train: LabelledImages,
     search: LabelledImages,
     objectives: Sequence[str],
@@ -312,17 +326,27 @@ def _slim(
     device: torch.device,
     workers: int,
     progress: bool,
+    source: LatencySource | None,
 ) -> Front:
     """The front of smaller networks."""
-    units = ChannelUnits.of(network, train.images[:1], exclude)
+    network, image = inspected.network, train.images[:1]
+    units = ChannelUnits.of(network, image, exclude)
     units.report(_LOGGER)
     order = np.random.default_rng(effort.seed).permutation(len(train))
     calibration = train.images[order[:N_SLIM_CALIBRATION]]
-    costs = slim_costs(objectives[1:], units, network, train.images[:1])
+    known = {cost.name: cost for cost in slim_costs([n for n in objectives[1:] if n != LATENCY], units, network, image)}
+    if source is not None:
+        latency = find_latency_cost(inspected.bare(), units, image, source.table, source.runtime, effort.seed)
+        if source.table is None and source.path is not None:
+            latency.table.save(source.path)
+        known[LATENCY] = latency
+    costs = [known[name] for name in objectives[1:]]
     task = SlimTask(network, units, search.images, search.labels, calibration)
     settings = SlimSearch(repair, objectives[0], n_processes=1 if device.type == "cuda" else workers)
     with _shown(effort.evaluations, progress) as show:
-        return find_slim_networks(task.to(device), costs, settings, effort, progress=show).front
+        front = find_slim_networks(task.to(device), costs, settings, effort, progress=show).front
+    front = replace(front, dense=inspected.bare())
+    return front if source is None else time_members(front, image, source.runtime)
 
 
 def _relabelling(labels: torch.Tensor, n_classes: int) -> str:

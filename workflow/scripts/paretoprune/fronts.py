@@ -180,6 +180,8 @@ class Front:
         dense: The network that the members are pruned from; None for a front from a file.
         states: The state of each member's finished network, as it was measured; None for a front from a file.
         units: What a unit of the masks is: `weights`, or `channels` whose networks are physically smaller.
+        measured_latency: Time that each member's finished network takes relative to the dense one, float64
+            (n_members,), NaN for those that could not be run; None where it was not measured.
 
     Raises:
         ValueError: There are not as many objectives and stages as masks.
@@ -192,6 +194,7 @@ class Front:
     dense: "nn.Module | None" = field(default=None, repr=False)
     states: "list[dict[str, Tensor]] | None" = field(default=None, repr=False)
     units: str = "weights"
+    measured_latency: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self.objectives = np.asarray(self.objectives, dtype=np.float64).reshape(-1, len(self.names))
@@ -199,6 +202,11 @@ class Front:
             raise ValueError(
                 f"expected as many objectives and stages as masks, found {len(self.masks)} masks, "
                 f"{len(self.objectives)} objectives and {len(self.stages)} stages"
+            )
+        if self.measured_latency is not None and np.shape(self.measured_latency) != (len(self),):
+            raise ValueError(
+                f"expected a measured latency of each of {len(self)} members, found an array of shape "
+                f"{np.shape(self.measured_latency)}"
             )
 
     def __len__(self) -> int:
@@ -269,12 +277,13 @@ class Front:
             self.dense,
             None if self.states is None else [self.states[i] for i in indices],
             self.units,
+            None if self.measured_latency is None else self.measured_latency[indices],
         )
 
     def merge(self, other: "Front") -> "Front":
         """The non-dominated members of both, cheapest first; of equal points this front's own member stays.
 
-        The result has neither `dense` nor `states`.
+        The result has neither `dense` nor `states`, and measured latencies only if both have them.
 
         Raises:
             ValueError: The two fronts have masks of different numbers of units, or different objectives.
@@ -290,6 +299,8 @@ class Front:
             self.names,
             units=self.units,
         )
+        if self.measured_latency is not None and other.measured_latency is not None:
+            both.measured_latency = np.concatenate([self.measured_latency, other.measured_latency])
         return both.select(non_dominated(both.objectives))
 
     def thinned(self, size: int | None, sparsities: Sequence[float] = ()) -> "Front":
@@ -357,6 +368,7 @@ class Front:
         """The front as plain arrays for an npz file; without names if the objectives are error and density."""
         names = {} if self.names == ERROR_AND_DENSITY else {"names": np.array(self.names, dtype=np.str_)}
         names |= {} if self.units == "weights" else {"units": np.array(self.units)}
+        names |= {} if self.measured_latency is None else {"measured_latency": self.measured_latency}
         return {
             "words": self.masks.words,
             "n_weights": np.array(self.masks.n_units),
@@ -371,7 +383,8 @@ class Front:
         masks = PackedMasks(arrays["words"], int(arrays["n_weights"]))
         names = tuple(str(name) for name in arrays.get("names", ERROR_AND_DENSITY))
         units = str(arrays.get("units", "weights"))
-        return cls(masks, arrays["objectives"], [str(stage) for stage in arrays["stages"]], names, units=units)
+        stages, measured = [str(stage) for stage in arrays["stages"]], arrays.get("measured_latency")
+        return cls(masks, arrays["objectives"], stages, names, units=units, measured_latency=measured)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the front to an npz file with the arrays of `arrays`; a member's id is its position.

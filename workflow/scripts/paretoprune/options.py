@@ -1,17 +1,22 @@
 """The options of the library's functions, checked before any work: each error names the option and what it may be."""
 
 import operator
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from paretoprune.deployment.latency import LatencyTable
+from paretoprune.deployment.machines import check_machine, machine_of
+from paretoprune.deployment.runtimes import Runtime, check_runtime
 from paretoprune.networks.costs import COSTS
 from paretoprune.repair.repairs import REPAIRS
 from paretoprune.settings import LOSSES
-from paretoprune.structured.units import SLIM_COSTS
+from paretoprune.structured.units import LATENCY, SLIM_COSTS
 
 LARGEST_SEED = 2**32 - 1
 
@@ -36,7 +41,7 @@ class Defaults:
 UNITS = {
     "weights": Defaults("batchnorm", 2000, ("error", "density"), tuple(COSTS)),
     # A candidate takes seconds, as it is re-fitted layer by layer; on a few hundred images the divergence says more.
-    "channels": Defaults("reconstruct", 300, ("divergence", "macs"), tuple(SLIM_COSTS)),
+    "channels": Defaults("reconstruct", 300, ("divergence", "macs"), (*SLIM_COSTS, LATENCY)),
 }
 
 
@@ -114,6 +119,60 @@ def objective_names(values: Any, known: Sequence[str] = tuple(COSTS)) -> tuple[s
     if unknown:
         raise ValueError(f"`objectives`: expected costs among {', '.join(known)}, found {', '.join(unknown)}; {usage}")
     return loss, costs
+
+
+@dataclass(frozen=True)
+class LatencySource:
+    """Where predicted times of networks come from.
+
+    Attributes:
+        runtime: What networks are timed by.
+        table: Times of layers; None to measure them.
+        path: Where a table that is measured is written; None for nowhere.
+    """
+
+    runtime: Runtime
+    table: LatencyTable | None
+    path: Path | None
+
+
+def latency_source(objectives: Sequence[str], runtime: Any, table: Any) -> LatencySource | None:
+    """The options for a search after latency; None where that is no objective.
+
+    Raises:
+        ModuleNotFoundError: The runtime is not installed.
+        ValueError: They are given without that objective, are of another type, or the table is of another machine.
+    """
+    if LATENCY not in objectives:
+        if runtime is not None or table is not None:
+            raise ValueError(
+                f"expected neither `runtime` nor `latency_table` with the objectives {', '.join(objectives)}; give "
+                "objectives=('divergence', 'latency'), or leave them out"
+            )
+        return None
+    path = None
+    if isinstance(table, str | os.PathLike):
+        path = Path(table).expanduser()
+        table = LatencyTable.load(path) if path.exists() else None
+    if not isinstance(table, LatencyTable | None):
+        raise ValueError(
+            f"expected `latency_table` as a LatencyTable, or the path of its file, found {type(table).__name__}; leave "
+            "it out to measure one"
+        )
+    if runtime is None and table is not None:
+        known = table.machine
+        device = "cpu" if known.device == "cpu" else "cuda"
+        runtime = Runtime(known.runtime, known.batch_size, known.threads, device)
+    runtime = Runtime() if runtime is None else runtime
+    if not isinstance(runtime, Runtime):
+        raise ValueError(
+            f"expected `runtime` as a Runtime, found {runtime!r}; give "
+            "paretoprune.deployment.runtimes.Runtime('onnxruntime', batch_size=1)"
+        )
+    check_runtime(runtime)
+    if table is not None:
+        check_machine(table.machine, machine_of(runtime), "pareto_prune(..., latency_table=None)")
+    return LatencySource(runtime, table, path)
 
 
 def patterns(name: str, values: Any) -> tuple[str, ...]:

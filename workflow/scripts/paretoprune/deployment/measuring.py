@@ -1,6 +1,7 @@
 """Measuring a latency table: every block at each of its widths, beside one yardstick."""
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -16,7 +17,28 @@ from paretoprune.deployment.machines import machine_of
 from paretoprune.deployment.runtimes import Runtime, prepare
 from paretoprune.deployment.timing import Timings, measure_interleaved
 
+# Seconds after which a long measurement says how far it is.
+TELLS_EVERY = 5.0
 _LOGGER = logging.getLogger("paretoprune")
+
+
+class Telling:
+    """Says in the log how far a measurement is, whenever some seconds have passed without a word.
+
+    Args:
+        what: What is being done.
+        clock: Tells the time (seconds).
+    """
+
+    def __init__(self, what: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self.what, self._clock = what, clock
+        self._last = clock()
+
+    def __call__(self, how_far: str) -> None:
+        """Say how far it is, if it is time to."""
+        if self._clock() - self._last >= TELLS_EVERY:
+            _LOGGER.info("%s: %s", self.what, how_far)
+            self._last = self._clock()
 
 
 @dataclass(frozen=True)
@@ -98,11 +120,16 @@ def measure_table(
     ratios: list[np.ndarray] = []
     overheads: list[float] = []
     uncertainty = 0.0
+    telling = Telling("timing blocks")
     for i, block in enumerate(kinds.values()):
-        _LOGGER.info("timing block %d of %d, %s, at %d widths", i + 1, len(kinds), block.name, len(block.points))
-        timings = measure(
-            [yardstick, nothing, *(_prepared(block, point, runtime) for point in block.points)], **options
-        )
+        # What follows a colon says what its time depends on.
+        place = block.name.partition(":")[0]
+        telling.what = f"timing block {i + 1} of {len(kinds)}, {place}, at {len(block.points)} widths"
+        functions = [yardstick, nothing]
+        for point in block.points:
+            telling(f"making it {' x '.join(map(str, point))} wide")
+            functions.append(_prepared(block, point, runtime))
+        timings = measure(functions, progress=telling, **options)
         relative = timings.relative()
         seconds_of_yardstick.append(timings.seconds[:, 0])
         overheads.append(float(relative[1]))
@@ -110,7 +137,8 @@ def measure_table(
         uncertainty = max(uncertainty, float(timings.uncertainties()[2:].max()))
     whole = None
     if dense is not None:
-        timings = measure([yardstick, prepare(*dense, runtime)], **options)
+        telling.what = "timing the whole network"
+        timings = measure([yardstick, prepare(*dense, runtime)], progress=telling, **options)
         seconds_of_yardstick.append(timings.seconds[:, 0])
         whole = float(timings.relative()[1])
         uncertainty = max(uncertainty, float(timings.uncertainties()[1]))

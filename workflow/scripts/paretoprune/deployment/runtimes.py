@@ -64,6 +64,16 @@ class Runtime:
             )
 
 
+def check_runtime(runtime: Runtime) -> None:
+    """Run next to nothing, so that what is missing is said before any long work.
+
+    Raises:
+        ModuleNotFoundError: The runtime is not installed.
+        ValueError: It does not work here, or there is no such GPU.
+    """
+    prepare(nn.ReLU(), torch.ones(1, 1), runtime)()
+
+
 @plain_modes()
 def prepare(network: nn.Module, example: Inputs, runtime: Runtime) -> Callable[[], None]:
     """Make a network ready: what comes back runs one batch, and returns when the answers are there.

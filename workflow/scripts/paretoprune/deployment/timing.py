@@ -77,6 +77,7 @@ def measure_interleaved(
     most_repeats: int = 100,
     least_ns: int = LEAST_NS,
     clock: Callable[[], int] = time.perf_counter_ns,
+    progress: Callable[[str], object] | None = None,
 ) -> Timings:
     """Time functions in turn: A B C, then C B A, then A B C, so that a drift during a round cancels too.
 
@@ -93,6 +94,7 @@ def measure_interleaved(
         most_repeats: Rounds at most. If the bound is not met by then, a warning says so.
         least_ns: Shortest measurement (nanoseconds).
         clock: Tells the time (nanoseconds).
+        progress: Called after each round, with words that say how far it is.
 
     Raises:
         ValueError: There is no function, no such reference, or fewer than 2 repeats.
@@ -116,6 +118,8 @@ def measure_interleaved(
         while True:
             for _ in range(min(repeats, most_repeats - len(rows))):
                 rows.append(_measure_round(functions, n_calls, clock, backwards=len(rows) % 2 == 1))
+                if progress is not None:
+                    progress(f"round {len(rows)} of {len(functions)} functions")
             timings = Timings(np.array(rows))
             uncertainty = _worst(timings, reference)
             if uncertainty <= bound or len(rows) >= most_repeats:

@@ -12,6 +12,8 @@ from paretoprune.structured.units import ChannelUnits
 
 # Shares of a coupling at which its own divergence is measured.
 MEASURED_SHARES = (0.0, 0.25, 0.5, 0.75)
+# Widths of a coupling at which its cost is worked out, at most, and straight lines between them.
+N_PRICED = 64
 # Halvings of the price of a cost: enough for single units of a hundred thousand.
 N_HALVINGS = 40
 
@@ -124,12 +126,14 @@ def uniform_within(units: ChannelUnits, ranks: np.ndarray, cost: Cost, budget: f
 def _costs_of_groups(units: ChannelUnits, ranks: np.ndarray, cost: Cost) -> list[np.ndarray]:
     """What each coupling adds to the cost by the units it keeps, with all others whole, float64 (size + 1,)."""
     found = []
-    for g, size in enumerate(units.sizes):
+    for g, size in enumerate(units.sizes.tolist()):
         rows = []
-        for k in (0, size):
+        # Not a straight line where hardware takes as long for a few channels less: there nothing is gained by them.
+        at = np.unique(np.rint(np.linspace(0, size, min(size, N_PRICED) + 1)))
+        for k in at:
             n_keep = units.sizes.copy()
             n_keep[g] = k
             rows.append(keep_top(ranks, n_keep, units))
-        nothing, everything = cost.of(PackedMasks.pack_each(rows, units.n_units))
-        found.append(np.linspace(0.0, max(float(everything - nothing), 0.0), int(size) + 1))
+        costs = cost.of(PackedMasks.pack_each(rows, units.n_units))
+        found.append(np.maximum(np.interp(np.arange(size + 1), at, costs - costs[0]), 0.0))
     return found

@@ -259,6 +259,8 @@ SLIM_COSTS: Mapping[str, Callable[[Sizes, nn.Module, Tensor], Cost]] = {
     "bytes": stored_bytes,
     "memory": memory,
 }
+# Of a machine rather than of a network: see `structured.latency`.
+LATENCY = "latency"
 
 
 def slim_costs(names: Sequence[str], units: ChannelUnits, network: nn.Module, image: Tensor) -> tuple[Cost, ...]:

@@ -1,0 +1,527 @@
+"""Latency as a cost: a table of a network's layers at their possible widths, and what it says of small networks.
+
+A layer is timed with the batch norm and the activation that directly follow, which runtimes compute in one go. What is
+in no layer (sums, pooling, attention's products) is the table's constant; a line that is fitted to random small
+networks makes up for it.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from paretoprune.copies import copied
+from paretoprune.deployment.latency import LatencyTable, Widths, prediction_error
+from paretoprune.deployment.measuring import Block, Telling, measure_table
+from paretoprune.deployment.runtimes import Runtime, prepare
+from paretoprune.deployment.timing import Timings, measure_interleaved
+from paretoprune.fronts import Front
+from paretoprune.masks.packed import PackedMasks
+from paretoprune.masks.units import keep_top, ranks_within_groups
+from paretoprune.networks.tracing import Convolution, NotTraceableError, trace
+from paretoprune.shapes import is_depthwise, with_tensors
+from paretoprune.structured.units import ChannelUnits, Sizes
+
+# Shares of an axis at which layers are timed; the narrowest width that it can have comes on top.
+SHARES = (1.0, 0.75, 0.5, 0.25)
+# Random networks that the line is fitted to, and those that its error is reported on.
+N_FITTED, N_CHECKED = 8, 20
+# Share of the branches that vanish in them, of those that may.
+VANISHED = 0.15
+# Networks that are timed in turn with the whole one.
+AT_ONCE = 8
+# What errors of predictions are called small.
+GOOD = 0.1
+REMEDY = "measure_latency(network, units, image, runtime)"
+_ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "hardswish": nn.Hardswish,
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+}
+_ACTIVATION_MODULES = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU)
+_LOGGER = logging.getLogger("paretoprune")
+
+Measure = Callable[..., Timings]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One call of a layer, as a table of latencies knows it.
+
+    Attributes:
+        name: Name of the layer, and all that its time depends on: a table of another network has no such block.
+        axes: The axes of its weight that its widths are counted on, by tensor and axis.
+        points: For each of them the widths to time, the widest first; a single one where it is never cut.
+        module: The layer itself.
+        followers: The batch norm and the activation behind it, where there are any.
+        inputs: Shape of what it is given for one image.
+        kind: All that its time depends on.
+    """
+
+    name: str
+    axes: tuple[tuple[str, int], ...]
+    points: tuple[tuple[int, ...], ...]
+    module: nn.Module = field(repr=False)
+    followers: tuple[nn.Module, ...]
+    inputs: tuple[int, ...]
+    kind: str
+
+    @property
+    def block(self) -> Block:
+        """What is timed; layers of one kind that can have the same widths are timed once."""
+        return Block.over(self.name, self.points, self.build, f"{self.kind} at {self.points}")
+
+    def build(self, widths: Widths) -> tuple[nn.Module, Tensor]:
+        """The layer at some widths, its first channels, and inputs for one image."""
+        layer, whole = self.module, self.module.get_parameter("weight").detach()
+        weight = whole
+        for (_, axis), width in zip(self.axes, widths, strict=True):
+            weight = weight.narrow(axis, 0, width)
+        transposed = isinstance(layer, _ConvTransposeNd)
+        n_made = weight.shape[1] * layer.groups if isinstance(layer, _ConvTransposeNd) else weight.shape[0]
+        if isinstance(layer, _ConvNd):
+            read = 0 if transposed or is_depthwise(layer) else 1
+            n_read = layer.in_channels * weight.shape[read] // whole.shape[read]
+            shape = (self.inputs[0], n_read, *self.inputs[2:])
+        else:
+            shape = (*self.inputs[:-1], weight.shape[1])
+        built = copied(nn.Sequential(layer, *self.followers))
+        tensors = {**dict(built.named_parameters()), **dict(built.named_buffers())}
+        smaller: dict[str, Tensor | None] = {"0.weight": weight}
+        for name, tensor in tensors.items():
+            # Biases, and all that a norm has.
+            if name != "0.weight" and tensor.ndim == 1 and len(tensor) > 1:
+                smaller[name] = tensor.detach().narrow(0, 0, n_made)
+        built = with_tensors(built, smaller)
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        if shape[0] != 1:
+            # Windows or tokens of one image that lie along the batch.
+            return nn.Sequential(nn.Flatten(0, 1), built), images[None]
+        return built, images
+
+
+def layers_of(
+    network: nn.Module, units: ChannelUnits, image: Tensor, shares: Sequence[float] = SHARES
+) -> tuple[Layer, ...]:
+    """The convolutions and linear layers of a network, once for each time that they run.
+
+    Args:
+        network: The whole network, in evaluation mode; it is left as it is.
+        units: What can be cut.
+        image: One image (1, ...), normalised.
+        shares: Shares of an axis to time at.
+    """
+    network = copied(network).cpu().float().eval()
+    modules, followers = dict(network.named_modules()), _followers(network)
+    grids = _Grids(units, network, shares)
+    seen: Counter[str] = Counter()
+    layers = []
+    for name, inputs in _calls(network, image.cpu().float()):
+        module = modules[name]
+        weight = f"{name}.weight".removeprefix(".")
+        behind = tuple(followers.get(name, ()))
+        one_axis = isinstance(module, _ConvNd) and is_depthwise(module)
+        makes, reads = (1, 0) if isinstance(module, _ConvTransposeNd) else (0, 1)
+        axes = ((weight, makes),) if one_axis else ((weight, reads), (weight, makes))
+        seen[name] += 1
+        place = name if seen[name] == 1 else f"{name} ({seen[name]})"
+        kind = f"{module} of {'x'.join(map(str, inputs))}" + "".join(f", {type(one).__name__}" for one in behind)
+        points = tuple(grids.of(*axis) for axis in axes)
+        layers.append(Layer(f"{place}: {kind}", axes, points, module, behind, inputs, kind))
+    return tuple(layers)
+
+
+class _Grids:
+    """Widths at which axes of a network's tensors are timed."""
+
+    def __init__(self, units: ChannelUnits, network: nn.Module, shares: Sequence[float]) -> None:
+        self._shapes, self._shares = {name: tensor.shape for name, tensor in network.named_parameters()}, shares
+        # How many entries go with each unit.
+        self._entries: dict[tuple[str, int], list[np.ndarray]] = {}
+        for coupling in units.couplings:
+            for part in coupling.parts:
+                counted = np.bincount(part.unit_of[part.unit_of >= 0])
+                self._entries.setdefault((part.tensor, part.axis), []).append(counted[counted > 0])
+
+    def of(self, tensor: str, axis: int) -> tuple[int, ...]:
+        """Widths, the widest first."""
+        size = self._shapes[tensor][axis]
+        if (tensor, axis) not in self._entries:
+            return (size,)
+        entries = np.concatenate(self._entries[tensor, axis])
+        step, least = int(np.gcd.reduce(entries)), size - int(entries.sum())
+        least = least or step
+        found = {size, least}
+        for share in self._shares:
+            found.add(least + step * max(0, round((share * size - least) / step)))
+        return tuple(sorted((width for width in found if width <= size), reverse=True))
+
+
+def _calls(network: nn.Module, image: Tensor) -> list[tuple[str, tuple[int, ...]]]:
+    """The layers that run, in their order, and the shape of what each is given for one image."""
+    found: list[tuple[str, tuple[int, ...]]] = []
+    handles = []
+    for name, module in network.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if isinstance(module, _ConvNd | nn.Linear) and "weight" in own:
+
+            def see(module: nn.Module, inputs: tuple[Any, ...], name: str = name) -> None:
+                shape = tuple(inputs[0].shape)
+                # Of a single image without a batch a convolution's channels would be first.
+                if len(shape) == (module.get_parameter("weight").ndim if isinstance(module, _ConvNd) else len(shape)):
+                    found.append((name, shape))
+
+            handles.append(module.register_forward_pre_hook(see))
+    try:
+        with torch.inference_mode():
+            network(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _followers(network: nn.Module) -> dict[str, list[nn.Module]]:
+    """The batch norm and the activation that directly follow each layer; nothing where the network is not traced."""
+    try:
+        program = trace(network)
+    except NotTraceableError:
+        return {}
+    modules = dict(program.network.named_modules())
+    found = {}
+    for step in program.steps:
+        if isinstance(step, Convolution):
+            name, end = step.module, step.output
+            behind = [modules[step.norm]] if step.norm is not None else []
+            behind += [nn.ReLU()] if step.relu else []
+        elif step.output.op == "call_module":
+            name, end, behind = str(step.output.target), step.output, []
+        else:
+            continue
+        following = _only_user(end)
+        if not behind and following is not None and following.op == "call_module":
+            norm = modules[str(following.target)]
+            if isinstance(norm, _BatchNorm) and norm.num_features > 1:
+                behind, following = [norm], _only_user(following)
+        if not any(isinstance(one, nn.ReLU) for one in behind):
+            behind += _activation(following, modules)
+        found[name] = behind
+    return found
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _activation(node: fx.Node | None, modules: Mapping[str, nn.Module]) -> list[nn.Module]:
+    if node is None:
+        return []
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return [module] if isinstance(module, _ACTIVATION_MODULES) else []
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return [_ACTIVATIONS[name]()] if name in _ACTIVATIONS else []
+
+
+def measure_latency(
+    network: nn.Module,
+    units: ChannelUnits,
+    image: Tensor,
+    runtime: Runtime,
+    *,
+    shares: Sequence[float] = SHARES,
+    measure: Measure | None = None,
+    **options: Any,
+) -> LatencyTable:
+    """Time every layer of a network at its possible widths, on this machine; progress is logged.
+
+    Args:
+        network: The whole network, in evaluation mode; it is left as it is.
+        units: What can be cut.
+        image: One image (1, ...), normalised.
+        runtime: What networks are run by.
+        shares: Shares of an axis to time at.
+        measure: Times functions in turn; None for `deployment.timing.measure_interleaved`.
+        options: Further ones of it.
+
+    Raises:
+        ModuleNotFoundError: The runtime is not installed.
+        ValueError: A layer or the network cannot be run by it.
+    """
+    layers = layers_of(network, units, image, shares)
+    blocks = [layer.block for layer in layers]
+    return measure_table(blocks, runtime, dense=(network, image), measure=measure or measure_interleaved, **options)
+
+
+@dataclass(frozen=True)
+class LatencyCost:
+    """What a table says of the time of small networks, relative to the whole one.
+
+    Attributes:
+        sizes: How large their tensors are.
+        layers: Of the whole network.
+        table: With a block for each of them.
+        name: Name of the objective.
+    """
+
+    sizes: Sizes
+    layers: tuple[Layer, ...]
+    table: LatencyTable
+    name: str = "latency"
+
+    @classmethod
+    def of_network(cls, network: nn.Module, units: ChannelUnits, image: Tensor, table: LatencyTable) -> "LatencyCost":
+        """The cost for a network and its units.
+
+        Args:
+            network: The whole network, in evaluation mode; it is left as it is.
+            units: What can be cut.
+            image: One image (1, ...), normalised.
+            table: Measured for this network.
+
+        Raises:
+            ValueError: The table was measured for another network, or for fewer widths.
+        """
+        layers = layers_of(network, units, image)
+        check_layers(table, layers)
+        return cls(Sizes(units, copied(network)), layers, table)
+
+    def seconds(self, masks: PackedMasks) -> np.ndarray:
+        """Predicted times of a batch, float64 (n_masks,)."""
+        kept = self.sizes.kept(masks)
+        widths = {}
+        for layer in self.layers:
+            each = [np.broadcast_to(kept.get(axis, self._size(axis)), len(masks)) for axis in layer.axes]
+            widths[layer.name] = np.rint(np.stack(each, axis=1)).astype(np.int64)
+        return self.table.predict_all(widths)
+
+    def of(self, masks: PackedMasks) -> np.ndarray:
+        """Relative times, float64 (n_masks,), 1 for the whole network."""
+        # The line may lead below nothing for a network of which hardly anything is left.
+        return np.maximum(self.seconds(masks), 0.0) / self.whole
+
+    @cached_property
+    def whole(self) -> float:
+        """Predicted time of a batch by the whole network, in seconds."""
+        n_units = self.sizes.units.n_units
+        return float(self.seconds(PackedMasks.pack_each([np.ones(n_units, dtype=bool)], n_units))[0])
+
+    def _size(self, axis: tuple[str, int]) -> float:
+        return float(self.sizes.shapes[axis[0]][axis[1]])
+
+
+def check_layers(table: LatencyTable, layers: Sequence[Layer]) -> None:
+    """Refuse a table of another network.
+
+    Raises:
+        ValueError: Its blocks are not the layers, or it knows fewer widths of one.
+    """
+    names = {layer.name for layer in layers}
+    odd = sorted(names ^ set(table.blocks))
+    if odd:
+        raise ValueError(
+            f"the latency table was measured for another network: expected {len(names)} layers and their shapes, found "
+            f"{len(table.blocks)} of which {len(names & set(table.blocks))} fit, not '{odd[0]}'; measure this network: "
+            f"`{REMEDY}`"
+        )
+    for layer in layers:
+        for axis, points in zip(table.grids[layer.name].axes, layer.points, strict=True):
+            if axis[0] > points[-1] or axis[-1] != points[0]:
+                raise ValueError(
+                    f"the latency table was measured for other widths: expected {points[-1]} to {points[0]} for "
+                    f"'{layer.name}', found {axis[0]} to {axis[-1]}, as with more layers excluded; measure anew: "
+                    f"`{REMEDY}`"
+                )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a table says of random small networks, and how long they take.
+
+    Attributes:
+        masks: One of each network.
+        predicted: Relative to the whole network, after the fit; float64 (n_networks,).
+        measured: Relative to the whole network; float64 (n_networks,).
+        fitted: Which networks the line was fitted to, bool (n_networks,); the whole network is a further one.
+        table: The table with this line.
+    """
+
+    masks: PackedMasks
+    predicted: np.ndarray
+    measured: np.ndarray
+    fitted: np.ndarray
+    table: LatencyTable
+
+    @property
+    def errors(self) -> np.ndarray:
+        """(predicted - measured) / measured of the networks that the line was not fitted to, float64 (n_checked,)."""
+        return prediction_error(self.predicted[~self.fitted], self.measured[~self.fitted])
+
+    def report(self, log: logging.Logger) -> None:
+        """Say how good the predictions are."""
+        errors = np.abs(self.errors)
+        log.info(
+            "predicted latency of %d random networks: %d within %.0f %%, median error %.1f %%, largest %.1f %%",
+            len(errors), (errors <= GOOD).sum(), 100 * GOOD, 100 * np.median(errors), 100 * errors.max(),
+        )  # fmt: skip
+
+
+def prediction_on_random_networks(
+    network: nn.Module,
+    units: ChannelUnits,
+    image: Tensor,
+    table: LatencyTable,
+    runtime: Runtime,
+    n: int = N_CHECKED,
+    seed: int = 0,
+    *,
+    n_fitted: int = N_FITTED,
+    measure: Measure | None = None,
+    **options: Any,
+) -> Prediction:
+    """Time random small networks beside the whole one, and compare with what a table says of them.
+
+    The line from the table's predictions to times of networks (`LatencyTable.corrected`) is fitted to the first
+    `n_fitted` of them and the whole network, errors are those of the `n` others.
+
+    Args:
+        network: The whole network, in evaluation mode; it is left as it is.
+        units: What can be cut.
+        image: One image (1, ...), normalised.
+        table: Of this network and machine.
+        runtime: What networks are run by.
+        n: Networks to check predictions on.
+        seed: Fixes the networks.
+        n_fitted: Networks to fit the line to; 0 leaves the table's line as it is.
+        measure: Times functions in turn; None for `deployment.timing.measure_interleaved`.
+        options: Further ones of it.
+
+    Raises:
+        ValueError: The table is of another network.
+    """
+    masks = random_networks(units, n_fitted + n, seed)
+    cost = LatencyCost.of_network(network, units, image, table)
+    slim = (units.slim(network, masks.unpack(i)) for i in range(len(masks)))
+    measured = relative_latencies(network, slim, image, runtime, measure=measure, **options)
+    fitted = np.arange(len(masks)) < n_fitted
+    if n_fitted:
+        # The whole network is one of them, so that relative latencies start where they should.
+        predicted = np.append(cost.seconds(masks)[fitted], cost.whole)
+        table = table.corrected(predicted, np.append(measured[fitted], 1.0) * cost.whole)
+        cost = LatencyCost(cost.sizes, cost.layers, table)
+    return Prediction(masks, cost.of(masks), measured, fitted, table)
+
+
+def random_networks(units: ChannelUnits, n: int, seed: int) -> PackedMasks:
+    """Masks of networks of all sizes: each keeps a random share of every coupling, and lacks some of the branches.
+
+    Args:
+        units: What can be cut.
+        n: Number of networks.
+        seed: Fixes them.
+    """
+    rng = np.random.default_rng(seed)
+    may_vanish = np.array([coupling.may_vanish for coupling in units.couplings])
+    rows = []
+    for _ in range(n):
+        shares = rng.uniform(rng.uniform(0.0, 0.9), 1.0, units.n_groups)
+        n_keep = np.maximum(1, np.rint(shares * units.sizes)).astype(np.int64)
+        n_keep[may_vanish & (rng.random(units.n_groups) < VANISHED)] = 0
+        rows.append(keep_top(ranks_within_groups(rng.random(units.n_units), units), n_keep, units))
+    return PackedMasks.pack_each(rows, units.n_units)
+
+
+def relative_latencies(
+    network: nn.Module,
+    slim: Iterable[nn.Module],
+    image: Tensor,
+    runtime: Runtime,
+    *,
+    measure: Measure | None = None,
+    **options: Any,
+) -> np.ndarray:
+    """Time networks in turn with the whole one; progress is logged.
+
+    Args:
+        network: The whole network, in evaluation mode.
+        slim: Others that take the same images.
+        image: One image (1, ...), normalised.
+        runtime: What they are run by.
+        measure: Times functions in turn; None for `deployment.timing.measure_interleaved`.
+        options: Further ones of it.
+
+    Returns:
+        Times relative to the whole network, float64 (n_networks,).
+    """
+    telling = Telling("timing small networks")
+    whole = prepare(network, image, runtime)
+    found: list[float] = []
+    waiting = iter(slim)
+    while group := list(islice(waiting, AT_ONCE)):
+        functions = [whole]
+        for i, one in enumerate(group):
+            telling(f"making number {len(found) + i + 1}")
+            functions.append(prepare(one, image, runtime))
+        timings = (measure or measure_interleaved)(functions, progress=telling, **options)
+        found += timings.relative()[1:].tolist()
+    return np.array(found)
+
+
+def find_latency_cost(
+    network: nn.Module,
+    units: ChannelUnits,
+    image: Tensor,
+    table: LatencyTable | None,
+    runtime: Runtime,
+    seed: int = 0,
+) -> LatencyCost:
+    """The cost from a table, which is measured and fitted to random networks where there is none.
+
+    Args:
+        network: The whole network, in evaluation mode; it is left as it is.
+        units: What can be cut.
+        image: One image (1, ...), normalised.
+        table: Of this network and machine; None to measure one.
+        runtime: What networks are run by.
+        seed: Fixes the random networks.
+
+    Raises:
+        ValueError: The table was measured for another network, or the network cannot be run by the runtime.
+    """
+    if table is None:
+        _LOGGER.info("measuring a latency table of %s", type(network).__name__)
+        table = measure_latency(network, units, image, runtime)
+        prediction = prediction_on_random_networks(network, units, image, table, runtime, seed=seed)
+        prediction.report(_LOGGER)
+        table = prediction.table
+    return LatencyCost.of_network(network, units, image, table)
+
+
+def time_members(front: Front, image: Tensor, runtime: Runtime) -> Front:
+    """Time the finished networks of a front in turn with the dense one.
+
+    Args:
+        front: With its networks.
+        image: One image (1, ...), normalised.
+        runtime: What networks are run by.
+
+    Returns:
+        The same front with `measured_latency`.
+    """
+    if front.dense is None:
+        raise ValueError("expected a front with its networks, found none; call pareto_prune")
+    networks = (front.network(i) for i in range(len(front)))
+    return replace(front, measured_latency=relative_latencies(front.dense, networks, image, runtime))
