@@ -172,7 +172,8 @@ def test_a_vanished_branch_costs_nothing(bench: Bench) -> None:
     n_keep = units.sizes.copy()
     n_keep[g] = 0
     name = units.couplings[g].name
-    branch = [one.name for one in cost.layers if one.name.startswith(name.rpartition(".")[0])]
+    parts = [one.block for one in cost.layers if one.name.startswith(name.rpartition(".")[0])]
+    branch = [block.name for block in parts if block.is_dense]
     assert len(branch) == 2
     saved = sum(table.blocks[one][tuple(axis[-1] for axis in table.grids[one].axes)] for one in branch)
     whole, without = cost.seconds(masks_of(units, units.sizes, n_keep))
@@ -182,27 +183,34 @@ def test_a_vanished_branch_costs_nothing(bench: Bench) -> None:
 def test_a_layer_comes_with_what_directly_follows_and_one_that_runs_twice_is_there_twice() -> None:
     layers = layers_of(mixed(), units_of(mixed), IMAGE)
     named = {layer.name.split(":")[0]: layer for layer in layers}
-    assert list(named) == ["stem", "depthwise", "down", "again", "again (2)", "hidden", "head"]
+    told = ("depthwise", "down", "again", "again (2)")
+    apart = [f"{name} reading {number} multiple of 4" for name in told for number in ("a", "no")]
+    assert list(named) == ["stem", *apart, "hidden", "head"]
     behind = {name: [type(one).__name__ for one in layer.followers] for name, layer in named.items()}
-    assert behind["depthwise"] == ["BatchNorm2d", "ReLU"]
-    assert behind["down"] == ["SiLU"]
+    assert behind[apart[0]] == behind[apart[1]] == ["BatchNorm2d", "ReLU"]
+    assert behind[apart[2]] == ["SiLU"]
     assert behind["hidden"] == ["ReLU"]
     assert behind["stem"] == behind["head"] == []
     # One axis where a channel is read and made at once; never cut: a single width.
-    assert [len(layer.axes) for layer in layers] == [2, 1, 2, 2, 2, 2, 2]
-    assert named["stem"].points == ((1,), (12, 9, 6, 3, 1))
-    assert named["depthwise"].points == ((12, 9, 6, 3, 1),)
-    assert named["head"].points == ((16, 12, 8, 4, 1), (10,))
+    assert {len(named[name].axes) for name in apart[:2]} == {1}
+    # Both ends of each step.
+    assert named["stem"].points == ((1,), (12, 9, 8, 1))
+    assert named["head"].points == ((16, 9, 8, 1), (10,))
+    # Convolutions that read a multiple of 4 channels are told apart.
+    assert named[apart[0]].points == ((12, 8, 4),)
+    assert named[apart[1]].points == ((11, 9, 7, 1),)
 
 
 def test_layers_are_built_at_their_widths_and_run_at_the_size_that_they_have_in_the_network() -> None:
     for layer in layers_of(mixed(), units_of(mixed), IMAGE):
         for point in layer.block.points:
             built, inputs = layer.build(point)
-            weight = built.get_parameter("0.weight")
-            assert tuple(weight.shape[axis] for _, axis in layer.axes) == point
+            assert tuple(built.get_parameter("0.weight").shape[axis] for _, axis in layer.axes) == point
             assert inputs.shape[2:] == layer.inputs[2:]
             assert torch.isfinite(built(inputs)).all()
+        if layer.block.is_dense:
+            whole = layer.build(layer.block.widest)[0].get_parameter("0.weight")
+            assert whole.shape == layer.module.get_parameter("weight").shape
     assert is_depthwise(mixed().get_submodule("depthwise"))
     assert mixed().get_parameter("stem.weight").shape == (12, 1, 3, 3)
 
@@ -266,7 +274,10 @@ def test_progress_is_told_while_networks_are_made(
     monkeypatch.setattr(measuring.Telling.__init__, "__defaults__", (lambda: float(next(now)),))
     with caplog.at_level(logging.INFO, "paretoprune"):
         table_of(residual)
-    assert "timing block 2 of 8, layer1.0.conv1, at 5 widths: making it 8 x 4 wide" in caplog.messages
+    assert (
+        "timing block 6 of 11, layer2.0.conv2 reading a multiple of 4, at 4 widths: making it 16 x 16 wide"
+        in caplog.messages
+    )
 
 
 def test_a_table_of_another_network_is_refused_with_the_remedy(bench: Bench) -> None:
@@ -278,10 +289,13 @@ def test_a_table_of_another_network_is_refused_with_the_remedy(bench: Bench) -> 
         LatencyCost.of_network(network, units, torch.zeros(1, 1, 16, 16), table_of(residual))
     fewer = ChannelUnits.of(network, IMAGE, [units.names[0]])
     table = measure_latency(network, fewer, IMAGE, RUNTIME)
-    with pytest.raises(ValueError, match=r"measured for other widths: .*more layers excluded; measure anew"):
+    with pytest.raises(ValueError, match=r"measured for other widths: .*more layers are excluded; measure anew"):
         LatencyCost.of_network(network, units, IMAGE, table)
     # More widths than needed are no harm.
-    LatencyCost.of_network(network, fewer, IMAGE, table_of(residual))
+    whole = table_of(residual)
+    masks = random_networks(fewer, 5, 0)
+    costs = [LatencyCost.of_network(network, fewer, IMAGE, one).of(masks) for one in (table, whole)]
+    np.testing.assert_allclose(costs[0], costs[1])
 
 
 def test_allocations_lie_where_the_hardware_s_steps_end(bench: Bench) -> None:
@@ -336,6 +350,24 @@ def test_a_search_after_latency_ends_in_networks_that_are_timed(bench: Bench, tm
     front.save(tmp_path / "front.npz")
     loaded = Front.load(tmp_path / "front.npz")
     np.testing.assert_array_equal(loaded.measured_latency, front.measured_latency)
+
+
+def test_a_front_is_not_lost_if_a_member_cannot_be_run(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    units = units_of(residual)
+    masks = random_networks(units, 2, 0)
+    states = [units.slim(residual(), masks.unpack(i)).state_dict() for i in range(2)]
+    front = Front(masks, np.eye(2), ["phase1"] * 2, ("error", "latency"), residual(), states, "channels")
+    assert latency.time_members(front, IMAGE, RUNTIME).measured_latency is not None
+
+    def refused(network: nn.Module, example: Any, runtime: Runtime) -> Any:
+        raise ValueError("cannot be exported")
+
+    monkeypatch.setattr(latency, "prepare", refused)
+    with caplog.at_level(logging.WARNING, "paretoprune"):
+        assert latency.time_members(front, IMAGE, RUNTIME) is front
+    assert caplog.messages == ["the members' latencies were not measured: cannot be exported"]
 
 
 def test_a_front_carries_measured_latencies_along() -> None:

@@ -181,7 +181,7 @@ class Front:
         states: The state of each member's finished network, as it was measured; None for a front from a file.
         units: What a unit of the masks is: `weights`, or `channels` whose networks are physically smaller.
         measured_latency: Time that each member's finished network takes relative to the dense one, float64
-            (n_members,), NaN for those that could not be run; None where it was not measured.
+            (n_members,); None where it was not measured.
 
     Raises:
         ValueError: There are not as many objectives and stages as masks.

@@ -47,15 +47,17 @@ class Block:
 
     Attributes:
         name: By which the table knows it.
-        points: Widths to measure at, every combination of some for each axis; the widest is the dense network's.
+        points: Widths to measure at, every combination of some for each axis.
         make: Builds it at given widths, with an example of its inputs (1 or more images).
         kind: Blocks of one kind take equally long: the first is measured for all. Empty for a block of its own kind.
+        is_dense: Whether the dense network has it, at its widest; where it has not, another block is in its place.
     """
 
     name: str
     points: tuple[Widths, ...]
     make: Callable[[Widths], tuple[nn.Module, Inputs]] = field(repr=False)
     kind: str = ""
+    is_dense: bool = True
 
     @classmethod
     def over(
@@ -152,7 +154,7 @@ def measure_table(
     }
     constant = unit * overhead
     if whole is not None:
-        constant = unit * whole - sum(times[_kind(block)][block.widest] for block in blocks)
+        constant = unit * whole - sum(times[_kind(block)][block.widest] for block in blocks if block.is_dense)
     return LatencyTable(
         machine, {block.name: times[_kind(block)] for block in blocks}, constant, uncertainty=uncertainty
     )

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -94,7 +95,7 @@ def measure_interleaved(
         most_repeats: Rounds at most. If the bound is not met by then, a warning says so.
         least_ns: Shortest measurement (nanoseconds).
         clock: Tells the time (nanoseconds).
-        progress: Called after each round, with words that say how far it is.
+        progress: Called between measurements, with words that say how far they are.
 
     Raises:
         ValueError: There is no function, no such reference, or fewer than 2 repeats.
@@ -109,7 +110,9 @@ def measure_interleaved(
             f"expected at least 2 repeats and at most `most_repeats`, found {repeats} of {most_repeats}; a spread "
             "needs several"
         )
+    tell = progress or (lambda how_far: None)
     for function in functions:
+        tell(f"warming up {len(functions)} functions")
         for _ in range(warmup):
             function()
     with _no_collection():
@@ -117,9 +120,8 @@ def measure_interleaved(
         rows: list[np.ndarray] = []
         while True:
             for _ in range(min(repeats, most_repeats - len(rows))):
-                rows.append(_measure_round(functions, n_calls, clock, backwards=len(rows) % 2 == 1))
-                if progress is not None:
-                    progress(f"round {len(rows)} of {len(functions)} functions")
+                told = partial(tell, f"round {len(rows) + 1} of {len(functions)} functions")
+                rows.append(_measure_round(functions, n_calls, clock, told, backwards=len(rows) % 2 == 1))
             timings = Timings(np.array(rows))
             uncertainty = _worst(timings, reference)
             if uncertainty <= bound or len(rows) >= most_repeats:
@@ -157,12 +159,18 @@ def _measure(function: Callable[[], object], n_calls: int, clock: Callable[[], i
 
 
 def _measure_round(
-    functions: Sequence[Callable[[], object]], n_calls: Sequence[int], clock: Callable[[], int], *, backwards: bool
+    functions: Sequence[Callable[[], object]],
+    n_calls: Sequence[int],
+    clock: Callable[[], int],
+    told: Callable[[], object],
+    *,
+    backwards: bool,
 ) -> np.ndarray:
     """Seconds of one call of each function; float64 (n_functions,)."""
     order = range(len(functions))
     seconds = np.zeros(len(functions))
     for i in reversed(order) if backwards else order:
+        told()
         functions[i]()
         seconds[i] = _measure(functions[i], n_calls[i], clock) / n_calls[i] * 1e-9
     # A clock that steps may see nothing of a measurement; ratios must stay finite.

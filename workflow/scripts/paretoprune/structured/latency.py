@@ -1,8 +1,10 @@
 """Latency as a cost: a table of a network's layers at their possible widths, and what it says of small networks.
 
-A layer is timed with the batch norm and the activation that directly follow, which runtimes compute in one go. What is
-in no layer (sums, pooling, attention's products) is the table's constant; a line that is fitted to random small
-networks makes up for it.
+A layer is timed with the batch norm and the activation that directly follow, which runtimes compute in one go. Hardware
+computes channels in steps: layers are timed at both ends of some steps, so that straight lines between them are flat
+where nothing is gained. Convolutions that read a multiple of 4 channels may be computed in another way than others,
+so that the table has them twice. What is in no layer (sums, pooling, attention's products) is the table's
+constant; a line that is fitted to random small networks makes up for it.
 """
 
 import logging
@@ -10,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice
+from itertools import islice, product
 from typing import Any
 
 import numpy as np
@@ -31,8 +33,12 @@ from paretoprune.networks.tracing import Convolution, NotTraceableError, trace
 from paretoprune.shapes import is_depthwise, with_tensors
 from paretoprune.structured.units import ChannelUnits, Sizes
 
-# Shares of an axis at which layers are timed; the narrowest width that it can have comes on top.
-SHARES = (1.0, 0.75, 0.5, 0.25)
+# Steps at whose ends layers are timed: as wide as vector registers, wider ones where there would be more steps than
+# this for a layer that is cut along one axis, or along two.
+STEP, NARROW_STEP, NARROW = 16, 8, 32
+MOST_STEPS = 4, 2
+# Convolutions that read a multiple of so many channels may be computed in another way than others.
+ALIGNED, READING = 4, " reading "
 # Random networks that the line is fitted to, and those that its error is reported on.
 N_FITTED, N_CHECKED = 8, 20
 # Share of the branches that vanish in them, of those that may.
@@ -65,6 +71,8 @@ class Layer:
         name: Name of the layer, and all that its time depends on: a table of another network has no such block.
         axes: The axes of its weight that its widths are counted on, by tensor and axis.
         points: For each of them the widths to time, the widest first; a single one where it is never cut.
+        aligned: Whether the first width is a multiple of `ALIGNED`, or is none; None where that makes no difference.
+            Otherwise another layer of the table stands for the same call.
         module: The layer itself.
         followers: The batch norm and the activation behind it, where there are any.
         inputs: Shape of what it is given for one image.
@@ -74,6 +82,7 @@ class Layer:
     name: str
     axes: tuple[tuple[str, int], ...]
     points: tuple[tuple[int, ...], ...]
+    aligned: bool | None
     module: nn.Module = field(repr=False)
     followers: tuple[nn.Module, ...]
     inputs: tuple[int, ...]
@@ -82,7 +91,15 @@ class Layer:
     @property
     def block(self) -> Block:
         """What is timed; layers of one kind that can have the same widths are timed once."""
-        return Block.over(self.name, self.points, self.build, f"{self.kind} at {self.points}")
+        # Where it is not the one that stands for the whole network, another is.
+        stands = bool(self.stands_for(np.array([self.module.get_parameter("weight").shape[self.axes[0][1]]]))[0])
+        return Block(self.name, tuple(product(*self.points)), self.build, f"{self.kind} at {self.points}", stands)
+
+    def stands_for(self, widths: np.ndarray) -> np.ndarray:
+        """Whether it is this one that stands for the call where the first width is this, bool (n,)."""
+        if self.aligned is None:
+            return np.ones(len(widths), dtype=bool)
+        return np.asarray((widths % ALIGNED == 0) == self.aligned)
 
     def build(self, widths: Widths) -> tuple[nn.Module, Tensor]:
         """The layer at some widths, its first channels, and inputs for one image."""
@@ -113,20 +130,17 @@ class Layer:
         return built, images
 
 
-def layers_of(
-    network: nn.Module, units: ChannelUnits, image: Tensor, shares: Sequence[float] = SHARES
-) -> tuple[Layer, ...]:
+def layers_of(network: nn.Module, units: ChannelUnits, image: Tensor) -> tuple[Layer, ...]:
     """The convolutions and linear layers of a network, once for each time that they run.
 
     Args:
         network: The whole network, in evaluation mode; it is left as it is.
         units: What can be cut.
         image: One image (1, ...), normalised.
-        shares: Shares of an axis to time at.
     """
     network = copied(network).cpu().float().eval()
     modules, followers = dict(network.named_modules()), _followers(network)
-    grids = _Grids(units, network, shares)
+    grids = _Grids(units, network)
     seen: Counter[str] = Counter()
     layers = []
     for name, inputs in _calls(network, image.cpu().float()):
@@ -139,16 +153,22 @@ def layers_of(
         seen[name] += 1
         place = name if seen[name] == 1 else f"{name} ({seen[name]})"
         kind = f"{module} of {'x'.join(map(str, inputs))}" + "".join(f", {type(one).__name__}" for one in behind)
-        points = tuple(grids.of(*axis) for axis in axes)
-        layers.append(Layer(f"{place}: {kind}", axes, points, module, behind, inputs, kind))
+        most = MOST_STEPS[sum(grids.can_be_cut(*axis) for axis in axes) > 1]
+        others = [grids.of(*axis, most) for axis in axes[1:]]
+        told = isinstance(module, _ConvNd) and module.in_channels > ALIGNED
+        for aligned in (True, False) if told else (None,):
+            points = grids.of(*axes[0], most, aligned), *others
+            reading = "" if aligned is None else f"{READING}{'a' if aligned else 'no'} multiple of {ALIGNED}"
+            if points[0]:
+                layers.append(Layer(f"{place}{reading}: {kind}", axes, points, aligned, module, behind, inputs, kind))
     return tuple(layers)
 
 
 class _Grids:
     """Widths at which axes of a network's tensors are timed."""
 
-    def __init__(self, units: ChannelUnits, network: nn.Module, shares: Sequence[float]) -> None:
-        self._shapes, self._shares = {name: tensor.shape for name, tensor in network.named_parameters()}, shares
+    def __init__(self, units: ChannelUnits, network: nn.Module) -> None:
+        self._shapes = {name: tensor.shape for name, tensor in network.named_parameters()}
         # How many entries go with each unit.
         self._entries: dict[tuple[str, int], list[np.ndarray]] = {}
         for coupling in units.couplings:
@@ -156,18 +176,28 @@ class _Grids:
                 counted = np.bincount(part.unit_of[part.unit_of >= 0])
                 self._entries.setdefault((part.tensor, part.axis), []).append(counted[counted > 0])
 
-    def of(self, tensor: str, axis: int) -> tuple[int, ...]:
-        """Widths, the widest first."""
+    def can_be_cut(self, tensor: str, axis: int) -> bool:
+        """Whether it has more than one width."""
+        return (tensor, axis) in self._entries
+
+    def of(self, tensor: str, axis: int, most_steps: int, aligned: bool | None = None) -> tuple[int, ...]:
+        """Widths, the widest first, of all or of those that are aligned or not: both ends of at most so many steps."""
         size = self._shapes[tensor][axis]
-        if (tensor, axis) not in self._entries:
-            return (size,)
-        entries = np.concatenate(self._entries[tensor, axis])
-        step, least = int(np.gcd.reduce(entries)), size - int(entries.sum())
-        least = least or step
-        found = {size, least}
-        for share in self._shares:
-            found.add(least + step * max(0, round((share * size - least) / step)))
-        return tuple(sorted((width for width in found if width <= size), reverse=True))
+        able = np.array([size])
+        if self.can_be_cut(tensor, axis):
+            entries = np.concatenate(self._entries[tensor, axis])
+            # Entries that go with one unit, and those that go with none.
+            unit, fixed = int(np.gcd.reduce(entries)), size - int(entries.sum())
+            able = np.arange(fixed or unit, size + 1, unit)
+        if aligned is not None:
+            able = able[(able % ALIGNED == 0) == aligned]
+        step = STEP if size > NARROW else NARROW_STEP
+        while -(-size // step) > most_steps:
+            step *= 2
+        found = set(able[[0, -1]].tolist()) if len(able) else set()
+        for end in range(step, size, step):
+            found |= {*able[able <= end][-1:].tolist(), *able[able > end][:1].tolist()}
+        return tuple(sorted(found, reverse=True))
 
 
 def _calls(network: nn.Module, image: Tensor) -> list[tuple[str, tuple[int, ...]]]:
@@ -242,7 +272,6 @@ def measure_latency(
     image: Tensor,
     runtime: Runtime,
     *,
-    shares: Sequence[float] = SHARES,
     measure: Measure | None = None,
     **options: Any,
 ) -> LatencyTable:
@@ -253,7 +282,6 @@ def measure_latency(
         units: What can be cut.
         image: One image (1, ...), normalised.
         runtime: What networks are run by.
-        shares: Shares of an axis to time at.
         measure: Times functions in turn; None for `deployment.timing.measure_interleaved`.
         options: Further ones of it.
 
@@ -261,7 +289,7 @@ def measure_latency(
         ModuleNotFoundError: The runtime is not installed.
         ValueError: A layer or the network cannot be run by it.
     """
-    layers = layers_of(network, units, image, shares)
+    layers = layers_of(network, units, image)
     blocks = [layer.block for layer in layers]
     return measure_table(blocks, runtime, dense=(network, image), measure=measure or measure_interleaved, **options)
 
@@ -302,10 +330,15 @@ class LatencyCost:
     def seconds(self, masks: PackedMasks) -> np.ndarray:
         """Predicted times of a batch, float64 (n_masks,)."""
         kept = self.sizes.kept(masks)
-        widths = {}
+        # A table may tell apart what is never cut here.
+        widths = {
+            name: np.zeros((len(masks), len(grid.axes)), dtype=np.int64) for name, grid in self.table.grids.items()
+        }
         for layer in self.layers:
             each = [np.broadcast_to(kept.get(axis, self._size(axis)), len(masks)) for axis in layer.axes]
-            widths[layer.name] = np.rint(np.stack(each, axis=1)).astype(np.int64)
+            found = np.rint(np.stack(each, axis=1)).astype(np.int64)
+            # Where it does not stand for the call, it is not there.
+            widths[layer.name] = found * layer.stands_for(found[:, 0])[:, None]
         return self.table.predict_all(widths)
 
     def of(self, masks: PackedMasks) -> np.ndarray:
@@ -329,22 +362,34 @@ def check_layers(table: LatencyTable, layers: Sequence[Layer]) -> None:
     Raises:
         ValueError: Its blocks are not the layers, or it knows fewer widths of one.
     """
-    names = {layer.name for layer in layers}
-    odd = sorted(names ^ set(table.blocks))
+    known, expected = {_call(name) for name in table.blocks}, {_call(layer.name) for layer in layers}
+    odd = sorted(known ^ expected)
     if odd:
         raise ValueError(
-            f"the latency table was measured for another network: expected {len(names)} layers and their shapes, found "
-            f"{len(table.blocks)} of which {len(names & set(table.blocks))} fit, not '{odd[0]}'; measure this network: "
-            f"`{REMEDY}`"
+            f"the latency table was measured for another network: expected {len(expected)} layers and their shapes, "
+            f"found {len(known)} of which {len(known & expected)} fit, not '{odd[0]}'; measure this network: `{REMEDY}`"
         )
     for layer in layers:
-        for axis, points in zip(table.grids[layer.name].axes, layer.points, strict=True):
-            if axis[0] > points[-1] or axis[-1] != points[0]:
-                raise ValueError(
-                    f"the latency table was measured for other widths: expected {points[-1]} to {points[0]} for "
-                    f"'{layer.name}', found {axis[0]} to {axis[-1]}, as with more layers excluded; measure anew: "
-                    f"`{REMEDY}`"
-                )
+        axes = table.grids[layer.name].axes if layer.name in table.grids else ()
+        holds = [
+            axis[0] <= points[-1] and axis[-1] >= points[0] for axis, points in zip(axes, layer.points, strict=False)
+        ]
+        if not holds or not all(holds):
+            raise ValueError(
+                f"the latency table was measured for other widths: expected {_spans(layer.points)} for '{layer.name}', "
+                f"found {_spans([axis[::-1].tolist() for axis in axes])}, as where more layers are excluded; measure "
+                f"anew: `{REMEDY}`"
+            )
+
+
+def _call(name: str) -> str:
+    """The name of a block without what it says of alignment."""
+    place, colon, kind = name.partition(":")
+    return f"{place.partition(READING)[0]}{colon}{kind}"
+
+
+def _spans(points: Sequence[Sequence[int]]) -> str:
+    return " x ".join(f"{each[-1]} to {each[0]}" for each in points) or "none"
 
 
 @dataclass(frozen=True)
@@ -519,9 +564,16 @@ def time_members(front: Front, image: Tensor, runtime: Runtime) -> Front:
         runtime: What networks are run by.
 
     Returns:
-        The same front with `measured_latency`.
+        The same front with `measured_latency`; without it, and with a warning, if one of the networks cannot be run, as
+        a search is not to be lost for that.
     """
     if front.dense is None:
         raise ValueError("expected a front with its networks, found none; call pareto_prune")
     networks = (front.network(i) for i in range(len(front)))
-    return replace(front, measured_latency=relative_latencies(front.dense, networks, image, runtime))
+    _LOGGER.info("timing %d members beside the dense network", len(front))
+    try:
+        measured = relative_latencies(front.dense, networks, image, runtime)
+    except ValueError as error:
+        _LOGGER.warning("the members' latencies were not measured: %s", error)
+        return front
+    return replace(front, measured_latency=measured)
