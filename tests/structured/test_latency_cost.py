@@ -267,6 +267,23 @@ def test_the_line_is_fitted_to_the_first_networks_and_errors_are_those_of_the_ot
     assert np.abs(unfitted.errors).max() > 0.01
 
 
+def test_a_price_of_laying_activations_out_anew_is_found(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which convolutions of other than a multiple of 4 channels cost more in a network than alone."""
+    units, table = units_of(residual), table_of(residual)
+    plain = LatencyCost.of_network(residual(), units, IMAGE, table)
+
+    def measured(network: nn.Module, slim: Any, *others: Any, **options: Any) -> np.ndarray:
+        masks = random_networks(units, 14, 2)
+        return (plain.seconds(masks) + 3e-9 * plain.laid_out_anew(masks)) / plain.whole
+
+    monkeypatch.setattr(latency, "relative_latencies", measured)
+    found = prediction_on_random_networks(residual(), units, IMAGE, table, RUNTIME, n=8, seed=2, n_fitted=6)
+    np.testing.assert_allclose(found.errors, 0, atol=1e-6)
+    odd = next(layer for layer in plain.layers if layer.aligned is False)
+    added = found.table.grids[odd.name].seconds - table.grids[odd.name].seconds
+    np.testing.assert_allclose(added, 3e-9 * odd.n_made, rtol=1e-4)
+
+
 def test_progress_is_told_while_networks_are_made(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,9 +2,9 @@
 
 A layer is timed with the batch norm and the activation that directly follow, which runtimes compute in one go. Hardware
 computes channels in steps: layers are timed at both ends of some steps, so that straight lines between them are flat
-where nothing is gained. Convolutions that read a multiple of 4 channels may be computed in another way than others,
-so that the table has them twice. What is in no layer (sums, pooling, attention's products) is the table's
-constant; a line that is fitted to random small networks makes up for it.
+where nothing is gained. Convolutions that read a multiple of 4 channels may be computed in another way than others, so
+that the table has them twice; between both ways activations are laid out anew, at a price that is fitted to random small
+networks. What is in no layer (sums, pooling, attention's products) is the table's constant, with a line fitted likewise.
 """
 
 import logging
@@ -76,6 +76,7 @@ class Layer:
         module: The layer itself.
         followers: The batch norm and the activation behind it, where there are any.
         inputs: Shape of what it is given for one image.
+        n_made: Numbers that it makes of it.
         kind: All that its time depends on.
     """
 
@@ -86,6 +87,7 @@ class Layer:
     module: nn.Module = field(repr=False)
     followers: tuple[nn.Module, ...]
     inputs: tuple[int, ...]
+    n_made: int
     kind: str
 
     @property
@@ -143,7 +145,7 @@ def layers_of(network: nn.Module, units: ChannelUnits, image: Tensor) -> tuple[L
     grids = _Grids(units, network)
     seen: Counter[str] = Counter()
     layers = []
-    for name, inputs in _calls(network, image.cpu().float()):
+    for name, inputs, n_made in _calls(network, image.cpu().float()):
         module = modules[name]
         weight = f"{name}.weight".removeprefix(".")
         behind = tuple(followers.get(name, ()))
@@ -160,7 +162,9 @@ def layers_of(network: nn.Module, units: ChannelUnits, image: Tensor) -> tuple[L
             points = grids.of(*axes[0], most, aligned), *others
             reading = "" if aligned is None else f"{READING}{'a' if aligned else 'no'} multiple of {ALIGNED}"
             if points[0]:
-                layers.append(Layer(f"{place}{reading}: {kind}", axes, points, aligned, module, behind, inputs, kind))
+                layers.append(
+                    Layer(f"{place}{reading}: {kind}", axes, points, aligned, module, behind, inputs, n_made, kind)
+                )
     return tuple(layers)
 
 
@@ -200,21 +204,21 @@ class _Grids:
         return tuple(sorted(found, reverse=True))
 
 
-def _calls(network: nn.Module, image: Tensor) -> list[tuple[str, tuple[int, ...]]]:
-    """The layers that run, in their order, and the shape of what each is given for one image."""
-    found: list[tuple[str, tuple[int, ...]]] = []
+def _calls(network: nn.Module, image: Tensor) -> list[tuple[str, tuple[int, ...], int]]:
+    """The layers that run, in their order, the shape of what each is given for one image, and how much it makes."""
+    found: list[tuple[str, tuple[int, ...], int]] = []
     handles = []
     for name, module in network.named_modules():
         own = dict(module.named_parameters(recurse=False))
         if isinstance(module, _ConvNd | nn.Linear) and "weight" in own:
 
-            def see(module: nn.Module, inputs: tuple[Any, ...], name: str = name) -> None:
+            def see(module: nn.Module, inputs: tuple[Any, ...], output: Tensor, name: str = name) -> None:
                 shape = tuple(inputs[0].shape)
                 # Of a single image without a batch a convolution's channels would be first.
                 if len(shape) == (module.get_parameter("weight").ndim if isinstance(module, _ConvNd) else len(shape)):
-                    found.append((name, shape))
+                    found.append((name, shape, output.numel()))
 
-            handles.append(module.register_forward_pre_hook(see))
+            handles.append(module.register_forward_hook(see))
     try:
         with torch.inference_mode():
             network(image)
@@ -329,17 +333,31 @@ class LatencyCost:
 
     def seconds(self, masks: PackedMasks) -> np.ndarray:
         """Predicted times of a batch, float64 (n_masks,)."""
-        kept = self.sizes.kept(masks)
         # A table may tell apart what is never cut here.
         widths = {
             name: np.zeros((len(masks), len(grid.axes)), dtype=np.int64) for name, grid in self.table.grids.items()
         }
+        return self.table.predict_all(widths | self._widths(masks))
+
+    def laid_out_anew(self, masks: PackedMasks) -> np.ndarray:
+        """Numbers made of an image, when whole, by what reads no multiple of 4 channels, float64 (n_masks,)."""
+        total = np.zeros(len(masks))
+        widths = self._widths(masks)
+        for layer in self.layers:
+            if layer.aligned is False:
+                total += layer.n_made * widths[layer.name].all(axis=1)
+        return total
+
+    def _widths(self, masks: PackedMasks) -> dict[str, np.ndarray]:
+        """Widths of each layer, int64 (n_masks, n_axes)."""
+        kept = self.sizes.kept(masks)
+        widths = {}
         for layer in self.layers:
             each = [np.broadcast_to(kept.get(axis, self._size(axis)), len(masks)) for axis in layer.axes]
             found = np.rint(np.stack(each, axis=1)).astype(np.int64)
             # Where it does not stand for the call, it is not there.
             widths[layer.name] = found * layer.stands_for(found[:, 0])[:, None]
-        return self.table.predict_all(widths)
+        return widths
 
     def of(self, masks: PackedMasks) -> np.ndarray:
         """Relative times, float64 (n_masks,), 1 for the whole network."""
@@ -400,8 +418,8 @@ class Prediction:
         masks: One of each network.
         predicted: Relative to the whole network, after the fit; float64 (n_networks,).
         measured: Relative to the whole network; float64 (n_networks,).
-        fitted: Which networks the line was fitted to, bool (n_networks,); the whole network is a further one.
-        table: The table with this line.
+        fitted: Which networks the table was fitted to, bool (n_networks,); the whole network is a further one.
+        table: The table after that.
     """
 
     masks: PackedMasks
@@ -412,7 +430,7 @@ class Prediction:
 
     @property
     def errors(self) -> np.ndarray:
-        """(predicted - measured) / measured of the networks that the line was not fitted to, float64 (n_checked,)."""
+        """(predicted - measured) / measured of the networks that it was not fitted to, float64 (n_checked,)."""
         return prediction_error(self.predicted[~self.fitted], self.measured[~self.fitted])
 
     def report(self, log: logging.Logger) -> None:
@@ -439,8 +457,9 @@ def prediction_on_random_networks(
 ) -> Prediction:
     """Time random small networks beside the whole one, and compare with what a table says of them.
 
-    The line from the table's predictions to times of networks (`LatencyTable.corrected`) is fitted to the first
-    `n_fitted` of them and the whole network, errors are those of the `n` others.
+    What the table has for each number that is laid out anew, and the line from its predictions to times of networks
+    (`LatencyTable.corrected`), are fitted to the first `n_fitted` of them and the whole network. Errors are those of
+    the `n` others.
 
     Args:
         network: The whole network, in evaluation mode; it is left as it is.
@@ -450,7 +469,7 @@ def prediction_on_random_networks(
         runtime: What networks are run by.
         n: Networks to check predictions on.
         seed: Fixes the networks.
-        n_fitted: Networks to fit the line to; 0 leaves the table's line as it is.
+        n_fitted: Networks to fit to, at least 3; 0 leaves the table as it is.
         measure: Times functions in turn; None for `deployment.timing.measure_interleaved`.
         options: Further ones of it.
 
@@ -463,11 +482,31 @@ def prediction_on_random_networks(
     measured = relative_latencies(network, slim, image, runtime, measure=measure, **options)
     fitted = np.arange(len(masks)) < n_fitted
     if n_fitted:
-        # The whole network is one of them, so that relative latencies start where they should.
-        predicted = np.append(cost.seconds(masks)[fitted], cost.whole)
-        table = table.corrected(predicted, np.append(measured[fitted], 1.0) * cost.whole)
+        table = _fitted(cost, masks.select(np.flatnonzero(fitted)), measured[fitted])
         cost = LatencyCost(cost.sizes, cost.layers, table)
     return Prediction(masks, cost.of(masks), measured, fitted, table)
+
+
+def _fitted(cost: LatencyCost, masks: PackedMasks, measured: np.ndarray) -> LatencyTable:
+    """The table of a cost after a fit to networks that take `measured` (n_masks,), relative to the whole one."""
+    whole = PackedMasks.pack_each([np.ones(masks.n_units, dtype=bool)], masks.n_units)
+    # The whole network counts as much as all others, so that relative latencies start where they should.
+    masks = masks.concatenate(whole.select(np.zeros(len(masks), dtype=np.int64)))
+    target = np.append(measured, np.ones_like(measured)) * cost.whole
+    columns = np.column_stack([cost.seconds(masks), np.full(len(masks), cost.whole), cost.laid_out_anew(masks)])
+    scale = np.abs(columns).max(axis=0) + 1e-30
+    (slope, _, price), *_ = np.linalg.lstsq(columns / scale / target[:, None], np.ones(len(target)), rcond=None)
+    slope, price = slope / scale[0], price / scale[2]
+    table = cost.table
+    if slope > 0 and price > 0:
+        price = price / slope / table.correction.slope
+        odd = {layer.name: layer.n_made for layer in cost.layers if layer.aligned is False}
+        blocks = {
+            name: {widths: seconds + price * odd.get(name, 0) for widths, seconds in times.items()}
+            for name, times in table.blocks.items()
+        }
+        table = replace(table, blocks=blocks)
+    return table.corrected(LatencyCost(cost.sizes, cost.layers, table).seconds(masks), target)
 
 
 def random_networks(units: ChannelUnits, n: int, seed: int) -> PackedMasks:
