@@ -3,8 +3,9 @@
 A layer is timed with the batch norm and the activation that directly follow, which runtimes compute in one go. Hardware
 computes channels in steps: layers are timed at both ends of some steps, so that straight lines between them are flat
 where nothing is gained. Convolutions that read a multiple of 4 channels may be computed in another way than others, so
-that the table has them twice; between both ways activations are laid out anew, at a price that is fitted to random small
-networks. What is in no layer (sums, pooling, attention's products) is the table's constant, with a line fitted likewise.
+that the table has them twice; between both ways activations are laid out anew, at a price that is fitted to random
+small networks. What is in no layer (sums, pooling, attention's products) is the table's constant, and a line is fitted
+likewise.
 """
 
 import logging
