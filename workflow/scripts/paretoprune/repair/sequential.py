@@ -32,7 +32,7 @@ BATCH_SIZE = 64
 # Samples of a layer's columns, for each of its columns: so many output positions of all images are looked at.
 SAMPLES_PER_COLUMN = 64
 # A channel whose normalised output hardly depends on the convolution cannot make up for a shortcut.
-LEAST_SCALE = 1e-3
+_LEAST_SCALE = 1e-3
 Registers = dict[fx.Node, Any]
 
 
@@ -69,7 +69,7 @@ class SequentialRefit:
         self._program = trace(network)
         self._program.network.to(images.device).float()
         held = prunable_modules(network, self.layout)
-        runs = Counter(_module_of(step) for step in self._program.steps)
+        runs = Counter(module_of(step) for step in self._program.steps)
         # Of a tensor that several modules or several runs use, no one may take possession.
         self._tensor_of = {
             modules[0][0]: name for name, modules in held.items() if len(modules) == 1 and runs[modules[0][0]] == 1
@@ -138,10 +138,7 @@ class _Pass:
         if step.other is not None:
             missing = before[step.other] - after[step.other]
             if norm is not None:
-                scale = torch.rsqrt(norm.running_var + norm.eps)
-                scale = scale if norm.weight is None else scale * norm.weight
-                able = scale.abs() > LEAST_SCALE * scale.abs().max()
-                missing = missing * torch.where(able, 1 / scale, 0.0).view(1, -1, 1, 1)
+                missing = missing * before_norm(norm).view(1, -1, 1, 1)
             missing = missing.expand(torch.broadcast_shapes(missing.shape, y.shape))
             # One output that is added in many places can make up for their mean.
             wider = [i for i, size in enumerate(y.shape) if size < missing.shape[i]]
@@ -193,16 +190,9 @@ class _Pass:
         for inputs, outputs in zip(x.split(BATCH_SIZE), aim.split(BATCH_SIZE), strict=True):
             at = some_positions(module, outputs, n_positions, self._generator)
             moments.add(im2col(module, inputs, at), output_matrix(module, outputs, at))
-        curvature = moments.second(about_mean=free)
         bias = dense.bias
         trained = weight_matrix(module, dense.weight.double())
-        cross = moments.cross(about_mean=free)
-        if bias is not None and not free:
-            # Without the freedom to shift, the bias is part of what the outputs are.
-            cross = cross - bias.double().view(len(trained), -1, 1) * moments.mean[:, None, :]
-        held = damped(curvature, self._owner._refit.damping)
-        # The damping holds what the images leave open at the trained weights, not at 0.
-        cross = cross + trained * (held - curvature).diagonal(dim1=1, dim2=2)[:, None]
+        held, cross = normal_equations(moments, trained, bias, free, self._owner._refit.damping)
         grouped = weight_matrix(module, mask)
         if self._reselect and not bool(mask.all()):
             grouped = self._selected(name, grouped, held, cross)
@@ -210,8 +200,7 @@ class _Pass:
         fitted = refit(trained, grouped, held, cross)
         module.weight.copy_(fitted.reshape(mask.shape).float())
         if bias is not None and free:
-            shift = moments.target_mean - (fitted @ moments.mean[:, :, None])[:, :, 0]
-            module.bias.copy_(shift.reshape(-1).float())
+            module.bias.copy_(fitted_bias(moments, fitted))
 
     def _selected(self, name: str, mask: Tensor, curvature: Tensor, cross: Tensor) -> Tensor:
         """As many weights as the mask keeps, those that are eliminated last."""
@@ -223,7 +212,46 @@ class _Pass:
         return chosen.view(mask.shape)
 
 
-def _module_of(step: Convolution | Call) -> str | None:
+def normal_equations(
+    moments: Moments, trained: Tensor, bias: Tensor | None, free: bool, damping: float
+) -> tuple[Tensor, Tensor]:
+    """What the weights that come nearest to the targets solve: curvature @ weights' = cross'.
+
+    Args:
+        moments: Of a layer's columns and of its targets.
+        trained: float64 (groups, n_rows, n_columns), the weights that the damping holds on to.
+        bias: Of the layer; None for none.
+        free: Whether the outputs may be off by a constant.
+        damping: See `importance.curvature.damped`.
+
+    Returns:
+        The damped curvature, float64 (groups, n_columns, n_columns), and float64 (groups, n_rows, n_columns).
+    """
+    curvature = moments.second(about_mean=free)
+    cross = moments.cross(about_mean=free)
+    if bias is not None and not free:
+        # Without the freedom to shift, the bias is part of what the outputs are.
+        cross = cross - bias.double().view(len(trained), -1, 1) * moments.mean[:, None, :]
+    held = damped(curvature, damping)
+    # The damping holds what the images leave open at the trained weights, not at 0.
+    return held, cross + trained * (held - curvature).diagonal(dim1=1, dim2=2)[:, None]
+
+
+def fitted_bias(moments: Moments, fitted: Tensor) -> Tensor:
+    """The bias, float32 (n_rows,), with which re-fitted weights (groups, n_rows, n_columns) meet the targets' means."""
+    shift = moments.target_mean - (fitted @ moments.mean[:, :, None])[:, :, 0]
+    return shift.reshape(-1).float()
+
+
+def before_norm(norm: Any) -> Tensor:
+    """What one unit behind a batch norm is before it, (channels,); 0 where the norm hardly passes anything on."""
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    scale = scale if norm.weight is None else scale * norm.weight
+    able = scale.abs() > _LEAST_SCALE * scale.abs().max()
+    return torch.where(able, 1 / scale, 0.0)
+
+
+def module_of(step: Convolution | Call) -> str | None:
     """Name of the module that a step runs."""
     if isinstance(step, Convolution):
         return step.module

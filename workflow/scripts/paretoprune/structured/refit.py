@@ -4,6 +4,7 @@ All outputs of a layer read the same channels, so that one linear system serves 
 gathered once, at some output positions; then a small network needs one pass of its own over the calibration images.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from paretoprune.importance.curvature import DAMPING, damped
+from paretoprune.importance.curvature import DAMPING
 from paretoprune.importance.layer_statistics import (
     POSITIONS,
     Moments,
@@ -23,7 +24,16 @@ from paretoprune.importance.layer_statistics import (
 )
 from paretoprune.networks.tracing import Call, Convolution, Program, run_call, trace
 from paretoprune.repair.batchnorm import channel_moments, corrected_statistics
-from paretoprune.repair.sequential import BATCH_SIZE, LEAST_SCALE, SAMPLES_PER_COLUMN, completed, in_batches
+from paretoprune.repair.sequential import (
+    BATCH_SIZE,
+    SAMPLES_PER_COLUMN,
+    before_norm,
+    completed,
+    fitted_bias,
+    in_batches,
+    module_of,
+    normal_equations,
+)
 from paretoprune.shapes import Emptied
 from paretoprune.structured.units import ChannelUnits
 
@@ -98,19 +108,15 @@ class SlimRefit:
         Returns:
             The network, in evaluation mode, and its logits on these images.
         """
-        with torch.inference_mode():
-            kept = self._units.split(bits)
+        n_batches = None if n_images is None else -(-n_images // BATCH_SIZE)
+        images = self._images if n_batches is None else self._images[: n_batches * BATCH_SIZE]
+        with torch.inference_mode(mode=False):
+            # Tensors made in inference mode could not be trained; this network may be.
             small = self._units.slim(self._network, bits)
             program = trace(small)
-            kept_outputs = self._kept_outputs(kept)
-            n_batches = None if n_images is None else -(-n_images // BATCH_SIZE)
-            images = self._images if n_batches is None else self._images[: n_batches * BATCH_SIZE]
-            logits = _Pass(self, program, kept_outputs, n_batches).run(images)
-        with torch.inference_mode(mode=False):
-            state = {key: value.clone() for key, value in program.network.state_dict().items()}
-            # Tensors made in inference mode cannot be trained; this network may be.
-            small = self._units.slim(self._network, bits)
-            small.load_state_dict(state)
+        with torch.inference_mode():
+            logits = _Pass(self, program, self._kept_outputs(self._units.split(bits)), n_batches).run(images)
+        small.load_state_dict(program.network.state_dict())
         return small.eval(), logits
 
     def _kept_outputs(self, kept: dict[str, np.ndarray]) -> dict[str, Tensor]:
@@ -130,12 +136,9 @@ class SlimRefit:
         """One pass of the whole network over the images: what each layer says."""
         program, images = self._program, self._images
         registers: Registers = {program.image: images}
-        uses: dict[str, int] = {}
+        uses = Counter(module_of(step) for step in program.steps)
         for step in program.steps:
-            name = _layer_of(step)
-            uses[name or ""] = uses.get(name or "", 0) + 1
-        for step in program.steps:
-            name = _layer_of(step)
+            name = module_of(step)
             fits = name is not None and uses[name] == 1 and _can_be_fitted(self._modules[name])
             if isinstance(step, Convolution):
                 module = self._modules[step.module]
@@ -268,11 +271,7 @@ class _Pass:
         """What a unit after the norm is before it, for each row; 0 where the norm hardly passes anything on."""
         if target.norm is None:
             return 1.0
-        norm: Any = self._owner._modules[target.norm]
-        scale = torch.rsqrt(norm.running_var + norm.eps)
-        scale = scale if norm.weight is None else scale * norm.weight
-        able = scale.abs() > LEAST_SCALE * scale.abs().max()
-        inverse = torch.where(able, 1 / scale, 0.0)
+        inverse = before_norm(self._owner._modules[target.norm])
         return inverse if rows is None else inverse[rows]
 
     def _set_constant(
@@ -292,20 +291,13 @@ class _Pass:
         for i, (aim, at) in enumerate(zip(aims, target.positions[self._batches], strict=True)):
             rows = aim.reshape(len(aim), groups, -1).permute(1, 0, 2)
             moments.add(im2col(module, _batch(x, i), at), rows)
-        curvature = moments.second(about_mean=free)
         trained = weight_matrix(module, module.weight.double())
-        cross = moments.cross(about_mean=free)
-        if module.bias is not None and not free:
-            cross = cross - module.bias.double().view(groups, -1, 1) * moments.mean[:, None, :]
-        held = damped(curvature, self._owner._damping)
-        # The damping holds what the images leave open at the trained weights, not at 0.
-        cross = cross + trained * (held - curvature).diagonal(dim1=1, dim2=2)[:, None]
+        held, cross = normal_equations(moments, trained, module.bias, free, self._owner._damping)
         factor = torch.linalg.cholesky(held)
         fitted = torch.cholesky_solve(cross.mT, factor).mT
         module.weight.copy_(fitted.reshape(module.weight.shape).float())
         if module.bias is not None and free:
-            shift = moments.target_mean - (fitted @ moments.mean[:, :, None])[:, :, 0]
-            module.bias.copy_(shift.reshape(-1).float())
+            module.bias.copy_(fitted_bias(moments, fitted))
 
     def _correct(self, name: str, norm: Any, aim: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]) -> None:
         """Correct the statistics of a batch norm by how its inputs differ from what they should be."""
@@ -337,9 +329,3 @@ def _batch(x: Tensor, i: int) -> Tensor:
 
 def _can_be_fitted(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and not isinstance(module, _ConvTransposeNd)
-
-
-def _layer_of(step: Convolution | Call) -> str | None:
-    if isinstance(step, Convolution):
-        return step.module
-    return str(step.output.target) if step.output.op == "call_module" else None
