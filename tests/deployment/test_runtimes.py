@@ -133,7 +133,16 @@ def test_blocks_of_several_inputs_run_too(name: str) -> None:
         def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             return x + y, x - y
 
-    prepare(Sum(), (torch.ones(1, 4), torch.ones(1, 4)), Runtime(name, batch_size=3))()
+    seen: list[tuple[int, ...]] = []
+    network, ones = Sum(), torch.ones(1, 4)
+    network.register_forward_hook(lambda module, inputs, outputs: seen.append(tuple(len(x) for x in inputs)))
+    run = prepare(network, (ones, ones), Runtime(name, batch_size=3))
+    seen.clear()
+    run()
+    # Only torch runs the network itself.
+    assert seen == ([(3, 3)] if name == "torch" else [])
+    with pytest.raises(TypeError, match="argument"):
+        prepare(Sum(), (ones,), Runtime("torch", batch_size=3))()
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")

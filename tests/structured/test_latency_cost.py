@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from paretoprune import Front, pareto_prune
+from paretoprune import Front, pareto_prune, telling
 from paretoprune.deployment import measuring, runtimes
 from paretoprune.deployment.latency import LatencyTable
 from paretoprune.deployment.packages import needed
@@ -32,7 +32,7 @@ from paretoprune.structured.latency import (
     relative_latencies,
 )
 from paretoprune.structured.units import ChannelUnits
-from small_networks import digits, fit
+from small_networks import digits, residual
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -58,16 +58,6 @@ class Mixed(nn.Module):
         x = torch.nn.functional.silu(self.down(x))
         x = self.again(self.again(x))
         return self.head(torch.relu(self.hidden(x.flatten(1))))
-
-
-@lru_cache
-def residual() -> nn.Module:
-    """A trained ResNet-8 with blocks of 8, 16 and 32 channels."""
-    images, labels = digits()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = CifarResNet(8, 10, 1, base_width=8)
-    return fit(network, images[:1000], labels[:1000], epochs=4)
 
 
 @lru_cache
@@ -288,7 +278,7 @@ def test_progress_is_told_while_networks_are_made(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     now = iter(np.arange(0, 1e6, 4.0))
-    monkeypatch.setattr(measuring.Telling.__init__, "__defaults__", (lambda: float(next(now)),))
+    monkeypatch.setattr(telling.Telling.__init__, "__defaults__", (None, lambda: float(next(now))))
     with caplog.at_level(logging.INFO, "paretoprune"):
         table_of(residual)
     assert (

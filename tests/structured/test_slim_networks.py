@@ -24,20 +24,10 @@ from paretoprune.structured.importance import group_magnitude, group_taylor, nor
 from paretoprune.structured.refit import SlimRefit
 from paretoprune.structured.units import SLIM_COSTS, ChannelUnits, slim_costs
 from paretoprune.training.loop import Recipe, train
-from small_networks import digits, fit, states_equal
+from small_networks import digits, residual, states_equal
 from torch import Tensor, nn
 
 IMAGE = torch.zeros(1, 1, 8, 8)
-
-
-@lru_cache
-def residual() -> nn.Module:
-    """A trained ResNet-8 with blocks of 8, 16 and 32 channels."""
-    images, labels = digits()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = CifarResNet(8, 10, 1, base_width=8)
-    return fit(network, images[:1000], labels[:1000], epochs=6)
 
 
 @lru_cache
@@ -116,6 +106,13 @@ def test_only_branches_may_vanish_and_excluded_layers_stay_whole() -> None:
         ChannelUnits.of(residual(), IMAGE, ["*"])
     with pytest.raises(ValueError, match="expected costs among density, parameters, macs, bytes, memory, found watts"):
         slim_costs(["watts"], units(), residual(), IMAGE)
+
+
+def test_branches_may_be_kept() -> None:
+    kept = units().keeping_branches()
+    nothing = np.zeros(units().n_units, dtype=bool)
+    assert kept.can_be_built(masks_of(nothing, ~nothing)).tolist() == [False, True]
+    assert all(np.isinf(curve[0]) for curve in loss_curves(kept, np.arange(kept.n_units, dtype=np.float32)))
 
 
 def test_a_state_tells_which_network_it_belongs_to() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from paretoprune import Front
+from paretoprune import Front, telling
 from paretoprune import distil as distil_member
 from paretoprune.evaluation.metrics import divergence, predict
 from paretoprune.masks.packed import PackedMasks
@@ -17,7 +17,6 @@ from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.architectures import CifarResNet
 from paretoprune.shapes import Emptied
 from paretoprune.structured.units import ChannelUnits
-from paretoprune.training import distilling
 from paretoprune.training.distilling import DISTILLING_COLUMNS, Distilled, distil, soft_loss, trial_steps
 from small_networks import digits, magnitude_mask, numpy_state, states_equal, trained
 from torch import Tensor, nn
@@ -240,7 +239,7 @@ def test_the_dense_network_answers_once_to_each_batch_of_all_trials() -> None:
 def test_progress_is_said_and_which_network_is_kept(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distilling, "INTERVAL", 0.0)
+    monkeypatch.setattr(telling, "TELLS_EVERY", 0.0)
     with caplog.at_level(logging.INFO, "paretoprune"):
         run(rates=[0.003, 30.0], n_steps=20)
         run(rates=[30.0], n_steps=5)

@@ -366,6 +366,18 @@ def test_several_broken_references_are_listed_at_once() -> None:
     ]
 
 
+def test_a_search_over_channels_pays_for_its_starts_and_repairs_candidates_as_they_ship() -> None:
+    def channels(**own: Any) -> dict[str, Any]:
+        return method("other", kind="channels", population=10, **own)
+
+    # 24 allocations and the whole network, or 16 where nothing is measured, and a population, for half of the budget.
+    for repair, needed in (("reconstruct", 35), ("batchnorm", 35), ("none", 27)):
+        assert problems(channels(repair=repair, evaluations=2 * needed)) == []
+        assert f"expected at least {needed} " in only_problem(channels(repair=repair, evaluations=2 * needed - 2))
+    assert "set it to null" in only_problem(channels(repair="reconstruct", search_repair="none", evaluations=100))
+    assert problems(channels(repair="reconstruct", search_repair="reconstruct", evaluations=100)) == []
+
+
 def test_a_method_of_kind_allocation_needs_its_rule() -> None:
     assert only_problem(method("other", kind="allocation")) == (
         "method_settings.other: a method of kind 'allocation' needs `allocation`, the rule"

@@ -1,7 +1,5 @@
 """Measuring a latency table: every block at each of its widths, beside one yardstick."""
 
-import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -16,29 +14,7 @@ from paretoprune.deployment.latency import LatencyTable, Widths
 from paretoprune.deployment.machines import machine_of
 from paretoprune.deployment.runtimes import Runtime, prepare
 from paretoprune.deployment.timing import Timings, measure_interleaved
-
-# Seconds after which a long measurement says how far it is.
-TELLS_EVERY = 5.0
-_LOGGER = logging.getLogger("paretoprune")
-
-
-class Telling:
-    """Says in the log how far a measurement is, whenever some seconds have passed without a word.
-
-    Args:
-        what: What is being done.
-        clock: Tells the time (seconds).
-    """
-
-    def __init__(self, what: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self.what, self._clock = what, clock
-        self._last = clock()
-
-    def __call__(self, how_far: str) -> None:
-        """Say how far it is, if it is time to."""
-        if self._clock() - self._last >= TELLS_EVERY:
-            _LOGGER.info("%s: %s", self.what, how_far)
-            self._last = self._clock()
+from paretoprune.telling import Telling
 
 
 @dataclass(frozen=True)

@@ -196,19 +196,34 @@ class WorkerPool:
         self._finalizer()
 
 
-def run_in_processes(function: Callable[[int], Any], n: int, n_workers: int) -> list[Any]:
+def run_in_processes(
+    function: Callable[[int], Any], n: int, n_workers: int, progress: Callable[[int], None] = lambda done: None
+) -> list[Any]:
     """Results of a function for 0, ..., n - 1, in at most `n_workers` processes; with one of them or one job, in none.
+
+    Args:
+        function: From a number to its result.
+        n: How many there are.
+        n_workers: Processes.
+        progress: Called after each result, with how many there are so far.
 
     Raises:
         ChildProcessError: One job has taken several workers down.
         Exception: Whatever the function raised.
     """
-    if n_workers < 2 or n < 2:
-        return [function(i) for i in range(n)]
     found: dict[int, Any] = {}
+
+    def keep(i: int, result: Any) -> None:
+        found[i] = result
+        progress(len(found))
+
+    if n_workers < 2 or n < 2:
+        for i in range(n):
+            keep(i, function(i))
+        return [found[i] for i in range(n)]
     pool = WorkerPool(function, min(n, n_workers))
     try:
-        pool.run(range(n), lambda i: (i,), found.__setitem__)
+        pool.run(range(n), lambda i: (i,), keep)
     finally:
         pool.close()
     return [found[i] for i in range(n)]

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils.rnn import PackedSequence
 
 from paretoprune.masks.units import WeightUnits, prunable_parameters
+from paretoprune.networks.watching import run_watched
 from paretoprune.objectives import Cost, Density, GroupCost
 
 # A float32 number, and the bit of the mask that says whether a weight is kept.
@@ -85,19 +85,12 @@ def count_uses(network: nn.Module, image: Tensor) -> dict[str, float]:
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     uses: dict[str, float] = {}
 
-    def count(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
+    def count(_: str, module: nn.Module, inputs: tuple[Any, ...], options: Mapping[str, Any], output: Any) -> None:
         for own_name, n in _uses_of_layer(module, inputs, options, output).items():
             name = names[id(module.get_parameter(own_name))]
             uses[name] = uses.get(name, 0) + n
 
-    layers = [module for module in network.modules() if prunable_parameters(module)]
-    handles = [layer.register_forward_hook(count, with_kwargs=True) for layer in layers]
-    try:
-        with torch.inference_mode():
-            network(image)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_watched(network, image, prunable_parameters, count)
     return uses
 
 

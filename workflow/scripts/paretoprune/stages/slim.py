@@ -2,11 +2,12 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from paretoprune.fronts import Front, non_dominated
+from paretoprune.importance.curvature import DAMPING
 from paretoprune.importance.layer_statistics import collect_statistics
 from paretoprune.masks.units import WeightUnits, ranks_within_groups
 from paretoprune.objectives import Cost
@@ -31,22 +32,24 @@ class SlimSearch:
     Attributes:
         repair: `none`, `batchnorm` or `reconstruct`.
         loss: `error` or `divergence`.
-        n_repair_images: Calibration images that candidates are repaired on.
+        n_repair_images: Calibration images that candidates are repaired on, the first ones; None for all.
         n_images: Images that candidates are measured on, the first ones; None for all.
         n_processes: Processes to evaluate candidates with.
         front_size: Members that are finished, at most; None for all.
         sparsities: The best member beyond each of these shares of the first cost is finished, see `Front.thinned`.
-        measures: Whether what each coupling loses alone is measured, for starting points.
+        damping: Of re-fits.
+        may_vanish: Whether branches may be removed as a whole.
     """
 
     repair: str = "reconstruct"
     loss: str = "divergence"
-    n_repair_images: int = 384
+    n_repair_images: int | None = 384
     n_images: int | None = None
     n_processes: int = 1
     front_size: int | None = 30
     sparsities: Sequence[float] = ()
-    measures: bool = True
+    damping: float = DAMPING
+    may_vanish: bool = True
 
     @classmethod
     def of(cls, step: ChannelStep, n_processes: int) -> "SlimSearch":
@@ -54,10 +57,13 @@ class SlimSearch:
         return cls(
             step.repair,
             step.objective,
-            n_images=step.candidate_images,
+            step.repair_images,
+            step.candidate_images,
             n_processes=n_processes,
             front_size=step.front_size,
             sparsities=step.sparsities,
+            damping=step.damping,
+            may_vanish=step.empty_layers == "allow",
         )
 
 
@@ -88,6 +94,8 @@ def find_slim_networks(
         The front, cheapest first, with the states of its finished networks, and the history of both phases. Losses are
         measured on all images, after a repair on all calibration images.
     """
+    if not settings.may_vanish:
+        task = replace(task, units=task.units.keeping_branches())
     units = task.units
     statistics = collect_statistics(task.network, WeightUnits.of(task.network), task.calibration, seed=effort.seed)
     scores = {
@@ -95,7 +103,13 @@ def find_slim_networks(
         "magnitude": group_magnitude(task.network, units),
     }
     judge = SlimJudge(
-        task, settings.repair, settings.loss, settings.n_repair_images, settings.n_processes, settings.n_images
+        task,
+        settings.repair,
+        settings.loss,
+        settings.n_repair_images,
+        settings.n_processes,
+        settings.n_images,
+        settings.damping,
     )
     problem = Problem(units, judge, tuple(costs), units.can_be_built, progress, settings.loss)
     found = search(
@@ -120,7 +134,7 @@ def starting_points(
     """
     units, ranks = task.units, ranks_within_groups(scores, task.units)
     curves = [loss_curves(units, scores)]
-    if settings.measures and settings.repair != "none":
+    if settings.repair != "none":
         _LOGGER.info("measuring what each of %d couplings loses alone", units.n_groups)
         curves.append(
             measured_curves(units, scores, lambda masks: judge.calibration_divergence(masks, N_MEASURING_IMAGES))

@@ -15,10 +15,12 @@ from paretoprune.devices import repeatable
 from paretoprune.evaluation.metrics import divergence, predict, top1_error
 from paretoprune.evaluation.task import Scores
 from paretoprune.evaluation.workers import run_in_processes
+from paretoprune.importance.curvature import DAMPING
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.settings import LOSSES
 from paretoprune.structured.refit import SlimRefit
 from paretoprune.structured.units import ChannelUnits
+from paretoprune.telling import Telling
 
 BATCH_SIZE = 64
 
@@ -59,9 +61,10 @@ class SlimJudge:
         task: What is cut and measured.
         repair: `none`, `batchnorm` (statistics corrected), or `reconstruct` (every layer re-fitted too).
         loss: `error` or `divergence`.
-        n_repair_images: Calibration images that candidates are repaired on, the first ones.
+        n_repair_images: Calibration images that candidates are repaired on, the first ones; None for all.
         n_processes: Processes, each of one thread.
         n_images: Images that candidates are measured on, the first ones; None for all.
+        damping: Of re-fits, see `importance.curvature.damped`.
     """
 
     def __init__(
@@ -69,10 +72,12 @@ class SlimJudge:
         task: SlimTask,
         repair: str,
         loss: str,
-        n_repair_images: int,
+        n_repair_images: int | None,
         n_processes: int,
         n_images: int | None = None,
+        damping: float = DAMPING,
     ) -> None:
+        self._damping = damping
         self._task, self._repair, self._loss, self._n_images = task, repair, loss, n_images
         self._n_repair_images, self._n_processes = n_repair_images, n_processes
 
@@ -82,7 +87,9 @@ class SlimJudge:
             return None
         fits = self._repair == "reconstruct"
         with repeatable():
-            return SlimRefit(self._task.network, self._task.units, self._task.calibration, fits=fits)
+            return SlimRefit(
+                self._task.network, self._task.units, self._task.calibration, fits=fits, damping=self._damping
+            )
 
     @cached_property
     def _dense_log_probabilities(self) -> Tensor:
@@ -116,7 +123,7 @@ class SlimJudge:
             return self.measure(self.build(masks.unpack(i), self._n_repair_images), self._n_images)
 
         at = LOSSES.index(self._loss)
-        return np.array([found[at] for found in self._each(measured, len(masks))], dtype=np.float64)
+        return np.array([found[at] for found in self._each("a generation", measured, len(masks))], dtype=np.float64)
 
     def calibration_divergence(self, masks: PackedMasks, n_images: int) -> np.ndarray:
         """Divergence of repaired networks on the images that they are repaired on, float64 (n_masks,)."""
@@ -130,7 +137,7 @@ class SlimJudge:
                 logits = refit(masks.unpack(i), n_images)[1]
             return divergence(logits, functional.log_softmax(refit.logits[: len(logits)].double(), dim=1))
 
-        return np.array(self._each(measured, len(masks)))
+        return np.array(self._each("what each group loses alone", measured, len(masks)))
 
     def finish(self, masks: PackedMasks) -> tuple[list[dict[str, Tensor]], Scores]:
         """Build the networks of masks with all calibration images, and measure them.
@@ -144,7 +151,7 @@ class SlimJudge:
             network = self.build(masks.unpack(i))
             return {key: value.cpu().numpy() for key, value in network.state_dict().items()}, *self.measure(network)
 
-        found = self._each(finish_one, len(masks))
+        found = self._each("finishing", finish_one, len(masks))
         states = [{key: torch.from_numpy(np.array(value)) for key, value in state.items()} for state, _, _ in found]
         return states, Scores(np.array([e for _, e, _ in found]), np.array([d for *_, d in found]))
 
@@ -152,5 +159,7 @@ class SlimJudge:
         """Make what all networks need before processes are forked, so that it is made once."""
         _ = self._refit, self._dense_log_probabilities
 
-    def _each(self, function: Callable[[int], Any], n: int) -> list[Any]:
-        return run_in_processes(function, n, self._n_processes)
+    def _each(self, what: str, function: Callable[[int], Any], n: int) -> list[Any]:
+        """Results of a function for each of n networks; what is being done is told from time to time."""
+        telling = Telling(what)
+        return run_in_processes(function, n, self._n_processes, lambda done: telling("%d of %d networks", done, n))

@@ -24,15 +24,17 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from paretoprune.copies import copied
 from paretoprune.deployment.latency import LatencyTable, Widths, prediction_error
-from paretoprune.deployment.measuring import Block, Telling, measure_table
+from paretoprune.deployment.measuring import Block, measure_table
 from paretoprune.deployment.runtimes import Runtime, prepare
 from paretoprune.deployment.timing import Timings, measure_interleaved
 from paretoprune.fronts import Front
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import keep_top, ranks_within_groups
 from paretoprune.networks.tracing import Convolution, NotTraceableError, trace
+from paretoprune.networks.watching import run_watched
 from paretoprune.shapes import is_depthwise, with_tensors
 from paretoprune.structured.units import ChannelUnits, Sizes
+from paretoprune.telling import Telling
 
 # Steps at whose ends layers are timed: as wide as vector registers, wider ones where there would be more steps than
 # this for a layer that is cut along one axis, or along two.
@@ -208,24 +210,17 @@ class _Grids:
 def _calls(network: nn.Module, image: Tensor) -> list[tuple[str, tuple[int, ...], int]]:
     """The layers that run, in their order, the shape of what each is given for one image, and how much it makes."""
     found: list[tuple[str, tuple[int, ...], int]] = []
-    handles = []
-    for name, module in network.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        if isinstance(module, _ConvNd | nn.Linear) and "weight" in own:
 
-            def see(module: nn.Module, inputs: tuple[Any, ...], output: Tensor, name: str = name) -> None:
-                shape = tuple(inputs[0].shape)
-                # Of a single image without a batch a convolution's channels would be first.
-                if len(shape) == (module.get_parameter("weight").ndim if isinstance(module, _ConvNd) else len(shape)):
-                    found.append((name, shape, output.numel()))
+    def see(name: str, layer: nn.Module, inputs: tuple[Any, ...], _: Mapping[str, Any], output: Tensor) -> None:
+        shape = tuple(inputs[0].shape)
+        # Of a single image without a batch a convolution's channels would be first.
+        if not isinstance(layer, _ConvNd) or len(shape) == layer.weight.ndim:
+            found.append((name, shape, output.numel()))
 
-            handles.append(module.register_forward_hook(see))
-    try:
-        with torch.inference_mode():
-            network(image)
-    finally:
-        for handle in handles:
-            handle.remove()
+    def has_weight(module: nn.Module) -> bool:
+        return isinstance(module, _ConvNd | nn.Linear) and "weight" in dict(module.named_parameters(recurse=False))
+
+    run_watched(network, image, has_weight, see)
     return found
 
 

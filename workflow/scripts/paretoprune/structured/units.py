@@ -2,12 +2,11 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.sparse import csr_array
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -16,7 +15,9 @@ from paretoprune.copies import copied
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import Units, WeightUnits
 from paretoprune.networks.costs import NUMBER_BYTES, count_uses
+from paretoprune.networks.watching import run_watched
 from paretoprune.objectives import Cost
+from paretoprune.shapes import is_depthwise
 from paretoprune.structured.coupling import Coupling, cut, find_couplings
 
 # Layers that a report has lines for.
@@ -101,6 +102,10 @@ class ChannelUnits(Units):
         """
         return cut(network, self.couplings, self.split(bits))
 
+    def keeping_branches(self) -> "ChannelUnits":
+        """The same units, of which no group may vanish."""
+        return replace(self, couplings=tuple(replace(one, may_vanish=False) for one in self.couplings))
+
     def can_be_built(self, masks: PackedMasks) -> np.ndarray:
         """Which masks leave a network that works, bool (n_masks,): only branches beside a shortcut may vanish."""
         may_vanish = np.array([coupling.may_vanish for coupling in self.couplings])
@@ -179,10 +184,14 @@ class SlimCost:
 
     def of(self, masks: PackedMasks) -> np.ndarray:
         """Relative costs, float64 (n_masks,)."""
-        whole = PackedMasks.pack_each([np.ones(self.sizes.units.n_units, dtype=bool)], self.sizes.units.n_units)
-        full = float(np.ravel(self.amount(self.sizes.kept(whole)))[0])
-        amounts = np.broadcast_to(np.asarray(self.amount(self.sizes.kept(masks)), dtype=np.float64), (len(masks),))
-        return amounts / full
+        amounts = np.asarray(self.amount(self.sizes.kept(masks)), dtype=np.float64)
+        return np.broadcast_to(amounts, (len(masks),)) / self.whole
+
+    @cached_property
+    def whole(self) -> float:
+        """The cost of the whole network, in its own unit."""
+        everything = PackedMasks.pack_each([np.ones(self.sizes.units.n_units, dtype=bool)], self.sizes.units.n_units)
+        return float(np.ravel(self.amount(self.sizes.kept(everything)))[0])
 
 
 def density(sizes: Sizes, network: nn.Module, image: Tensor) -> SlimCost:
@@ -235,20 +244,11 @@ def memory(sizes: Sizes, network: nn.Module, image: Tensor) -> SlimCost:
 def _activations(network: nn.Module, image: Tensor) -> dict[str, tuple[int, int, bool]]:
     """What each layer is given and makes for one image, by the name of its weight, and whether it is depthwise."""
     held: dict[str, tuple[int, int, bool]] = {}
-    names = {module: name for name, module in network.named_modules()}
 
-    def see(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        depthwise = isinstance(module, _ConvNd) and module.groups == module.in_channels > 1
-        held[f"{names[module]}.weight".removeprefix(".")] = inputs[0].numel(), output.numel(), depthwise
+    def see(name: str, layer: nn.Module, inputs: tuple[Any, ...], _: Mapping[str, Any], output: Tensor) -> None:
+        held[f"{name}.weight".removeprefix(".")] = inputs[0].numel(), output.numel(), is_depthwise(layer)
 
-    layers = [module for module in network.modules() if isinstance(module, _ConvNd | nn.Linear)]
-    handles = [layer.register_forward_hook(see) for layer in layers]
-    try:
-        with torch.inference_mode():
-            network(image)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_watched(network, image, lambda module: isinstance(module, _ConvNd | nn.Linear), see)
     return held
 
 

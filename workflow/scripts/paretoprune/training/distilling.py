@@ -17,6 +17,7 @@ from paretoprune.data.datasets import check_augmentation
 from paretoprune.devices import plain_modes
 from paretoprune.evaluation.metrics import divergence
 from paretoprune.networks.architectures import channels_last, to_channels_last
+from paretoprune.telling import Telling
 from paretoprune.training.loop import Recipe, augment, learning_rate
 
 DISTILLING_COLUMNS = ("stage", "rate", "step", "n_steps", "learning_rate", "loss", "divergence")
@@ -35,8 +36,6 @@ N_VIEWS = 8
 N_TIMED = 4
 # Rows of the history in a run.
 N_ROWS = 10
-# Seconds between two lines in the log.
-INTERVAL = 8.0
 _LOGGER = logging.getLogger("paretoprune")
 
 
@@ -119,7 +118,7 @@ def distil(
     started = time.monotonic()
     _check(images, search_images, rates, n_steps, budget_seconds, batch_size)
     check_augmentation(images, crop, flip)
-    lines, device = _Lines(log), torch.device(device)
+    lines, device = Telling("distil", log), torch.device(device)
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
         views = _Views(dense, images, batch_size, crop, flip, seed, device)
         judge = _Judge(views, search_images, lines)
@@ -190,18 +189,6 @@ def _least_steps(n_rates: int) -> int:
     return 1 if n_rates < 2 else n_rates + 1
 
 
-class _Lines:
-    """Lines in a log that are not too many: one after `INTERVAL` seconds."""
-
-    def __init__(self, log: logging.Logger) -> None:
-        self._log, self._last = log, time.monotonic()
-
-    def __call__(self, text: str, *values: Any) -> None:
-        if time.monotonic() - self._last >= INTERVAL:
-            self._last = time.monotonic()
-            self._log.info(f"distil: {text}", *values)
-
-
 class _Views:
     """Batches of images in some order, augmented, with what the dense network answers to them.
 
@@ -241,7 +228,7 @@ class _Views:
 class _Judge:
     """Divergence of networks from the dense one, on the search images."""
 
-    def __init__(self, views: _Views, images: Tensor, lines: _Lines) -> None:
+    def __init__(self, views: _Views, images: Tensor, lines: Telling) -> None:
         self._lines = lines
         self._batches = [channels_last(x.to(views.device)) for x in images.split(views.batch_size)]
         dense = torch.cat([self._answer(i, views.answers) for i in range(len(self._batches))])
@@ -322,7 +309,7 @@ class _Run:
         network: nn.Module,
         views: _Views,
         judge: _Judge,
-        lines: _Lines,
+        lines: Telling,
         n_steps: int,
         progress: Callable[[int, int], None] | None,
     ) -> None:

@@ -177,6 +177,11 @@ def _broken_method(config: Config, name: str) -> Iterator[str]:
 def _broken_effort(method: ComparedMethod, name: str) -> Iterator[str]:
     """Too few candidates for a search."""
     if method.kind == "channels":
+        if method.search_repair not in (None, method.repair):
+            yield (
+                f"method_settings.{name}: a search over channels repairs candidates as they will be shipped, found "
+                f"search_repair '{method.search_repair}' beside repair '{method.repair}'; set it to null"
+            )
         needed = n_channel_starts(method.repair) + method.population
         if method.budget.phase1 < needed:
             yield (
