@@ -16,7 +16,7 @@ from paretoprune.copies import copied
 from paretoprune.data.datasets import check_augmentation
 from paretoprune.data.splits import LabelledImages
 from paretoprune.files import atomic_path
-from paretoprune.networks.architectures import channels_last, to_channels_last
+from paretoprune.networks.architectures import to_channels_last
 from paretoprune.networks.wrapping import logits_of
 
 TRAINING_COLUMNS = ("epoch", "learning_rate", "loss", "train_error")
@@ -227,7 +227,9 @@ class _Trainer:
             rate = learning_rate(recipe, epoch + (step + 0.5) / len(batches))
             indices = batch.to(images.device)
             x = augment(images[indices], recipe.crop, recipe.flip, generator)
-            loss, wrong = self._step(channels_last(x), labels[indices], rate)
+            # Not `channels_last`: the strides of single channels would choose other kernels, and end in other weights.
+            x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x.contiguous()
+            loss, wrong = self._step(x, labels[indices], rate)
             total_loss += loss * len(batch)
             if not math.isfinite(total_loss):
                 raise TrainingDivergedError(
