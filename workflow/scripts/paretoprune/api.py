@@ -185,8 +185,8 @@ def pareto_prune(
     inspected = _look_at(network, train, search, () if units == "channels" else exclude)
     if units == "channels":
         effort = Effort(evaluations, population, seed)
-        wanted = (loss, *costs)
-        return _slim(inspected, train, search, wanted, exclude, repair, effort, device, workers, progress, source)
+        settings = SlimSearch(repair, loss, n_processes=1 if device.type == "cuda" else workers)
+        return _slim(inspected, train, search, costs, exclude, settings, effort, device, progress, source)
     network, layout, n_classes = inspected.network, inspected.units, inspected.n_classes
     order = np.random.default_rng(seed).permutation(len(train))
     calibration = train.images[order[:N_CALIBRATION]]
@@ -319,12 +319,11 @@ def _slim(
     inspected: Inspection,
     train: LabelledImages,
     search: LabelledImages,
-    objectives: Sequence[str],
+    cost_names: Sequence[str],
     exclude: Sequence[str],
-    repair: str,
+    settings: SlimSearch,
     effort: Effort,
     device: torch.device,
-    workers: int,
     progress: bool,
     source: LatencySource | None,
 ) -> Front:
@@ -334,15 +333,14 @@ def _slim(
     units.report(_LOGGER)
     order = np.random.default_rng(effort.seed).permutation(len(train))
     calibration = train.images[order[:N_SLIM_CALIBRATION]]
-    known = {cost.name: cost for cost in slim_costs([n for n in objectives[1:] if n != LATENCY], units, network, image)}
+    known = {cost.name: cost for cost in slim_costs([n for n in cost_names if n != LATENCY], units, network, image)}
     if source is not None:
         latency = find_latency_cost(inspected.bare(), units, image, source.table, source.runtime, effort.seed)
         if source.table is None and source.path is not None:
             latency.table.save(source.path)
         known[LATENCY] = latency
-    costs = [known[name] for name in objectives[1:]]
+    costs = [known[name] for name in cost_names]
     task = SlimTask(network, units, search.images, search.labels, calibration)
-    settings = SlimSearch(repair, objectives[0], n_processes=1 if device.type == "cuda" else workers)
     with _shown(effort.evaluations, progress) as show:
         front = find_slim_networks(task.to(device), costs, settings, effort, progress=show).front
     front = replace(front, dense=inspected.bare())

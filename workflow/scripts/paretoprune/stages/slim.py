@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from paretoprune.fronts import Front, non_dominated
-from paretoprune.importance.curvature import DAMPING
 from paretoprune.importance.layer_statistics import collect_statistics
 from paretoprune.masks.units import WeightUnits, ranks_within_groups
 from paretoprune.objectives import Cost
@@ -18,7 +17,7 @@ from paretoprune.settings import CHANNEL_START_COSTS, Anchors, ChannelStep, Phas
 from paretoprune.structured.allocation import cheapest_within, loss_curves, measured_curves, uniform_within
 from paretoprune.structured.elimination import elimination_scores
 from paretoprune.structured.importance import group_magnitude
-from paretoprune.structured.judging import SlimJudge, SlimTask
+from paretoprune.structured.judging import Judging, SlimJudge, SlimTask
 
 # Calibration images on which each coupling alone is measured.
 N_MEASURING_IMAGES = 256
@@ -26,29 +25,17 @@ _LOGGER = logging.getLogger("paretoprune")
 
 
 @dataclass(frozen=True)
-class SlimSearch:
-    """How small networks are searched.
+class SlimSearch(Judging):
+    """How small networks are searched: how they are judged, and which are published.
 
     Attributes:
-        repair: `none`, `batchnorm` or `reconstruct`.
-        loss: `error` or `divergence`.
-        n_repair_images: Calibration images that candidates are repaired on, the first ones; None for all.
-        n_images: Images that candidates are measured on, the first ones; None for all.
-        n_processes: Processes to evaluate candidates with.
         front_size: Members that are finished, at most; None for all.
         sparsities: The best member beyond each of these shares of the first cost is finished, see `Front.thinned`.
-        damping: Of re-fits.
         may_vanish: Whether branches may be removed as a whole.
     """
 
-    repair: str = "reconstruct"
-    loss: str = "divergence"
-    n_repair_images: int | None = 384
-    n_images: int | None = None
-    n_processes: int = 1
     front_size: int | None = 30
     sparsities: Sequence[float] = ()
-    damping: float = DAMPING
     may_vanish: bool = True
 
     @classmethod
@@ -59,11 +46,11 @@ class SlimSearch:
             step.objective,
             step.repair_images,
             step.candidate_images,
-            n_processes=n_processes,
-            front_size=step.front_size,
-            sparsities=step.sparsities,
-            damping=step.damping,
-            may_vanish=step.empty_layers == "allow",
+            step.damping,
+            n_processes,
+            step.front_size,
+            step.sparsities,
+            step.empty_layers == "allow",
         )
 
 
@@ -102,15 +89,7 @@ def find_slim_networks(
         "elimination": elimination_scores(task.network, units, statistics),
         "magnitude": group_magnitude(task.network, units),
     }
-    judge = SlimJudge(
-        task,
-        settings.repair,
-        settings.loss,
-        settings.n_repair_images,
-        settings.n_processes,
-        settings.n_images,
-        settings.damping,
-    )
+    judge = SlimJudge(task, settings)
     problem = Problem(units, judge, tuple(costs), units.can_be_built, progress, settings.loss)
     found = search(
         problem,

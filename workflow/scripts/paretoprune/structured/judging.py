@@ -54,42 +54,46 @@ class SlimTask:
         )
 
 
+@dataclass(frozen=True)
+class Judging:
+    """How small networks are repaired and measured.
+
+    Attributes:
+        repair: `none`, `batchnorm` (statistics corrected), or `reconstruct` (every layer re-fitted too).
+        loss: `error` or `divergence`.
+        n_repair_images: Calibration images that candidates are repaired on, the first ones; None for all.
+        n_images: Images that candidates are measured on, the first ones; None for all.
+        damping: Of re-fits, see `importance.curvature.damped`.
+        n_processes: Processes, each of one thread.
+    """
+
+    repair: str = "reconstruct"
+    loss: str = "divergence"
+    n_repair_images: int | None = 384
+    n_images: int | None = None
+    damping: float = DAMPING
+    n_processes: int = 1
+
+
 class SlimJudge:
     """Builds small networks, repairs and measures them, in as many processes as are granted.
 
     Args:
         task: What is cut and measured.
-        repair: `none`, `batchnorm` (statistics corrected), or `reconstruct` (every layer re-fitted too).
-        loss: `error` or `divergence`.
-        n_repair_images: Calibration images that candidates are repaired on, the first ones; None for all.
-        n_processes: Processes, each of one thread.
-        n_images: Images that candidates are measured on, the first ones; None for all.
-        damping: Of re-fits, see `importance.curvature.damped`.
+        judging: How.
     """
 
-    def __init__(
-        self,
-        task: SlimTask,
-        repair: str,
-        loss: str,
-        n_repair_images: int | None,
-        n_processes: int,
-        n_images: int | None = None,
-        damping: float = DAMPING,
-    ) -> None:
-        self._damping = damping
-        self._task, self._repair, self._loss, self._n_images = task, repair, loss, n_images
-        self._n_repair_images, self._n_processes = n_repair_images, n_processes
+    def __init__(self, task: SlimTask, judging: Judging) -> None:
+        self._task, self._judging = task, judging
 
     @cached_property
     def _refit(self) -> SlimRefit | None:
-        if self._repair == "none":
+        task, judging = self._task, self._judging
+        if judging.repair == "none":
             return None
-        fits = self._repair == "reconstruct"
+        fits = judging.repair == "reconstruct"
         with repeatable():
-            return SlimRefit(
-                self._task.network, self._task.units, self._task.calibration, fits=fits, damping=self._damping
-            )
+            return SlimRefit(task.network, task.units, task.calibration, fits=fits, damping=judging.damping)
 
     @cached_property
     def _dense_log_probabilities(self) -> Tensor:
@@ -118,11 +122,12 @@ class SlimJudge:
     def __call__(self, masks: PackedMasks) -> np.ndarray:
         """Losses of masks, float64 (n_masks,)."""
         self._prepare()
+        judging = self._judging
 
         def measured(i: int) -> tuple[float, float]:
-            return self.measure(self.build(masks.unpack(i), self._n_repair_images), self._n_images)
+            return self.measure(self.build(masks.unpack(i), judging.n_repair_images), judging.n_images)
 
-        at = LOSSES.index(self._loss)
+        at = LOSSES.index(judging.loss)
         return np.array([found[at] for found in self._each("a generation", measured, len(masks))], dtype=np.float64)
 
     def calibration_divergence(self, masks: PackedMasks, n_images: int) -> np.ndarray:
@@ -162,4 +167,6 @@ class SlimJudge:
     def _each(self, what: str, function: Callable[[int], Any], n: int) -> list[Any]:
         """Results of a function for each of n networks; what is being done is told from time to time."""
         telling = Telling(what)
-        return run_in_processes(function, n, self._n_processes, lambda done: telling("%d of %d networks", done, n))
+        return run_in_processes(
+            function, n, self._judging.n_processes, lambda done: telling("%d of %d networks", done, n)
+        )
