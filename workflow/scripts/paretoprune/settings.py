@@ -27,13 +27,13 @@ LOSSES = ("error", "divergence")
 AUTO = "auto"
 COSTS = ("density", "parameters", "macs", "bytes")
 # Costs, relative to the whole network, at which a search over channels starts from three allocations each, or from two
-# where nothing is repaired.
-CHANNEL_START_COSTS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+# where nothing is repaired; and it starts from the whole network and the smallest one.
+CHANNEL_START_COSTS = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 
 def n_channel_starts(repair: str) -> int:
     """Candidates that a search over channels starts from, at most."""
-    return 1 + len(CHANNEL_START_COSTS) * (2 if repair == "none" else 3)
+    return 2 + len(CHANNEL_START_COSTS) * (2 if repair == "none" else 3)
 
 
 def meaning(description: str, **rule: Any) -> dict[str, Any]:

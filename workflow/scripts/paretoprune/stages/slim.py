@@ -108,8 +108,10 @@ def starting_points(
 ) -> list[np.ndarray]:
     """Allocations at several costs: uniform, by the losses of elimination, and by what each coupling loses alone.
 
+    The two ends are among them: a search that starts far from an end rarely reaches it.
+
     Returns:
-        Units to keep, each int64 (n_groups,); the first one keeps everything.
+        Units to keep, each int64 (n_groups,); the first one keeps everything, the second one as little as possible.
     """
     units, ranks = task.units, ranks_within_groups(scores, task.units)
     curves = [loss_curves(units, scores)]
@@ -118,7 +120,7 @@ def starting_points(
         curves.append(
             measured_curves(units, scores, lambda masks: judge.calibration_divergence(masks, N_MEASURING_IMAGES))
         )
-    found = [units.sizes]
+    found = [units.sizes, np.array([0 if one.may_vanish else 1 for one in units.couplings], dtype=np.int64)]
     for budget in CHANNEL_START_COSTS:
         found.append(uniform_within(units, ranks, cost, budget))
         found += [cheapest_within(units, curve, ranks, cost, budget) for curve in curves]
