@@ -18,6 +18,7 @@ from paretoprune.importance.layer_statistics import (
     LayerStatistics,
     Moments,
     collect_statistics,
+    gram,
     im2col,
     load_statistics,
     output_matrix,
@@ -458,6 +459,16 @@ def test_more_images_than_sensitivity_looks_at_still_count_for_the_moments() -> 
     assert layer.n_samples == 600
     torch.testing.assert_close(layer.mean[0], images.flatten(1).mean(0), rtol=0, atol=1e-5)
     torch.testing.assert_close(layer.sensitivity, torch.full((10,), 0.9), rtol=0.3, atol=0)
+
+
+@pytest.mark.parametrize("n_columns", [1, 192, 193, 384, 450])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_half_of_the_products_of_columns_mirrors_the_other(groups: int, n_columns: int) -> None:
+    x = torch.randn(groups, 70, n_columns, generator=torch.Generator().manual_seed(0))
+    found = gram(x)
+    torch.testing.assert_close(found, x.mT @ x, rtol=1e-5, atol=1e-4)
+    if n_columns > 192:
+        assert torch.equal(found, found.mT)
 
 
 def test_statistics_read_back_as_they_were_written(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from paretoprune import Front, telling
 from paretoprune import distil as distil_member
+from paretoprune.data.mixing import mixed
 from paretoprune.evaluation.metrics import divergence, predict
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import WeightUnits
@@ -67,11 +68,32 @@ def test_a_damaged_network_answers_more_like_the_dense_one_on_images_it_has_not_
     assert divergence_of(result.network, held_out) < 0.7 * divergence_of(slim(), held_out)
 
 
-def test_both_divergences_are_those_of_the_search_images() -> None:
-    result = run()
-    assert result.before == pytest.approx(divergence_of(slim(), search_images()), abs=1e-6)
-    assert result.after == pytest.approx(divergence_of(result.network, search_images()), abs=1e-6)
+@pytest.mark.parametrize("mix", [True, False])
+def test_both_divergences_are_those_of_the_search_images(mix: bool) -> None:
+    result = run(mix=mix)
+    at = mixed(search_images(), torch.Generator().manual_seed(0)) if mix else search_images()
+    assert result.before == pytest.approx(divergence_of(slim(), at), abs=1e-6)
+    assert result.after == pytest.approx(divergence_of(result.network, at), abs=1e-6)
     assert result.history[-1]["divergence"] == result.after
+
+
+def test_images_are_mixed_in_training_unless_that_is_not_wanted() -> None:
+    seen: list[torch.Tensor] = []
+
+    class Watched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = trained("residual")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(x.detach().clone())
+            return self.network(x)
+
+    given = {tuple(image.flatten().tolist()) for image in (*images(), *search_images())}
+    for mix, is_given in ((True, False), (False, True)):
+        seen.clear()
+        run(dense=Watched(), mix=mix, n_steps=4)
+        assert {tuple(image.flatten().tolist()) in given for batch in seen for image in batch} == {is_given}
 
 
 def test_both_networks_stay_as_they_are() -> None:
@@ -260,7 +282,7 @@ def test_progress_is_said_and_which_network_is_kept(
         ({"n_steps": 0}, "expected at least 1 steps"),
         ({"n_steps": 2, "rates": [0.1, 0.2]}, "expected at least 3 steps to try 2 rates"),
         ({"budget_seconds": -1.0}, "expected `budget_seconds` above 0"),
-        ({"budget_seconds": 1e-9}, "expected a budget of at least 1 seconds"),
+        ({"budget_seconds": 1e-9}, r"expected a budget of at least \d+ seconds for 1 steps"),
         ({"batch_size": 0}, "expected a `batch_size` of at least 1"),
         ({"search_images": torch.zeros(0, 1, 8, 8)}, "found 600 images and 0 search images"),
     ],

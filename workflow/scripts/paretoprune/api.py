@@ -225,6 +225,7 @@ def distil(
     rates: Sequence[float] = distilling.RATES,
     crop: int = 0,
     flip: bool = False,
+    mix: bool = True,
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool = True,
@@ -248,6 +249,8 @@ def distil(
         rates: Learning rates to try.
         crop: Pixels that images are shifted by at random, at most; 0 for none.
         flip: Whether images are mirrored left to right half of the time.
+        mix: Whether images are mixed in pairs, to train and to measure on: on mixtures of images that it was trained
+            on, the dense network answers less surely, and says more.
         seed: Fixes every draw.
         device: Where to compute; by default a GPU where there is one.
         progress: Whether to show a progress bar.
@@ -263,7 +266,8 @@ def distil(
     """
     seed, max_images = whole_number("seed", seed, 0, LARGEST_SEED), whole_number("max_images", max_images, 1)
     index, crop = whole_number("index", index, -len(front), len(front) - 1), whole_number("crop", crop, 0)
-    flip, progress, device = truth("flip", flip), truth("progress", progress), usable_device(device)
+    flip, mix, progress = truth("flip", flip), truth("mix", mix), truth("progress", progress)
+    device = usable_device(device)
     n_steps = None if n_steps is None else whole_number("n_steps", n_steps, 1)
     if n_steps is None and budget_seconds is None:
         budget_seconds = DISTILLING_SECONDS
@@ -294,6 +298,7 @@ def distil(
             rates=rates,
             crop=crop,
             flip=flip,
+            mix=mix,
             device=device,
             progress=show,
         )

@@ -25,6 +25,8 @@ from paretoprune.tensors import load_tensors, save_tensors
 # Output positions of one image that a layer's moments are taken over: neighbouring ones say nearly the same, and more
 # images say more than more positions.
 POSITIONS = 64
+# Columns of a block in products of columns: small enough for a processor's cache.
+GRAM_BLOCK = 192
 # Images that the sensitivity of outputs is taken over, at most: it needs a backward pass.
 N_SENSITIVITY_IMAGES = 256
 BATCH_SIZE = 64
@@ -137,6 +139,28 @@ def some_positions(module: nn.Module, outputs: Tensor, n: int | None, generator:
     return torch.randperm(n_all, generator=generator)[:n].sort().values.to(outputs.device)
 
 
+def gram(x: Tensor) -> Tensor:
+    """Products of all columns with each other.
+
+    Args:
+        x: float (groups, n, n_columns).
+
+    Returns:
+        (groups, n_columns, n_columns). On a CPU only one half is computed, in blocks, and mirrored: twice as fast for
+        576 columns.
+    """
+    n_columns = x.shape[-1]
+    if x.is_cuda or n_columns <= GRAM_BLOCK:
+        return x.mT @ x
+    products = x.new_empty((len(x), n_columns, n_columns))
+    for start in range(0, n_columns, GRAM_BLOCK):
+        stop = start + GRAM_BLOCK
+        rows = x[..., start:stop].mT @ x[..., :stop]
+        products[:, start:stop, :stop] = rows
+        products[:, :start, start:stop] = rows[..., :start].mT
+    return products
+
+
 class Moments:
     """Sums of columns and of their products with each other and with targets, added up batch by batch.
 
@@ -159,7 +183,7 @@ class Moments:
             self._origin = x.mean(dim=1, keepdim=True, dtype=torch.float64).to(x.dtype)
         x = x - self._origin
         self._x = self._x + x.sum(dim=1, dtype=torch.float64)
-        self._xx = self._xx + (x.mT @ x).double()
+        self._xx = self._xx + gram(x).double()
         if y is not None:
             self._y = self._y + y.sum(dim=1, dtype=torch.float64)
             self._yx = self._yx + (y.mT @ x).double()

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from paretoprune.copies import copied
+from paretoprune.data.mixing import mixed
 from paretoprune.devices import repeatable
 from paretoprune.evaluation.metrics import divergence, predict, top1_error
 from paretoprune.evaluation.task import Scores
 from paretoprune.evaluation.workers import run_in_processes
 from paretoprune.importance.curvature import DAMPING
 from paretoprune.masks.packed import PackedMasks
-from paretoprune.settings import LOSSES
 from paretoprune.structured.refit import SlimRefit
 from paretoprune.structured.units import ChannelUnits
 from paretoprune.telling import Telling
@@ -60,7 +60,7 @@ class Judging:
 
     Attributes:
         repair: `none`, `batchnorm` (statistics corrected), or `reconstruct` (every layer re-fitted too).
-        loss: `error` or `divergence`.
+        loss: `error` or `divergence`; candidates' divergence is measured on mixtures of images, see `data.mixing`.
         n_repair_images: Calibration images that candidates are repaired on, the first ones; None for all.
         n_images: Images that candidates are measured on, the first ones; None for all.
         damping: Of re-fits, see `importance.curvature.damped`.
@@ -97,7 +97,16 @@ class SlimJudge:
 
     @cached_property
     def _dense_log_probabilities(self) -> Tensor:
-        logits = predict(copied(self._task.network).float(), self._task.images, BATCH_SIZE)
+        return self._log_probabilities(self._task.images)
+
+    @cached_property
+    def _mixtures(self) -> tuple[Tensor, Tensor]:
+        """Mixtures of the images that candidates are measured on, and what the whole network says of them."""
+        images = mixed(self._task.images[: self._judging.n_images], torch.Generator().manual_seed(0))
+        return images, self._log_probabilities(images)
+
+    def _log_probabilities(self, images: Tensor) -> Tensor:
+        logits = predict(copied(self._task.network).float(), images, BATCH_SIZE)
         return functional.log_softmax(logits.double(), dim=1)
 
     def build(self, mask: np.ndarray, n_images: int | None = None) -> nn.Module:
@@ -112,23 +121,31 @@ class SlimJudge:
         with repeatable():
             return self._refit(mask, n_images)[0]
 
-    def measure(self, network: nn.Module, n_images: int | None = None) -> tuple[float, float]:
-        """Error and divergence of a network on the first images, or on all."""
+    def measure(self, network: nn.Module) -> tuple[float, float]:
+        """Error and divergence of a network on all images."""
         with repeatable():
-            logits = predict(network, self._task.images[:n_images], BATCH_SIZE)
-        labels, known = self._task.labels[:n_images], self._dense_log_probabilities[:n_images]
-        return top1_error(logits, labels), divergence(logits, known)
+            logits = predict(network, self._task.images, BATCH_SIZE)
+        return top1_error(logits, self._task.labels), divergence(logits, self._dense_log_probabilities)
+
+    def loss(self, network: nn.Module) -> float:
+        """The loss of a candidate."""
+        n_images = self._judging.n_images
+        with repeatable():
+            if self._judging.loss == "error":
+                logits = predict(network, self._task.images[:n_images], BATCH_SIZE)
+                return top1_error(logits, self._task.labels[:n_images])
+            images, known = self._mixtures
+            return divergence(predict(network, images, BATCH_SIZE), known)
 
     def __call__(self, masks: PackedMasks) -> np.ndarray:
         """Losses of masks, float64 (n_masks,)."""
         self._prepare()
-        judging = self._judging
+        n_repair_images = self._judging.n_repair_images
 
-        def measured(i: int) -> tuple[float, float]:
-            return self.measure(self.build(masks.unpack(i), judging.n_repair_images), judging.n_images)
+        def measured(i: int) -> float:
+            return self.loss(self.build(masks.unpack(i), n_repair_images))
 
-        at = LOSSES.index(judging.loss)
-        return np.array([found[at] for found in self._each("a generation", measured, len(masks))], dtype=np.float64)
+        return np.array(self._each("a generation", measured, len(masks)), dtype=np.float64)
 
     def calibration_divergence(self, masks: PackedMasks, n_images: int) -> np.ndarray:
         """Divergence of repaired networks on the images that they are repaired on, float64 (n_masks,)."""
@@ -163,6 +180,8 @@ class SlimJudge:
     def _prepare(self) -> None:
         """Make what all networks need before processes are forked, so that it is made once."""
         _ = self._refit, self._dense_log_probabilities
+        if self._judging.loss == "divergence":
+            _ = self._mixtures
 
     def _each(self, what: str, function: Callable[[int], Any], n: int) -> list[Any]:
         """Results of a function for each of n networks; what is being done is told from time to time."""

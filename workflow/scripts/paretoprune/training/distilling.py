@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from paretoprune.copies import copied
 from paretoprune.data.datasets import check_augmentation
+from paretoprune.data.mixing import mixed
 from paretoprune.devices import plain_modes
 from paretoprune.evaluation.metrics import divergence
 from paretoprune.networks.architectures import channels_last, to_channels_last
@@ -26,6 +27,8 @@ RATES = (0.0003, 0.0001, 0.001)
 BATCH_SIZE = 64
 # Answers to images that the dense network was trained on are almost sure; softened, they say more.
 TEMPERATURE = 4.0
+# Share of the leading image in the mixtures that are trained on.
+MIXED_SHARES = 0.5, 1.0
 # Share of all steps that the trial of one rate gets, at most, and that all trials get together.
 TRIAL_SHARE, TRIALS_SHARE = 0.1, 0.5
 # Share of a run in which the rate rises.
@@ -45,7 +48,8 @@ class Distilled:
 
     Attributes:
         network: The better one of before and after, in evaluation mode, on the CPU.
-        before: Divergence of the network as it was given from the dense network, on the search images, 0 to 1.
+        before: Divergence of the network as it was given from the dense network, on the search images or mixtures of
+            them, 0 to 1.
         after: Divergence of the network as it was trained.
         rate: The learning rate that short trials chose.
         n_steps: Steps in all, those of trials included: given as `n_steps`, they give the same network again.
@@ -79,6 +83,7 @@ def distil(
     rates: Sequence[float] = RATES,
     crop: int = 0,
     flip: bool = False,
+    mix: bool = True,
     batch_size: int = BATCH_SIZE,
     device: torch.device | str = "cpu",
     log: logging.Logger = _LOGGER,
@@ -92,6 +97,9 @@ def distil(
     that are 0 stay 0, so that a network that is pruned by a mask stays so. Equal calls with `n_steps` give equal
     networks on one machine.
 
+    Images are mixed in pairs, both to train and to measure on: the dense network answers to images that it was trained
+    on almost surely, which says little about others.
+
     Args:
         network: Network to train, slim or masked; it is left as it is.
         dense: Network whose answers are the targets; it is left as it is.
@@ -103,6 +111,7 @@ def distil(
         rates: Learning rates to try, peaks of the schedule; a single one is taken without a trial.
         crop: Pixels of zero padding from which a random crop is taken; 0 for none.
         flip: Whether images are mirrored left to right half of the time.
+        mix: Whether images are mixed in pairs, see `data.mixing`.
         batch_size: Images per step.
         device: Where to compute.
         log: Told of the progress, at least every ten seconds unless a single step takes longer.
@@ -113,14 +122,17 @@ def distil(
             networks do not answer alike.
 
     Source:
-        Hinton et al., "Distilling the knowledge in a neural network", 2015, without the labels.
+        Hinton et al., "Distilling the knowledge in a neural network", 2015, without the labels; on mixtures as in
+        Beyer et al., "Knowledge distillation: A good teacher is patient and consistent", 2022.
     """
     started = time.monotonic()
     _check(images, search_images, rates, n_steps, budget_seconds, batch_size)
     check_augmentation(images, crop, flip)
     lines, device = Telling("distil", log), torch.device(device)
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        views = _Views(dense, images, batch_size, crop, flip, seed, device)
+        views = _Views(dense, images, batch_size, _Augmentation(crop, flip, mix), seed, device)
+        if mix:
+            search_images = mixed(search_images, torch.Generator().manual_seed(0))
         judge = _Judge(views, search_images, lines)
         begun = time.monotonic()
         before = judge(to_channels_last(copied(network).to(device).eval()))
@@ -189,6 +201,19 @@ def _least_steps(n_rates: int) -> int:
     return 1 if n_rates < 2 else n_rates + 1
 
 
+@dataclass(frozen=True)
+class _Augmentation:
+    """What is done to images at random, see `distil`."""
+
+    crop: int
+    flip: bool
+    mix: bool
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        images = augment(images, self.crop, self.flip, generator)
+        return mixed(images, generator, MIXED_SHARES) if self.mix else images
+
+
 class _Views:
     """Batches of images in some order, augmented, with what the dense network answers to them.
 
@@ -197,10 +222,16 @@ class _Views:
     """
 
     def __init__(
-        self, dense: nn.Module, images: Tensor, batch_size: int, crop: int, flip: bool, seed: int, device: torch.device
+        self,
+        dense: nn.Module,
+        images: Tensor,
+        batch_size: int,
+        augmentation: _Augmentation,
+        seed: int,
+        device: torch.device,
     ) -> None:
         self.device, self.batch_size = device, batch_size
-        self._images, self._crop, self._flip, self._seed = images, crop, flip, seed
+        self._images, self._augmentation, self._seed = images, augmentation, seed
         self._teacher = to_channels_last(copied(dense).to(device).eval().requires_grad_(False))
         self._targets: dict[tuple[int, int], Tensor] = {}
         self.n_batches = -(-len(images) // batch_size)
@@ -211,7 +242,7 @@ class _Views:
         order = self._generator(view, 0)
         indices = torch.randperm(len(self._images), generator=order)[i * self.batch_size : (i + 1) * self.batch_size]
         found = self._images[indices.to(self._images.device)].to(self.device)
-        x = channels_last(augment(found, self._crop, self._flip, self._generator(view, 1 + i)))
+        x = channels_last(self._augmentation(found, self._generator(view, 1 + i)))
         if (view, i) not in self._targets:
             self._targets[view, i] = self.answers(x)
         return x, self._targets[view, i]
