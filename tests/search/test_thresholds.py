@@ -5,7 +5,7 @@ import pytest
 from paretoprune.fronts import hypervolume
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import PlainUnits, WeightUnits, keep_top, ranks_within_groups
-from paretoprune.search.levels import nearest_rungs, rung_densities
+from paretoprune.search.levels import Ladder, nearest_rungs, rung_densities
 from paretoprune.search.problem import Problem
 from paretoprune.search.pymoo_adapter import PruningProblem
 from paretoprune.search.recorder import Recorder
@@ -126,10 +126,11 @@ def test_level_switches_vary_the_share_asked_for_and_keep_the_total() -> None:
     problem = PruningProblem(4, lambda x: PackedMasks.empty(units.n_units), recorder, bounds=(0, 1))
     levels = np.random.default_rng(0).integers(1, 8, (2000, 4))
     x = 1.0 - rungs[levels]
-    unchanged = LevelSwitches(rungs, sizes, 0.0, PM(prob_var=0.0))
+    ladder = Ladder.of_units(rungs, sizes)
+    unchanged = LevelSwitches(ladder, 0.0, PM(prob_var=0.0))
     np.testing.assert_array_equal(unchanged._do(problem, x, random_state=np.random.default_rng(0)), x)
     for share in (0.3, 1.0):
-        mutation = LevelSwitches(rungs, sizes, share, PM(prob_var=0.0))
+        mutation = LevelSwitches(ladder, share, PM(prob_var=0.0))
         before = x.copy()
         found = mutation._do(problem, x, random_state=np.random.default_rng(1))
         np.testing.assert_array_equal(x, before)

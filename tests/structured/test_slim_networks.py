@@ -10,22 +10,25 @@ import numpy as np
 import pytest
 import torch
 from paretoprune import Front, pareto_prune
+from paretoprune.data.mixing import mixed
 from paretoprune.data.splits import LabelledImages
-from paretoprune.evaluation.metrics import predict, top1_error
+from paretoprune.evaluation.metrics import divergence, predict, top1_error
 from paretoprune.importance.layer_statistics import LayerStatistics, collect_statistics
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import WeightUnits, keep_top, ranks_within_groups
 from paretoprune.networks.architectures import CifarResNet
 from paretoprune.networks.costs import count_uses
 from paretoprune.shapes import with_state
-from paretoprune.structured.allocation import cheapest_within, loss_curves, measured_curves, uniform_within
+from paretoprune.structured.allocation import cheapest_within, ladder_of, loss_curves, measured_curves, uniform_within
 from paretoprune.structured.elimination import elimination_scores
 from paretoprune.structured.importance import group_magnitude, group_taylor, norm_scale
+from paretoprune.structured.judging import CANDIDATE_SAMPLES, Judging, SlimJudge, SlimTask
 from paretoprune.structured.refit import SlimRefit
 from paretoprune.structured.units import SLIM_COSTS, ChannelUnits, slim_costs
 from paretoprune.training.loop import Recipe, train
 from small_networks import digits, residual, states_equal
 from torch import Tensor, nn
+from torch.nn import functional
 
 IMAGE = torch.zeros(1, 1, 8, 8)
 
@@ -186,12 +189,42 @@ def test_a_vanished_branch_makes_the_mean_of_what_it_made() -> None:
     train(found, LabelledImages(images[:100], labels[:100]), Recipe(epochs=1, learning_rate=0.01), seed=0)
 
 
-def test_fewer_images_are_whole_batches_and_give_another_fit() -> None:
-    row = some_rows()[1]
-    network, logits = refit()(row, 100)
-    assert len(logits) == 128
-    assert not states_equal(network, refit()(row)[0])
-    assert states_equal(network, refit()(row, 128)[0])
+def judge(**judging: Any) -> SlimJudge:
+    images, labels = digits()
+    task = SlimTask(residual(), units(), images[1000:1200], labels[1000:1200], images[:512])
+    return SlimJudge(task, Judging(**judging))
+
+
+def test_candidates_are_refitted_on_fewer_images_than_what_is_published() -> None:
+    row, judging = some_rows()[1], judge(n_repair_images=100)
+    images = digits()[0][:512]
+    published = SlimRefit(residual(), units(), images)(row)[0]
+    candidate = SlimRefit(residual(), units(), images[:100], samples_per_column=CANDIDATE_SAMPLES)(row)[0]
+    assert states_equal(judging.build(row), published)
+    assert states_equal(judging.candidate(row), candidate)
+    assert not states_equal(candidate, published)
+
+
+def test_candidates_are_measured_on_mixtures_and_published_networks_on_images() -> None:
+    row, (images, labels) = some_rows()[1], digits()
+    masks = PackedMasks.pack_each([row], units().n_units)
+    mixtures = mixed(images[1000:1150], torch.Generator().manual_seed(0))
+
+    def said(network: nn.Module, at: Tensor) -> float:
+        dense = functional.log_softmax(predict(residual(), at, 64).double(), dim=1)
+        return divergence(predict(network, at, 64), dense)
+
+    judging = judge(n_images=150)
+    candidate = judging.candidate(row)
+    assert judging(masks)[0] == pytest.approx(said(candidate, mixtures), abs=1e-6)
+    of_errors = judge(n_images=150, loss="error")
+    errors = top1_error(predict(candidate, images[1000:1150], 64), labels[1000:1150])
+    assert of_errors(masks)[0] == pytest.approx(errors)
+    assert of_errors.divergences(masks)[0] == pytest.approx(judging(masks)[0])
+    states, scores = judging.finish(masks)
+    published = judging.build(row)
+    assert states_equal(with_state(copy.deepcopy(residual()), states[0]), published)
+    assert scores.objective("divergence")[0] == pytest.approx(said(published, images[1000:1200]), abs=1e-6)
 
 
 # Importance
@@ -285,7 +318,25 @@ def test_curves_say_what_is_lost_and_where_nothing_may_go() -> None:
 
     curves = measured_curves(units(), scores, measure, shares=(0.0, 0.5))
     assert len(asked[0]) == 6
-    np.testing.assert_allclose(curves[0], np.linspace(8 / 56, 0, 9), atol=1e-12)
+    # Measured where it was asked for, and in between as the scores fall: by 3 of 3, by 3 of 4, and evenly.
+    np.testing.assert_allclose(curves[0][[0, 4, 8]], [8 / 56, 4 / 56, 0], atol=1e-12)
+    assert curves[0][:5].tolist() == pytest.approx(np.linspace(8 / 56, 4 / 56, 5).tolist())
+    assert curves[0][4:].tolist() == pytest.approx([4 / 56, 4 / 56 * 2 / 3, 4 / 56 / 3, 0, 0])
+
+
+def test_the_rungs_of_a_ladder_cost_what_the_channels_of_a_group_add() -> None:
+    scores = np.arange(units().n_units, dtype=np.float32)
+    (cost,) = slim_costs(["macs"], units(), residual(), IMAGE)
+    ladder = ladder_of(units(), scores, cost)
+    assert ladder.densities[[0, 8, 16]].tolist() == [0.0, 0.5, 1.0]
+    for g, (start, stop) in enumerate(itertools.pairwise(units().offsets)):
+        rows = [np.ones(units().n_units, dtype=bool) for _ in range(2)]
+        rows[0][start:stop] = False
+        rows[1][start : start + (stop - start) // 2] = False
+        none, half = cost.of(masks_of(*rows))
+        assert ladder.amounts[g, [0, 8, 16]].tolist() == pytest.approx(
+            [0, (half - none) * 1e6, (1 - none) * 1e6], abs=1
+        )
 
 
 # The search

@@ -46,6 +46,7 @@ from paretoprune.options import (
 from paretoprune.repair.repairs import repair_named
 from paretoprune.search.problem import Effort, Progress
 from paretoprune.settings import (
+    N_CHANNEL_STARTS,
     REFIT_GUIDE,
     Anchors,
     Budget,
@@ -53,7 +54,6 @@ from paretoprune.settings import (
     Phase2,
     Publishing,
     Searching,
-    n_channel_starts,
 )
 from paretoprune.stages.anchors import find_anchors
 from paretoprune.stages.candidates import Setup
@@ -173,9 +173,7 @@ def pareto_prune(
     refits = repair_named(repair).refits
     phase1, anchors, phase2 = REFITTED if refits else MASKED
     budget, population = Budget(evaluations, phase1.share), int(np.clip(evaluations // 20, 8, 40))
-    needed = 2 * (
-        n_channel_starts(repair) + population if units == "channels" else phase1.least_evaluations(population)
-    )
+    needed = 2 * (N_CHANNEL_STARTS + population if units == "channels" else phase1.least_evaluations(population))
     if evaluations < needed:
         raise ValueError(
             f"expected at least {needed} evaluations, half of them for Phase 1: the classical allocations, one "

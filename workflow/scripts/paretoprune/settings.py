@@ -26,14 +26,10 @@ LOSSES = ("error", "divergence")
 # The loss that suits a network, see `workflow.configuration.loss_of`.
 AUTO = "auto"
 COSTS = ("density", "parameters", "macs", "bytes")
-# Costs, relative to the whole network, at which a search over channels starts from three allocations each, or from two
-# where nothing is repaired; and it starts from the whole network and the smallest one.
+# Costs, relative to the whole network, at which a search over channels starts from three allocations each.
 CHANNEL_START_COSTS = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
-
-
-def n_channel_starts(repair: str) -> int:
-    """Candidates that a search over channels starts from, at most."""
-    return 2 + len(CHANNEL_START_COSTS) * (2 if repair == "none" else 3)
+# With the whole network and the smallest one: candidates that it starts from, at most.
+N_CHANNEL_STARTS = 2 + 3 * len(CHANNEL_START_COSTS)
 
 
 def meaning(description: str, **rule: Any) -> dict[str, Any]:

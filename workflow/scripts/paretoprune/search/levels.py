@@ -3,11 +3,31 @@
 A *level* is the index of a group's rung, from 0 for the sparsest one.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.random import Generator
 
 # Sparsest rung, as a share of a group.
 LOWEST_RUNG = 0.005
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Rungs, and what each group amounts to on each of them, for moves at a constant total.
+
+    Attributes:
+        densities: float (n_rungs,), rising.
+        amounts: int64 (n_groups, n_rungs), rising: the units that a group keeps, or what they cost.
+    """
+
+    densities: np.ndarray
+    amounts: np.ndarray
+
+    @classmethod
+    def of_units(cls, densities: np.ndarray, sizes: np.ndarray) -> "Ladder":
+        """The ladder whose total is the number of units, of groups of these sizes."""
+        return cls(densities, np.rint(densities * sizes[:, None]).astype(np.int64))
 
 
 def rung_densities(n_rungs: int) -> np.ndarray:
@@ -27,12 +47,12 @@ def nearest_rungs(densities: np.ndarray, rungs: np.ndarray) -> np.ndarray:
     return np.searchsorted(boundaries, densities, side="left")
 
 
-def switch_levels(levels: np.ndarray, n_kept: np.ndarray, rng: Generator) -> np.ndarray:
+def switch_levels(levels: np.ndarray, amounts: np.ndarray, rng: Generator) -> np.ndarray:
     """Move one group to the next rung, and others the other way until the total is about the same as before.
 
     Args:
         levels: int (n_groups,), the level of each group.
-        n_kept: int (n_groups, n_rungs), units that each group keeps on each rung, rising.
+        amounts: int (n_groups, n_rungs), what each group amounts to on each rung, rising.
         rng: Random generator.
 
     Returns:
@@ -43,21 +63,21 @@ def switch_levels(levels: np.ndarray, n_kept: np.ndarray, rng: Generator) -> np.
     """
     switched = levels.copy()
     direction = 1 if rng.random() < 0.5 else -1
-    top = n_kept.shape[1] - 1
+    top = amounts.shape[1] - 1
     movable = np.flatnonzero((levels + direction >= 0) & (levels + direction <= top))
     if not len(movable):
         return switched
     first = int(rng.choice(movable))
     switched[first] += direction
-    # By how many units the total is off, counted in the direction of the first group.
-    excess = direction * int(n_kept[first, switched[first]] - n_kept[first, levels[first]])
+    # By how much the total is off, counted in the direction of the first group.
+    excess = direction * int(amounts[first, switched[first]] - amounts[first, levels[first]])
     for group in rng.permutation(len(levels)):
         level = switched[group] - direction
         if excess <= 0:
             break
         if group == first or not 0 <= level <= top:
             continue
-        compensated = direction * int(n_kept[group, switched[group]] - n_kept[group, level])
+        compensated = direction * int(amounts[group, switched[group]] - amounts[group, level])
         # A step of more than twice the excess would leave the total farther off than before, on the other side.
         if compensated <= 2 * excess:
             switched[group] = level

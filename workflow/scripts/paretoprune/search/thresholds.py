@@ -16,35 +16,39 @@ from paretoprune.fronts import Front
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import Units, keep_top, ranks_within_groups
 from paretoprune.search.algorithms import reference_directions
-from paretoprune.search.levels import nearest_rungs, rung_densities, switch_levels
+from paretoprune.search.levels import Ladder, nearest_rungs, rung_densities, switch_levels
 from paretoprune.search.problem import Effort, Problem
 from paretoprune.search.pymoo_adapter import PruningProblem, run_algorithm
 from paretoprune.search.recorder import Recorder, SearchResult
 from paretoprune.settings import Phase1
 
+# Level switches of an individual at a time, at most, where groups may have any density.
+MOST_SWITCHES = 4
+
 
 class LevelSwitches(Mutation):
-    """Moves some individuals between rungs at constant total density, and all others by another mutation.
+    """Moves some individuals between rungs at a constant total, and all others by another mutation.
 
     Args:
-        rungs: float (n_rungs,), the densities that a group may have.
-        sizes: int (n_groups,), units of each group.
+        ladder: The rungs.
         share: Probability of a level switch.
         fallback: The mutation of the other individuals.
+        most: Level switches of an individual at a time, at most.
     """
 
-    def __init__(self, rungs: np.ndarray, sizes: np.ndarray, share: float, fallback: Mutation) -> None:
+    def __init__(self, ladder: Ladder, share: float, fallback: Mutation, most: int = 1) -> None:
         super().__init__(prob=1.0)
-        self._rungs, self._share, self._fallback = rungs, share, fallback
-        self._n_kept = np.rint(rungs * sizes[:, None]).astype(np.int64)
+        self._ladder, self._share, self._fallback, self._most = ladder, share, fallback, most
 
     def _do(
         self, problem: PymooProblem, x: np.ndarray, *args: Any, random_state: Any = None, **kwargs: Any
     ) -> np.ndarray:
         varied = self._fallback._do(problem, x.copy(), *args, random_state=random_state, **kwargs)
         for i in np.flatnonzero(random_state.random(len(x)) < self._share):
-            levels = nearest_rungs(1.0 - x[i], self._rungs)
-            varied[i] = 1.0 - self._rungs[switch_levels(levels, self._n_kept, random_state)]
+            levels = nearest_rungs(1.0 - x[i], self._ladder.densities)
+            for _ in range(1 if self._most == 1 else random_state.integers(1, self._most + 1)):
+                levels = switch_levels(levels, self._ladder.amounts, random_state)
+            varied[i] = 1.0 - self._ladder.densities[levels]
         return varied
 
 
@@ -81,6 +85,7 @@ def search_thresholds(
     *,
     reselect: Callable[[Front], PackedMasks] | None = None,
     precompute: Callable[[PackedMasks], None] | None = None,
+    ladder: Ladder | None = None,
 ) -> SearchResult:
     """Search one threshold per group on the importance ranks by NSGA-II.
 
@@ -97,6 +102,8 @@ def search_thresholds(
         effort: Number of masks to evaluate, the starts included; population and seed.
         reselect: From the front of the search to at most `n_reselected` masks, which are evaluated at the end.
         precompute: Called before any evaluation with the masks in which all groups are on the same rung.
+        ladder: What level switches keep constant, where groups may have any density; an individual then gets several
+            at a time. None for the number of units, on the `rungs` of the settings.
 
     Raises:
         ValueError: The budget does not pay for the starts, one population and the reselected masks.
@@ -133,7 +140,9 @@ def search_thresholds(
     first_population += _random_thresholds(n_random, units.n_groups, np.random.default_rng(effort.seed))
     mutation: Mutation = PM(prob=1.0, prob_var=1.0 / units.n_groups, eta=20)
     if rungs is not None and settings.level_switches:
-        mutation = LevelSwitches(rungs, units.sizes, settings.level_switches, mutation)
+        mutation = LevelSwitches(Ladder.of_units(rungs, units.sizes), settings.level_switches, mutation)
+    elif ladder is not None:
+        mutation = LevelSwitches(ladder, settings.level_switches, mutation, MOST_SWITCHES)
     algorithm = _threshold_algorithm(population, np.array(first_population), mutation, len(problem.objectives))
     run_algorithm(algorithm, PruningProblem(units.n_groups, decode, recorder, bounds=(0.0, 1.0)), recorder, effort.seed)
     if n_reselected and reselect is not None:

@@ -7,6 +7,7 @@ import numpy as np
 
 from paretoprune.masks.units import Units
 from paretoprune.search.corridor import Corridor, anchors_between, choose_anchors, corridors_of
+from paretoprune.search.levels import Ladder
 from paretoprune.search.phase2 import search_corridor
 from paretoprune.search.problem import Effort, Problem
 from paretoprune.search.recorder import SearchResult
@@ -26,6 +27,7 @@ def search(
     anchors: Anchors | None = None,
     phase2: Phase2 | None = None,
     starts: Sequence[np.ndarray] | None = None,
+    ladder: Ladder | None = None,
 ) -> SearchResult:
     """Search a large binary problem along importance that is known beforehand, in two phases.
 
@@ -53,6 +55,7 @@ def search(
         phase2: Algorithm and moves; `guides` is not used. None for the defaults.
         starts: The masks that Phase 1 starts from, as numbers of units to keep, each int (n_groups,); None for those
             above.
+        ladder: What level switches keep constant in Phase 1, see `search.thresholds`; None for none of them.
 
     Returns:
         All evaluated masks that no other one dominates, cheapest first, and the history of both phases.
@@ -71,7 +74,9 @@ def search(
     budget = Budget(effort.evaluations, phase1.share)
     if starts is None:
         starts = starting_counts(guides[0], problem.units, phase1.start_densities)
-    coarse = search_thresholds(problem, guides[0], starts, phase1, replace(effort, evaluations=budget.phase1))
+    coarse = search_thresholds(
+        problem, guides[0], starts, phase1, replace(effort, evaluations=budget.phase1), ladder=ladder
+    )
     remaining = budget.phase2(coarse.history[-1]["evaluations"])
     if not remaining:
         return coarse

@@ -14,13 +14,19 @@ from paretoprune.search.problem import Effort, Problem, Progress
 from paretoprune.search.recorder import SearchResult
 from paretoprune.search.two_phase import search
 from paretoprune.settings import CHANNEL_START_COSTS, Anchors, ChannelStep, Phase1, Phase2
-from paretoprune.structured.allocation import cheapest_within, loss_curves, measured_curves, uniform_within
+from paretoprune.structured.allocation import (
+    cheapest_within,
+    ladder_of,
+    loss_curves,
+    measured_curves,
+    uniform_within,
+)
 from paretoprune.structured.elimination import elimination_scores
 from paretoprune.structured.importance import group_magnitude
 from paretoprune.structured.judging import Judging, SlimJudge, SlimTask
 
-# Calibration images on which each coupling alone is measured.
-N_MEASURING_IMAGES = 256
+# Share of Phase 1's children that trade channels of some groups for those of others.
+LEVEL_SWITCHES = 0.5
 _LOGGER = logging.getLogger("paretoprune")
 
 
@@ -95,17 +101,16 @@ def find_slim_networks(
         problem,
         scores,
         effort,
-        phase1=phase1,
+        phase1=replace(phase1 or Phase1(), level_switches=LEVEL_SWITCHES),
         anchors=anchors,
         phase2=phase2,
-        starts=starting_points(task, scores["elimination"], judge, costs[0], settings),
+        starts=starting_points(task, scores["elimination"], judge, costs[0]),
+        ladder=ladder_of(units, scores["elimination"], costs[0]),
     )
     return SearchResult(_published(found.front, task, judge, settings), found.history)
 
 
-def starting_points(
-    task: SlimTask, scores: np.ndarray, judge: SlimJudge, cost: Cost, settings: SlimSearch
-) -> list[np.ndarray]:
+def starting_points(task: SlimTask, scores: np.ndarray, judge: SlimJudge, cost: Cost) -> list[np.ndarray]:
     """Allocations at several costs: uniform, by the losses of elimination, and by what each coupling loses alone.
 
     The two ends are among them: a search that starts far from an end rarely reaches it.
@@ -114,12 +119,8 @@ def starting_points(
         Units to keep, each int64 (n_groups,); the first one keeps everything, the second one as little as possible.
     """
     units, ranks = task.units, ranks_within_groups(scores, task.units)
-    curves = [loss_curves(units, scores)]
-    if settings.repair != "none":
-        _LOGGER.info("measuring what each of %d couplings loses alone", units.n_groups)
-        curves.append(
-            measured_curves(units, scores, lambda masks: judge.calibration_divergence(masks, N_MEASURING_IMAGES))
-        )
+    _LOGGER.info("measuring what each of %d couplings loses alone", units.n_groups)
+    curves = loss_curves(units, scores), measured_curves(units, scores, judge.divergences)
     found = [units.sizes, np.array([0 if one.may_vanish else 1 for one in units.couplings], dtype=np.int64)]
     for budget in CHANNEL_START_COSTS:
         found.append(uniform_within(units, ranks, cost, budget))

@@ -8,6 +8,7 @@ import numpy as np
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import keep_top, ranks_within_groups
 from paretoprune.objectives import Cost
+from paretoprune.search.levels import Ladder
 from paretoprune.structured.units import ChannelUnits
 
 # Shares of a coupling at which its own divergence is measured.
@@ -16,6 +17,8 @@ MEASURED_SHARES = (0.0, 0.25, 0.5, 0.75)
 N_PRICED = 64
 # Halvings of the price of a cost: enough for single units of a hundred thousand.
 N_HALVINGS = 40
+# Rungs of a ladder, and the share of the whole network's cost that is 1 on it.
+N_RUNGS, FINEST_COST = 17, 1e-6
 
 
 def loss_curves(units: ChannelUnits, scores: np.ndarray) -> list[np.ndarray]:
@@ -46,12 +49,15 @@ def measured_curves(
     measure: Callable[[PackedMasks], np.ndarray],
     shares: Sequence[float] = MEASURED_SHARES,
 ) -> list[np.ndarray]:
-    """Likewise, of losses that are measured for each coupling alone at a few shares, and straight lines between them.
+    """Likewise, of losses that are measured for each coupling alone at a few shares.
+
+    Between two of them losses go as the curves from `loss_curves` do: straight lines would only ever be cut at their
+    ends.
 
     Args:
         units: What can be cut.
-        scores: float (n_units,), higher = keep; which units go first.
-        measure: Masks to losses, float64 (n_masks,).
+        scores: float (n_units,), from `structured.elimination.elimination_scores`.
+        measure: Masks to losses, float64 (n_masks,); the whole network has none.
         shares: Shares of the units that are kept, below 1.
     """
     ranks = ranks_within_groups(scores, units)
@@ -65,16 +71,24 @@ def measured_curves(
             places.append((g, k))
     losses = measure(PackedMasks.pack_each(rows, units.n_units))
     curves = []
-    for g, coupling in enumerate(units.couplings):
+    for g, (coupling, expected) in enumerate(zip(units.couplings, loss_curves(units, scores), strict=True)):
         at = [k for group, k in places if group == g] + [coupling.n_units]
         found = [float(loss) for (group, _), loss in zip(places, losses, strict=True) if group == g] + [0.0]
         # Fewer units never lose less: what says so is noise.
         found = np.maximum.accumulate(np.array(found)[::-1])[::-1].tolist()
-        curve = np.interp(np.arange(coupling.n_units + 1), at, found)
-        if not coupling.may_vanish:
-            curve[0] = np.inf
+        curve = np.full(coupling.n_units + 1, np.inf)
+        for (first, high), (last, low) in pairwise(zip(at, found, strict=True)):
+            curve[first : last + 1] = low + (high - low) * _share_left(expected[first : last + 1])
         curves.append(curve)
     return curves
+
+
+def _share_left(falling: np.ndarray) -> np.ndarray:
+    """Falling values as shares of the way from their end to their start; a straight line where they do not fall."""
+    height = falling[0] - falling[-1]
+    if not height > 0:
+        return np.linspace(1.0, 0.0, len(falling))
+    return np.asarray((falling - falling[-1]) / height)
 
 
 def cheapest_within(
@@ -110,6 +124,20 @@ def cheapest_within(
         middle = (low + high) / 2
         low, high = (middle, high) if spent_by(at(10.0**middle)) > budget else (low, middle)
     return at(10.0**high)
+
+
+def ladder_of(units: ChannelUnits, scores: np.ndarray, cost: Cost) -> Ladder:
+    """Rungs for level switches at about constant cost, see `search.levels`.
+
+    Args:
+        units: What can be cut.
+        scores: float (n_units,), higher = keep.
+        cost: Of masks, relative to the whole network.
+    """
+    densities = np.linspace(0.0, 1.0, N_RUNGS)
+    each = _costs_of_groups(units, ranks_within_groups(scores, units), cost)
+    amounts = [spent[np.rint(densities * (len(spent) - 1)).astype(np.int64)] for spent in each]
+    return Ladder(densities, np.maximum.accumulate(np.rint(np.array(amounts) / FINEST_COST).astype(np.int64), axis=1))
 
 
 def uniform_within(units: ChannelUnits, ranks: np.ndarray, cost: Cost, budget: float) -> np.ndarray:

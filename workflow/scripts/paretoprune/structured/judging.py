@@ -18,11 +18,14 @@ from paretoprune.evaluation.task import Scores
 from paretoprune.evaluation.workers import run_in_processes
 from paretoprune.importance.curvature import DAMPING
 from paretoprune.masks.packed import PackedMasks
+from paretoprune.repair.sequential import SAMPLES_PER_COLUMN
 from paretoprune.structured.refit import SlimRefit
 from paretoprune.structured.units import ChannelUnits
 from paretoprune.telling import Telling
 
 BATCH_SIZE = 64
+# Samples of a layer's columns, for each of its columns, while searching.
+CANDIDATE_SAMPLES = 24
 
 
 @dataclass(frozen=True)
@@ -88,12 +91,21 @@ class SlimJudge:
 
     @cached_property
     def _refit(self) -> SlimRefit | None:
+        """Of candidates: on few images, and fewer samples of each."""
+        return self._refit_on(self._task.calibration[: self._judging.n_repair_images], CANDIDATE_SAMPLES)
+
+    @cached_property
+    def _last_refit(self) -> SlimRefit | None:
+        """Of networks that are published."""
+        return self._refit_on(self._task.calibration, SAMPLES_PER_COLUMN)
+
+    def _refit_on(self, images: Tensor, samples: int) -> SlimRefit | None:
         task, judging = self._task, self._judging
         if judging.repair == "none":
             return None
-        fits = judging.repair == "reconstruct"
+        fits, damping = judging.repair == "reconstruct", judging.damping
         with repeatable():
-            return SlimRefit(task.network, task.units, task.calibration, fits=fits, damping=judging.damping)
+            return SlimRefit(task.network, task.units, images, fits=fits, damping=damping, samples_per_column=samples)
 
     @cached_property
     def _dense_log_probabilities(self) -> Tensor:
@@ -109,17 +121,19 @@ class SlimJudge:
         logits = predict(copied(self._task.network).float(), images, BATCH_SIZE)
         return functional.log_softmax(logits.double(), dim=1)
 
-    def build(self, mask: np.ndarray, n_images: int | None = None) -> nn.Module:
-        """The small network of a mask, repaired.
+    def build(self, mask: np.ndarray) -> nn.Module:
+        """The small network of a mask, bool (n_units,), as it is published."""
+        return self._repaired(mask, self._last_refit)
 
-        Args:
-            mask: bool (n_units,).
-            n_images: Calibration images, the first ones; None for all.
-        """
-        if self._refit is None:
+    def candidate(self, mask: np.ndarray) -> nn.Module:
+        """The small network of a mask, bool (n_units,), as it is judged while searching."""
+        return self._repaired(mask, self._refit)
+
+    def _repaired(self, mask: np.ndarray, refit: SlimRefit | None) -> nn.Module:
+        if refit is None:
             return self._task.units.slim(self._task.network, mask)
         with repeatable():
-            return self._refit(mask, n_images)[0]
+            return refit(mask)[0]
 
     def measure(self, network: nn.Module) -> tuple[float, float]:
         """Error and divergence of a network on all images."""
@@ -127,39 +141,32 @@ class SlimJudge:
             logits = predict(network, self._task.images, BATCH_SIZE)
         return top1_error(logits, self._task.labels), divergence(logits, self._dense_log_probabilities)
 
-    def loss(self, network: nn.Module) -> float:
-        """The loss of a candidate."""
+    def loss(self, network: nn.Module, name: str | None = None) -> float:
+        """A loss of a candidate, by default the one that is minimised."""
         n_images = self._judging.n_images
         with repeatable():
-            if self._judging.loss == "error":
+            if (name or self._judging.loss) == "error":
                 logits = predict(network, self._task.images[:n_images], BATCH_SIZE)
                 return top1_error(logits, self._task.labels[:n_images])
             images, known = self._mixtures
             return divergence(predict(network, images, BATCH_SIZE), known)
 
     def __call__(self, masks: PackedMasks) -> np.ndarray:
-        """Losses of masks, float64 (n_masks,)."""
-        self._prepare()
-        n_repair_images = self._judging.n_repair_images
+        """Losses of candidates, float64 (n_masks,)."""
+        return self._losses(masks, self._judging.loss, "a generation")
+
+    def divergences(self, masks: PackedMasks) -> np.ndarray:
+        """Divergences of candidates, float64 (n_masks,), whatever is minimised."""
+        return self._losses(masks, "divergence", "what each group loses alone")
+
+    def _losses(self, masks: PackedMasks, name: str, what: str) -> np.ndarray:
+        # Made before processes are forked, so that it is made once.
+        _ = self._refit, self._mixtures
 
         def measured(i: int) -> float:
-            return self.loss(self.build(masks.unpack(i), n_repair_images))
+            return self.loss(self.candidate(masks.unpack(i)), name)
 
-        return np.array(self._each("a generation", measured, len(masks)), dtype=np.float64)
-
-    def calibration_divergence(self, masks: PackedMasks, n_images: int) -> np.ndarray:
-        """Divergence of repaired networks on the images that they are repaired on, float64 (n_masks,)."""
-        self._prepare()
-        refit = self._refit
-        if refit is None:
-            raise ValueError("networks without repair are not run on calibration images; choose another repair")
-
-        def measured(i: int) -> float:
-            with repeatable():
-                logits = refit(masks.unpack(i), n_images)[1]
-            return divergence(logits, functional.log_softmax(refit.logits[: len(logits)].double(), dim=1))
-
-        return np.array(self._each("what each group loses alone", measured, len(masks)))
+        return np.array(self._each(what, measured, len(masks)), dtype=np.float64)
 
     def finish(self, masks: PackedMasks) -> tuple[list[dict[str, Tensor]], Scores]:
         """Build the networks of masks with all calibration images, and measure them.
@@ -167,7 +174,7 @@ class SlimJudge:
         Returns:
             The state of each network, and its scores.
         """
-        self._prepare()
+        _ = self._last_refit, self._dense_log_probabilities
 
         def finish_one(i: int) -> tuple[dict[str, np.ndarray], float, float]:
             network = self.build(masks.unpack(i))
@@ -176,12 +183,6 @@ class SlimJudge:
         found = self._each("finishing", finish_one, len(masks))
         states = [{key: torch.from_numpy(np.array(value)) for key, value in state.items()} for state, _, _ in found]
         return states, Scores(np.array([e for _, e, _ in found]), np.array([d for *_, d in found]))
-
-    def _prepare(self) -> None:
-        """Make what all networks need before processes are forked, so that it is made once."""
-        _ = self._refit, self._dense_log_probabilities
-        if self._judging.loss == "divergence":
-            _ = self._mixtures
 
     def _each(self, what: str, function: Callable[[int], Any], n: int) -> list[Any]:
         """Results of a function for each of n networks; what is being done is told from time to time."""

@@ -73,6 +73,7 @@ class SlimRefit:
         damping: See `importance.curvature.damped`.
         fits: Whether layers are re-fitted; otherwise the statistics of batch norms are corrected alone.
         seed: Fixes the output positions that are looked at.
+        samples_per_column: So many samples of a layer's columns, for each of its columns.
 
     Raises:
         NotTraceableError: The network cannot be turned into a sequence of steps.
@@ -87,8 +88,9 @@ class SlimRefit:
         fits: bool = True,
         damping: float = DAMPING,
         seed: int = 0,
+        samples_per_column: int = SAMPLES_PER_COLUMN,
     ) -> None:
-        self._fits = fits
+        self._fits, self._samples_per_column = fits, samples_per_column
         self._network, self._units, self._images, self._damping = network, units, images, damping
         self._program = trace(network)
         self._generator = torch.Generator().manual_seed(seed)
@@ -96,26 +98,23 @@ class SlimRefit:
         self._targets: dict[str, Target] = {}
         self._norm_moments: dict[str, tuple[Tensor, Tensor]] = {}
         with torch.inference_mode():
-            self.logits = self._look()
+            self._look()
 
-    def __call__(self, bits: np.ndarray, n_images: int | None = None) -> tuple[nn.Module, Tensor]:
+    def __call__(self, bits: np.ndarray) -> tuple[nn.Module, Tensor]:
         """Build and re-fit the network of a mask.
 
         Args:
             bits: bool (n_units,).
-            n_images: Calibration images to use, the first ones, rounded up to whole batches; None for all.
 
         Returns:
-            The network, in evaluation mode, and its logits on these images.
+            The network, in evaluation mode, and its logits on the images.
         """
-        n_batches = None if n_images is None else -(-n_images // BATCH_SIZE)
-        images = self._images if n_batches is None else self._images[: n_batches * BATCH_SIZE]
         with torch.inference_mode(mode=False):
             # Tensors made in inference mode could not be trained; this network may be.
             small = self._units.slim(self._network, bits)
             program = trace(small)
         with torch.inference_mode():
-            logits = _Pass(self, program, self._kept_outputs(self._units.split(bits)), n_batches).run(images)
+            logits = _Pass(self, program, self._kept_outputs(self._units.split(bits))).run(self._images)
         small.load_state_dict(program.network.state_dict())
         return small.eval(), logits
 
@@ -132,7 +131,7 @@ class SlimRefit:
                 stays[name] = stays[name] & mask if name in stays else mask
         return {name: torch.from_numpy(np.flatnonzero(mask)) for name, mask in stays.items()}
 
-    def _look(self) -> Tensor:
+    def _look(self) -> None:
         """One pass of the whole network over the images: what each layer says."""
         program, images = self._program, self._images
         registers: Registers = {program.image: images}
@@ -156,13 +155,11 @@ class SlimRefit:
                     self._norm_moments[step.norm] = channel_moments(registers[step.output.all_input_nodes[0]])
             for node in step.dead:
                 del registers[node]
-        answer: Tensor = registers[program.answer]
-        return answer
 
     def _note(self, name: str, outputs: Tensor, other: Tensor | None, step: Convolution | Call) -> None:
         module: Any = self._modules[name]
         n_columns = module.weight[0].numel()
-        n_positions = min(POSITIONS, max(1, -(-SAMPLES_PER_COLUMN * n_columns // len(outputs))))
+        n_positions = min(POSITIONS, max(1, -(-self._samples_per_column * n_columns // len(outputs))))
         positions, taken, others = [], [], []
         for i, batch in enumerate(outputs.split(BATCH_SIZE)):
             at = some_positions(module, batch, n_positions, self._generator)
@@ -185,9 +182,8 @@ class SlimRefit:
 class _Pass:
     """One run of a small network over the images, layer by layer re-fitted."""
 
-    def __init__(self, owner: SlimRefit, program: Program, kept: dict[str, Tensor], n_batches: int | None) -> None:
+    def __init__(self, owner: SlimRefit, program: Program, kept: dict[str, Tensor]) -> None:
         self._owner, self._program, self._kept = owner, program, kept
-        self._batches = slice(None, n_batches)
         self._modules = dict(program.network.named_modules())
         self._corrected: set[str] = set()
 
@@ -217,7 +213,7 @@ class _Pass:
         norm = None if step.norm is None else self._modules[step.norm]
         if norm is not None and step.norm is not None and target is not None and aims is not None:
             # Both at the same positions, so that what the choice of positions does to them cancels out.
-            found = [_samples(_batch(outputs, i), at) for i, at in enumerate(target.positions[self._batches])]
+            found = [_samples(_batch(outputs, i), at) for i, at in enumerate(target.positions)]
             self._correct(step.norm, norm, channel_moments(torch.cat(aims)), channel_moments(torch.cat(found)))
         other = None if step.other is None else registers[step.other]
         registers[step.output] = completed(outputs, norm, other, step.relu)
@@ -252,15 +248,13 @@ class _Pass:
             flat = matrix.permute(1, 0, 2).reshape(n, groups * n_rows)
             return flat if rows is None else flat[:, rows]
 
-        outputs = [own(one) for one in target.outputs[self._batches]]
+        outputs = [own(one) for one in target.outputs]
         if target.other is None or target.other_name not in nodes or not self._owner._fits:
             return outputs
         small = registers[nodes[target.other_name]]
         scale = self._scale(target, rows)
         aims = []
-        for i, (batch, at, other) in enumerate(
-            zip(outputs, target.positions[self._batches], target.other[self._batches], strict=True)
-        ):
+        for i, (batch, at, other) in enumerate(zip(outputs, target.positions, target.other, strict=True)):
             now = _batch(small, i)
             if target.spatial:
                 now = now.expand(*now.shape[:2], *target.spatial)
@@ -288,7 +282,7 @@ class _Pass:
             return
         free, groups = target.shifts_freely, getattr(module, "groups", 1)
         moments = Moments()
-        for i, (aim, at) in enumerate(zip(aims, target.positions[self._batches], strict=True)):
+        for i, (aim, at) in enumerate(zip(aims, target.positions, strict=True)):
             rows = aim.reshape(len(aim), groups, -1).permute(1, 0, 2)
             moments.add(im2col(module, _batch(x, i), at), rows)
         trained = weight_matrix(module, module.weight.double())

@@ -16,7 +16,7 @@ from paretoprune.importance.allocation import STARTS
 from paretoprune.networks.names import broken_architecture
 from paretoprune.repair.registry import REPAIR_REFITS
 from paretoprune.search.sparse_ea import n_groups_within
-from paretoprune.settings import AUTO, REFIT_GUIDE, ComparedMethod, n_channel_starts
+from paretoprune.settings import AUTO, N_CHANNEL_STARTS, REFIT_GUIDE, ComparedMethod
 from paretoprune.workflow.resolving import expanded
 from paretoprune.workflow.sections import OWN_KEYS
 
@@ -182,11 +182,11 @@ def _broken_effort(method: ComparedMethod, name: str) -> Iterator[str]:
                 f"method_settings.{name}: a search over channels repairs candidates as they will be shipped, found "
                 f"search_repair '{method.search_repair}' beside repair '{method.repair}'; set it to null"
             )
-        needed = n_channel_starts(method.repair) + method.population
+        needed = N_CHANNEL_STARTS + method.population
         if method.budget.phase1 < needed:
             yield (
                 f"method_settings.{name}: Phase 1 gets {method.budget.phase1} evaluations, expected at least {needed} "
-                f"({n_channel_starts(method.repair)} starting allocations and a population of {method.population}); "
+                f"({N_CHANNEL_STARTS} starting allocations and a population of {method.population}); "
                 "raise `evaluations` or lower `population`"
             )
         return
