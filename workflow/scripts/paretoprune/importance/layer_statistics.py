@@ -107,10 +107,9 @@ def im2col(module: nn.Module, inputs: Tensor, positions: Tensor | None = None) -
     for size in reversed(out_shape):
         at.insert(0, rest % size)
         rest = rest // size
-    taken = windows[(slice(None), slice(None), *at)]  # (n, channels, n_positions, *kernel)
-    n, channels, n_positions = taken.shape[:3]
-    grouped = taken.reshape(n, module.groups, channels // module.groups, n_positions, -1)
-    return grouped.permute(1, 0, 3, 2, 4).reshape(module.groups, n * n_positions, -1)
+    windows = windows.permute(0, *range(2, 2 + n_spatial), 1, *range(2 + n_spatial, 2 + 2 * n_spatial))
+    taken = windows[(slice(None), *at)]  # (n, n_positions, channels, *kernel), as it is needed
+    return taken.reshape(len(taken) * len(positions), module.groups, -1).transpose(0, 1)
 
 
 def output_matrix(module: nn.Module, outputs: Tensor, positions: Tensor | None = None) -> Tensor:

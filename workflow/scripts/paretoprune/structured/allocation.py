@@ -12,7 +12,7 @@ from paretoprune.search.levels import Ladder
 from paretoprune.structured.units import ChannelUnits
 
 # Shares of a coupling at which its own divergence is measured.
-MEASURED_SHARES = (0.0, 0.25, 0.5, 0.75)
+MEASURED_SHARES = (0.0, 0.25, 0.5)
 # Widths of a coupling at which its cost is worked out, at most, and straight lines between them.
 N_PRICED = 64
 # Halvings of the price of a cost: enough for single units of a hundred thousand.

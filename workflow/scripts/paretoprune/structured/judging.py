@@ -133,7 +133,7 @@ class SlimJudge:
         if refit is None:
             return self._task.units.slim(self._task.network, mask)
         with repeatable():
-            return refit(mask)[0]
+            return refit(mask)
 
     def measure(self, network: nn.Module) -> tuple[float, float]:
         """Error and divergence of a network on all images."""
@@ -141,32 +141,32 @@ class SlimJudge:
             logits = predict(network, self._task.images, BATCH_SIZE)
         return top1_error(logits, self._task.labels), divergence(logits, self._dense_log_probabilities)
 
-    def loss(self, network: nn.Module, name: str | None = None) -> float:
-        """A loss of a candidate, by default the one that is minimised."""
+    def loss(self, network: nn.Module) -> float:
+        """The loss of a candidate."""
+        if self._judging.loss == "divergence":
+            return self._diverged(network)
         n_images = self._judging.n_images
         with repeatable():
-            if (name or self._judging.loss) == "error":
-                logits = predict(network, self._task.images[:n_images], BATCH_SIZE)
-                return top1_error(logits, self._task.labels[:n_images])
-            images, known = self._mixtures
+            logits = predict(network, self._task.images[:n_images], BATCH_SIZE)
+        return top1_error(logits, self._task.labels[:n_images])
+
+    def _diverged(self, network: nn.Module) -> float:
+        images, known = self._mixtures
+        with repeatable():
             return divergence(predict(network, images, BATCH_SIZE), known)
 
     def __call__(self, masks: PackedMasks) -> np.ndarray:
         """Losses of candidates, float64 (n_masks,)."""
-        return self._losses(masks, self._judging.loss, "a generation")
+        return self._measured(masks, "a generation", lambda mask: self.loss(self.candidate(mask)))
 
     def divergences(self, masks: PackedMasks) -> np.ndarray:
         """Divergences of candidates, float64 (n_masks,), whatever is minimised."""
-        return self._losses(masks, "divergence", "what each group loses alone")
+        return self._measured(masks, "what each group loses alone", lambda mask: self._diverged(self.candidate(mask)))
 
-    def _losses(self, masks: PackedMasks, name: str, what: str) -> np.ndarray:
+    def _measured(self, masks: PackedMasks, what: str, measure: Callable[[np.ndarray], float]) -> np.ndarray:
         # Made before processes are forked, so that it is made once.
         _ = self._refit, self._mixtures
-
-        def measured(i: int) -> float:
-            return self.loss(self.candidate(masks.unpack(i)), name)
-
-        return np.array(self._each(what, measured, len(masks)), dtype=np.float64)
+        return np.array(self._each(what, lambda i: measure(masks.unpack(i)), len(masks)), dtype=np.float64)
 
     def finish(self, masks: PackedMasks) -> tuple[list[dict[str, Tensor]], Scores]:
         """Build the networks of masks with all calibration images, and measure them.

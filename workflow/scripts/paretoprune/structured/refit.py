@@ -100,23 +100,33 @@ class SlimRefit:
         with torch.inference_mode():
             self._look()
 
-    def __call__(self, bits: np.ndarray) -> tuple[nn.Module, Tensor]:
-        """Build and re-fit the network of a mask.
+    def __call__(self, bits: np.ndarray) -> nn.Module:
+        """Build and re-fit the network of a mask; layers before the first cut stay as they were trained.
 
         Args:
             bits: bool (n_units,).
 
         Returns:
-            The network, in evaluation mode, and its logits on the images.
+            The network, in evaluation mode.
         """
+        kept = self._units.split(bits)
         with torch.inference_mode(mode=False):
             # Tensors made in inference mode could not be trained; this network may be.
             small = self._units.slim(self._network, bits)
             program = trace(small)
         with torch.inference_mode():
-            logits = _Pass(self, program, self._kept_outputs(self._units.split(bits))).run(self._images)
+            _Pass(self, program, self._kept_outputs(kept), self._cut_modules(kept)).run(self._images)
         small.load_state_dict(program.network.state_dict())
-        return small.eval(), logits
+        return small.eval()
+
+    def _cut_modules(self, kept: dict[str, np.ndarray]) -> set[str]:
+        """Names of the modules that lose channels or inputs."""
+        return {
+            part.tensor.rpartition(".")[0]
+            for coupling in self._units.couplings
+            if not kept[coupling.name].all()
+            for part in coupling.parts
+        }
 
     def _kept_outputs(self, kept: dict[str, np.ndarray]) -> dict[str, Tensor]:
         """Which channels each cut layer and norm still has, int64, by the name of its module."""
@@ -180,31 +190,43 @@ class SlimRefit:
 
 
 class _Pass:
-    """One run of a small network over the images, layer by layer re-fitted."""
+    """One run of a small network over the images, layer by layer re-fitted.
 
-    def __init__(self, owner: SlimRefit, program: Program, kept: dict[str, Tensor]) -> None:
-        self._owner, self._program, self._kept = owner, program, kept
+    Args:
+        owner: Knows what the whole network says.
+        program: Of the small network, which is changed.
+        kept: Channels that cut modules still have, by their names.
+        cut: Modules that lose channels or inputs.
+    """
+
+    def __init__(self, owner: SlimRefit, program: Program, kept: dict[str, Tensor], cut: set[str]) -> None:
+        self._owner, self._program, self._kept, self._cut = owner, program, kept, cut
         self._modules = dict(program.network.named_modules())
         self._corrected: set[str] = set()
+        self._begun = False
 
-    def run(self, images: Tensor) -> Tensor:
-        """Re-fit everything on the way from the images to the logits, which are returned."""
+    def run(self, images: Tensor) -> None:
+        """Re-fit everything from the first cut layer on."""
         registers: Registers = {self._program.image: images}
         nodes = {}
         for step in self._program.steps:
             nodes[step.output.name] = step.output
+            # Up to here everything is as in the whole network.
+            self._begun = self._begun or module_of(step) in self._cut
             if isinstance(step, Convolution):
                 self._convolution(step, registers, nodes)
             else:
                 self._call(step, registers, nodes)
             for node in step.dead:
                 del registers[node]
-        logits: Tensor = registers[self._program.answer]
-        return logits
+
+    def _target(self, name: str) -> Target | None:
+        """What a module should say, if it is to be re-fitted."""
+        return self._owner._targets.get(name) if self._begun else None
 
     def _convolution(self, step: Convolution, registers: Registers, nodes: dict[str, fx.Node]) -> None:
         module, x = self._modules[step.module], registers[step.input]
-        target = self._owner._targets.get(step.module)
+        target = self._target(step.module)
         aims = None
         if target is not None:
             aims = self._aims(step.module, target, registers, nodes)
@@ -222,7 +244,7 @@ class _Pass:
         node = step.output
         module = self._modules[str(node.target)] if node.op == "call_module" else None
         name = str(node.target)
-        target = self._owner._targets.get(name) if module is not None else None
+        target = self._target(name) if module is not None else None
         if target is not None and isinstance(module, Emptied):
             if module.bias is not None:
                 self._set_constant(name, module, target, registers, nodes)
@@ -231,7 +253,7 @@ class _Pass:
         elif target is not None and module is not None:
             aims = self._aims(name, target, registers, nodes)
             self._fit(module, target, registers[node.all_input_nodes[0]], aims)
-        if step.norm is not None and step.norm in self._owner._norm_moments and module is not None:
+        if self._begun and step.norm is not None and step.norm in self._owner._norm_moments and module is not None:
             mean, variance = self._owner._norm_moments[step.norm]
             rows = self._kept.get(step.norm, torch.arange(len(mean)))
             found = channel_moments(registers[node.all_input_nodes[0]])
