@@ -55,7 +55,8 @@ def conda_versions() -> dict[str, str]:
 def declared() -> list[str]:
     """Names of what the package and its workflow need."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    requirements = project["dependencies"] + project["optional-dependencies"]["workflow"]
+    extras = project["optional-dependencies"]
+    requirements = project["dependencies"] + extras["workflow"] + extras["deploy"]
     return [re.split(r"[<>=!~\[ ]", requirement)[0] for requirement in requirements]
 
 

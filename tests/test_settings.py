@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 import pytest
 import yaml
 from paretoprune import settings
+from paretoprune.deployment import runtimes, timing
 from paretoprune.importance.registry import SCORE_NEEDS
 from paretoprune.importance.scores import SCORES
 from paretoprune.networks.costs import COSTS
@@ -33,6 +34,7 @@ from paretoprune.settings import (
     Publishing,
     Settings,
     ThresholdStep,
+    Timing,
 )
 from paretoprune.training.loop import Recipe
 from paretoprune.workflow import schema
@@ -131,7 +133,15 @@ def test_tables_of_names_say_what_the_registries_do() -> None:
     assert {name: score.needs for name, score in SCORES.items()} == SCORE_NEEDS
     assert tuple(ALGORITHMS) == settings.ALGORITHMS
     assert tuple(COSTS) == settings.COSTS
+    assert settings.RUNTIMES == runtimes.RUNTIMES
+    assert settings.LATENCY not in COSTS
     assert REPAIR_REFITS == {"none": False, "batchnorm": False, "reconstruct": True}
+
+
+def test_networks_are_timed_in_the_workflow_as_in_the_library() -> None:
+    found, runtime = Timing(), runtimes.Runtime()
+    assert (found.runtime, found.batch_size, found.threads) == (runtime.name, runtime.batch_size, runtime.threads)
+    assert (found.repeats, found.bound, found.most_repeats) == (timing.REPEATS, timing.BOUND, timing.MOST_REPEATS)
 
 
 def test_a_configuration_is_checked_without_torch() -> None:

@@ -1,6 +1,7 @@
 """Latency tables: what they predict, files, and machines."""
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from paretoprune.deployment.latency import Correction, LatencyTable, fit, prediction_error
+from paretoprune.deployment.latency import Checked, Correction, LatencyTable, fit, prediction_error
 from paretoprune.deployment.machines import Machine
 from scipy.interpolate import RegularGridInterpolator
 
@@ -169,10 +170,51 @@ def test_networks_that_say_nothing_are_refused(call: Callable[[], object], messa
 def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
     awkward = {(width,): float(seconds) for width, seconds in enumerate(np.random.default_rng(0).random(20) / 3)}
     written = table(
-        blocks={"one": ONE, "two": TWO, "three": awkward}, correction=Correction(1.1, -1e-5), uncertainty=1 / 3
+        blocks={"one": ONE, "two": TWO, "three": awkward},
+        correction=Correction(1.1, -1e-5),
+        uncertainty=1 / 3,
+        bound=0.1,
+        checked=Checked((0.5, 1 / 3), (0.6, 0.3), 0.07),
     )
     written.save(tmp_path / "table.json")
     assert LatencyTable.load(tmp_path / "table.json") == written
+
+
+def test_a_table_from_before_there_was_a_check_is_read(tmp_path: Path) -> None:
+    table().save(tmp_path / "table.json")
+    content = json.loads((tmp_path / "table.json").read_text())
+    assert content.pop("bound") is content.pop("checked") is None
+    (tmp_path / "table.json").write_text(json.dumps(content))
+    assert LatencyTable.load(tmp_path / "table.json") == table()
+
+
+def test_predictions_of_networks_have_errors_and_small_ones_are_counted() -> None:
+    checked = Checked((1.1, 0.5, 0.88), (1.0, 0.5, 1.0))
+    np.testing.assert_allclose(checked.errors, [0.1, 0, -0.12])
+    assert checked.n_good == 1 + (abs(1.1 - 1.0) <= 0.1)
+    with pytest.raises(ValueError, match="expected as many predicted as measured times"):
+        Checked((1.0,), (1.0, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("uncertainty", "of_networks", "noisy"), [(0.02, 0.01, False), (0.03, 0.01, True), (0.01, 0.03, True)]
+)
+def test_a_table_says_whether_the_machine_was_noisy(
+    uncertainty: float, of_networks: float, noisy: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    checked = Checked((0.5, 0.6), (0.5, 0.5), of_networks)
+    found = table(uncertainty=uncertainty, bound=0.02, checked=checked)
+    assert found.is_noisy is noisy
+    assert not replace(found, bound=None).is_noisy
+    with caplog.at_level(logging.INFO, "paretoprune"):
+        found.report(logging.getLogger("paretoprune"))
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == noisy
+    if noisy:
+        told = f"layers are known to {100 * uncertainty:.1f} %, of whole networks to {100 * of_networks:.1f} %"
+        assert told in warnings[0]
+        assert "expected 2.0 %; stop what else runs here" in warnings[0]
+    assert "2 random networks: 1 within 10 %, median error 10.0 %, largest 20.0 %" in caplog.messages[-1]
 
 
 def change(*keys: str | int, value: Any) -> Callable[[dict[str, Any]], None]:

@@ -1,5 +1,6 @@
 """Networks made ready to run, and tables measured of their blocks."""
 
+import logging
 import shutil
 import sys
 import time
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from paretoprune.deployment import measuring, runtimes
-from paretoprune.deployment.latency import Widths
+from paretoprune.deployment.blocks import Block
+from paretoprune.deployment.latency import LatencyTable, Widths
 from paretoprune.deployment.machines import machine_of
-from paretoprune.deployment.measuring import Block, measure_table
-from paretoprune.deployment.runtimes import Runtime, prepare
+from paretoprune.deployment.measuring import measure_table
+from paretoprune.deployment.running import prepare
+from paretoprune.deployment.runtimes import Runtime
 from paretoprune.deployment.timing import Timings, measure_interleaved
 from paretoprune.networks.architectures import CifarResNet
 from torch import Tensor, nn
@@ -265,6 +268,52 @@ def test_a_table_holds_each_block_s_time_without_that_of_the_call(monkeypatch: p
     assert table.constant == pytest.approx((5 + 180 - 80) * unit)
     assert table.predict({"a": [40], "b": [40]}) == pytest.approx(185 * unit)
     assert table.machine == machine_of(Runtime("torch"))
+
+
+class NoisyClock:
+    """A clock that networks move by their number of parameters, more or less."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, noise: float) -> None:
+        self.now, self.noise, self.generator = 0.0, noise, np.random.default_rng(0)
+        self.n_calls = 0
+        monkeypatch.setattr(measuring, "prepare", self.prepare)
+
+    def __call__(self) -> int:
+        return int(self.now)
+
+    def prepare(self, network: nn.Module, example: Any, runtime: Runtime) -> Callable[[], None]:
+        cost = 1e6 * (5 + sum(parameter.numel() for parameter in network.parameters()))
+
+        def run() -> None:
+            self.n_calls += 1
+            self.now += cost * np.exp(self.noise * self.generator.standard_normal())
+
+        return run
+
+    def table(self, **options: Any) -> LatencyTable:
+        return measure_table([linear("a"), linear("b")], Runtime("torch"), clock=self, **options)
+
+
+def test_a_table_gets_more_rounds_on_a_noisy_machine_and_says_what_was_not_enough(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    quiet = NoisyClock(monkeypatch, 0.01)
+    assert not quiet.table(bound=0.02).is_noisy
+    noisy = NoisyClock(monkeypatch, 0.1)
+    found = noisy.table(bound=0.02, most_repeats=3000)
+    assert noisy.n_calls > 2 * quiet.n_calls
+    assert 0.01 < found.uncertainty <= 0.02
+    assert not found.is_noisy
+    hopeless = NoisyClock(monkeypatch, 1.0)
+    with caplog.at_level(logging.WARNING, "paretoprune"):
+        found = hopeless.table(bound=0.02, most_repeats=40)
+        assert not caplog.messages, "said once, by whoever has the whole table"
+        found.report(logging.getLogger("paretoprune"))
+    assert found.is_noisy
+    assert found.bound == 0.02
+    assert found.uncertainty > 0.02
+    (message,) = caplog.messages
+    assert "the machine was noisy: times of layers are known to" in message
 
 
 def test_blocks_of_one_kind_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:

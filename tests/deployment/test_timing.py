@@ -121,6 +121,14 @@ def test_a_machine_too_noisy_for_the_limit_is_said_to_be(caplog: pytest.LogCaptu
     assert "measure again" in record.message
 
 
+def test_noise_is_not_told_to_whoever_sums_it_up(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock(noise=1.0)
+    with caplog.at_level(logging.WARNING, "paretoprune"):
+        timings = measure_interleaved([clock.costing(4)] * 2, most_repeats=20, clock=clock, says_noise=False)
+    assert timings.uncertainties().max() > 0.02
+    assert not caplog.records
+
+
 def test_quick_functions_are_called_often_enough_for_the_clock() -> None:
     clock = Clock()
     functions = [clock.costing(0.03, "a"), clock.costing(5, "b")]

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from paretoprune.deployment.latency import Checked, LatencyTable
+from paretoprune.deployment.machines import Machine
 from paretoprune.files import write_csv, write_json
 from paretoprune.reporting.report import write_report
 from paretoprune.reporting.subject import Subject
@@ -129,6 +131,24 @@ def write_macs(root: Path) -> Path:
         front = pd.read_csv(path)
         front.assign(macs=(front["density"] + 0.1).round(6)).to_csv(path, index=False)
     return root
+
+
+LATENCY = ("id", "macs", "predicted", "measured", "uncertainty", "spread", "milliseconds", "bytes")
+
+
+def write_latency(folder: Path, rows: Sequence[tuple[Any, ...]]) -> None:
+    """Rows as (id, macs, predicted, measured, uncertainty); the dense network, with the id `dense`, takes 2 ms."""
+    contents = [dict(zip(LATENCY, (*row, 0.05, 2 * row[3], 4000 * row[1]), strict=True)) for row in rows]
+    write_csv(folder / "latency.csv", contents, LATENCY)
+
+
+def write_latency_table(folder: Path, *, uncertainty: float = 0.01) -> None:
+    """A table of one layer that was tried on four networks, of which it predicted three well."""
+    machine = Machine("a processor avx2", 2, "cpu", "onnxruntime", "1.30.0", 1, 1)
+    checked = Checked((0.5, 0.63, 0.8, 0.96), (0.5, 0.6, 0.8, 0.8), 0.01)
+    times: dict[str, dict[tuple[int, ...], float]] = {"one": {(8,): 1.0, (16,): 2.0}}
+    table = LatencyTable(machine, times, uncertainty=uncertainty, bound=0.02, checked=checked)
+    table.save(folder / "latency.json")
 
 
 def settings(kinds: Mapping[str, str] = KINDS, finetuned: Sequence[str] = tuple(FINETUNED)) -> dict[str, Any]:

@@ -209,6 +209,14 @@ def test_keys_that_are_no_text_are_named_as_well() -> None:
         ({"finetune": {"sparsities": [90]}}, "finetune.sparsities.0", "90"),
         ({"finetune": {"temperature": 0}}, "finetune.temperature", "0"),
         ({"results_directory": ""}, "results_directory", "''"),
+        ({"latency": {"runtime": "tflite"}}, "latency.runtime", "'tflite'"),
+        ({"latency": {"batch_size": 0}}, "latency.batch_size", "0"),
+        ({"latency": {"threads": 0}}, "latency.threads", "0"),
+        ({"latency": {"bound": 0}}, "latency.bound", "0"),
+        ({"latency": {"repeats": 1}}, "latency.repeats", "1"),
+        ({"latency": {"checked": 0}}, "latency.checked", "0"),
+        ({"latency": {"measure": "yes"}}, "latency.measure", "'yes'"),
+        ({"search": {"objectives": ["latency", "macs"]}}, "search.objectives.0", "'latency'"),
     ],
 )
 def test_a_value_out_of_range_is_named_with_its_path(override: dict[str, Any], path: str, found: str) -> None:
@@ -526,6 +534,65 @@ def test_a_guide_by_re_fits_is_no_score() -> None:
     found = of_method(phase2={"guides": ["elimination", "refit"]}).corridor_step.phase2
     assert (found.scores, found.follows_refits) == (["elimination"], True)
     assert of_method().corridor_step.phase2.follows_refits is False
+
+
+# Latency
+
+ONLY_CHANNELS = {"methods": ["channels"], "finetune": {"methods": []}}
+
+
+@pytest.mark.parametrize("objectives", [["auto", "latency"], ["error", "latency", "macs"]])
+def test_latency_is_a_cost_of_networks_that_are_cut(objectives: list[str]) -> None:
+    search = {"search": {"objectives": objectives}}
+    assert problems(merge(ONLY_CHANNELS, search)) == []
+    found = problems(merge(search, {"methods": ["channels", "lamp"], "finetune": {"methods": []}}))
+    assert found == [
+        "method_settings.lamp: latency is a cost of networks that get smaller (kind channels), found kind "
+        "'allocation'; compare methods of kind channels alone, or remove latency from search.objectives"
+    ]
+
+
+def test_a_method_has_no_latency_of_its_own() -> None:
+    override = {"method_settings": {"channels": {"objectives": ["auto", "latency"]}}}
+    assert "set search.objectives" in only_problem(merge(ONLY_CHANNELS, override))
+
+
+def test_the_most_repeats_are_no_fewer_than_the_first() -> None:
+    assert problems({"latency": {"repeats": 30, "most_repeats": 30}}) == []
+    assert only_problem({"latency": {"repeats": 30, "most_repeats": 29}}) == (
+        "latency: expected most_repeats of at least the 30 repeats, found 29; raise it or lower `repeats`"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ({}, []),
+        ({"latency": {"measure": True}}, ["channels"]),
+        ({"latency": {"measure": True}, "methods": ["lamp"]}, []),
+        ({"search": {"objectives": ["error", "latency"]}, "methods": ["channels"]}, ["channels"]),
+    ],
+)
+def test_members_are_timed_where_they_are_smaller_and_somebody_asks(
+    override: dict[str, Any], expected: list[str]
+) -> None:
+    assert configuration.timed_methods(merge(DEFAULT, override)) == expected
+
+
+def test_a_configuration_without_a_section_on_latency_times_nothing() -> None:
+    without = {key: value for key, value in DEFAULT.items() if key != "latency"}
+    assert problems({}, without) == []
+    assert configuration.timed_methods(without) == []
+
+
+def test_steps_that_time_depend_on_what_they_use_alone() -> None:
+    def changed(**latency: Any) -> tuple[bool, bool]:
+        found, plain = (configuration.latency_of(merge(DEFAULT, {"latency": own})) for own in (latency, {}))
+        return found.timing != plain.timing, found.tabulating != plain.tabulating
+
+    assert changed(batch_size=8) == changed(runtime="torch") == changed(bound=0.1) == (True, True)
+    assert changed(checked=7) == (False, True)
+    assert changed(measure=True) == (False, False)
 
 
 # Seeds

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 import warm_python
 import yaml
+from paretoprune.deployment.latency import LatencyTable
 from paretoprune.evaluation.metrics import predict, top1_error
 from paretoprune.fronts import Front
 from paretoprune.masks.units import WeightUnits
@@ -120,6 +122,24 @@ def test_every_promised_file_is_there_with_its_columns(finished: Path) -> None:
         summary[0]
     )
     assert "two_phase_moead" in (finished / "results/report/index.html").read_text()
+
+
+def test_members_that_are_smaller_are_timed(finished: Path) -> None:
+    times, front = rows(finished / SEED / "channels/latency.csv"), rows(finished / SEED / "channels/front.csv")
+    dense, *members = times
+    assert dense["id"] == "dense"
+    assert float(dense["measured"]) == 1
+    assert [row["id"] for row in members] == [row["id"] for row in front]
+    assert all(float(row["measured"]) > 0 and float(row["milliseconds"]) > 0 for row in members)
+    # Cheap in density first, so that multiply-adds grow from the first member to the last.
+    assert float(members[0]["macs"]) < float(members[-1]["macs"]) <= 1
+    # Nobody predicted them, and torch reads no file.
+    assert {row["predicted"] for row in times} == {row["bytes"] for row in times} == {""}
+    page = (finished / "results/report/index.html").read_text()
+    assert "run on torch, 1 image at a time, 1 thread" in page
+    assert (finished / "results/report/figures/digits-resnet8-latency.svg").is_file()
+    assert not (finished / "results/report/figures/digits-resnet8-prediction.svg").exists()
+    assert not (finished / "results/digits/resnet8/latency.json").exists()
 
 
 def test_each_front_is_at_least_as_good_as_its_starting_allocations(finished: Path) -> None:
@@ -234,6 +254,92 @@ def test_networks_that_were_searched_bare_are_repaired_when_they_are_published(v
     assert "no_repair" in (varied / "results/report/index.html").read_text()
 
 
+# A search after latency, beside what is there.
+FASTER = {
+    "methods": ["faster"],
+    "method_settings": {"faster": {"kind": "channels", "repair": "batchnorm", "evaluations": 64}},
+    "finetune": {"methods": []},
+    "search": {"objectives": ["auto", "latency"]},
+    "latency": {"measure": False},
+}
+
+
+def with_latency(**changed: Any) -> dict[str, Any]:
+    tiny = yaml.safe_load((ROOT / TINY).read_text()) | {"methods": [], "method_settings": {}}
+    return merge(merge(tiny, FASTER), changed)
+
+
+def planned_with(folder: Path, **changed: Any) -> dict[str, int]:
+    (folder / "changed.yaml").write_text(yaml.safe_dump(with_latency(**changed)))
+    return planned(folder, "changed.yaml")
+
+
+def everything_after_the_table() -> dict[str, int]:
+    return dict.fromkeys(("measure_latency", "search_channels", "evaluate_front", "time_members", "write_report"), 1)
+
+
+@pytest.fixture(scope="module")
+def faster(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = Path(shutil.copytree(finished, tmp_path_factory.mktemp("faster") / "clone"))
+    assert planned_with(folder) == everything_after_the_table()
+    run = snakemake(folder, config="changed.yaml")
+    assert run.returncode == 0, run.stdout + run.stderr
+    return folder
+
+
+def test_a_search_after_latency_follows_a_table_that_was_measured_before(faster: Path) -> None:
+    table = LatencyTable.load(faster / "results/digits/resnet8/latency.json")
+    assert table.machine.runtime == "torch"
+    assert table.checked is not None
+    assert len(table.checked.errors) == 3
+    method = faster / SEED / "faster"
+    front, (dense, *members) = rows(method / "front.csv"), rows(method / "latency.csv")
+    # A column for each objective; what is predicted is what was searched.
+    assert list(front[0])[-1] == "latency"
+    assert [row["latency"] for row in front] == [row["predicted"] for row in members]
+    assert Front.load(method / "masks.npz").names[1:] == ("latency",)
+    assert float(dense["predicted"]) == 1
+    page = (faster / "results/report/index.html").read_text()
+    assert "was tried on 3 random smaller networks" in page
+    assert (faster / "results/report/figures/digits-resnet8-prediction.png").stat().st_size > 10_000
+
+
+def test_nothing_runs_beside_what_is_timed(faster: Path) -> None:
+    run = snakemake(faster, "--dry-run", "--forceall", config="changed.yaml")
+    said = (run.stdout + run.stderr).split("\nrule ")
+    for rule in ("measure_latency:", "time_members:"):
+        (job,) = [one for one in said if one.startswith(rule)]
+        assert "threads: 2" in job, "all of --cores 2"
+
+
+def test_the_table_is_kept_until_what_it_depends_on_changes(faster: Path) -> None:
+    # What members are timed for does not matter to the table, nor does how the search goes on.
+    assert planned_with(faster, latency={"measure": True}) == {}
+    assert planned_with(faster, search={"anchors": {"corridors": 2}}) == {
+        "search_channels": 1, "evaluate_front": 1, "time_members": 1, "write_report": 1,
+    }  # fmt: skip
+    assert planned_with(faster, latency={"batch_size": 2}) == everything_after_the_table()
+
+
+def test_a_table_of_another_machine_is_refused_with_the_command_that_measures_anew(
+    faster: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(faster, tmp_path / "clone"))
+    path = folder / "results/digits/resnet8/latency.json"
+    table = LatencyTable.load(path)
+    replace(table, machine=replace(table.machine, processor="another")).save(path)
+    (folder / "changed.yaml").write_text(yaml.safe_dump(with_latency()))
+    run = snakemake(folder, config="changed.yaml")
+    assert run.returncode != 0
+    assert "measured elsewhere: expected processor '" in run.stderr
+    assert "found 'another'; times do not carry over" in run.stderr
+    assert "`snakemake ... --forcerun measure_latency`" in run.stderr
+    # The command does what it says.
+    run = snakemake(folder, "--forcerun", "measure_latency", "--until", "measure_latency", config="changed.yaml")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert LatencyTable.load(path).machine == table.machine
+
+
 def test_a_second_run_finds_nothing_to_do(finished: Path) -> None:
     assert planned(finished) == {}
 
@@ -248,9 +354,10 @@ def test_touching_a_module_without_changing_it_reruns_nothing(copy_of_finished: 
     [
         ("training/finetuning", {"finetune_members": 2, "write_report": 1}),
         ("reporting/run_plots", {"write_report": 1}),
+        ("deployment/running", {"time_members": 1, "write_report": 1}),
         (
             "structured/refit",
-            {"search_channels": 1, "evaluate_front": 1, "finetune_members": 1, "write_report": 1},
+            {"search_channels": 1, "evaluate_front": 1, "finetune_members": 1, "time_members": 1, "write_report": 1},
         ),
         ("search/guidance", {"search_corridor": 3, "evaluate_front": 3, "finetune_members": 1, "write_report": 1}),
         (
@@ -262,6 +369,7 @@ def test_touching_a_module_without_changing_it_reruns_nothing(copy_of_finished: 
                 "search_flat": 1,
                 "evaluate_front": 5,
                 "finetune_members": 2,
+                "time_members": 1,
                 "write_report": 1,
             },
         ),

@@ -3,6 +3,7 @@ rule search_channels:
         images=IMAGES,
         splits=SPLITS,
         network=DENSE,
+        table=latency_table,
         code=code("search_channels"),
     output:
         masks=f"{METHOD}/masks.npz",
@@ -23,5 +24,6 @@ rule search_channels:
         gpu=lookup("gpus_per_job", within=config),
     params:
         settings=step_of("channel_step"),
+        timing=timing_of_search,
     script:
         "../scripts/search_channels.py"

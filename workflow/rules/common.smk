@@ -11,6 +11,7 @@ from paretoprune.importance.registry import SCORE_NEEDS
 from paretoprune.workflow import configuration
 from paretoprune.workflow.resolving import resolved
 from paretoprune.workflow.reruns import import_closure
+from paretoprune.workflow.runtimes import unusable_runtime
 from paretoprune.workflow.schema import configuration_schema
 from paretoprune.workflow.trial import unbuildable_networks
 
@@ -19,8 +20,13 @@ typed = resolved(configuration.with_new_names(config), schema)
 try:
     configuration.check_configuration(typed, schema)
     # Not again in every job: it takes seconds.
-    if workflow.is_main_process and (problems := list(unbuildable_networks(typed))):
-        raise configuration.ConfigurationError.of(problems)
+    if workflow.is_main_process:
+        problems = list(unbuildable_networks(typed))
+        # Steps in environments of their own have other packages than this process.
+        if not workflow.deployment_settings.deployment_method:
+            problems += unusable_runtime(typed)
+        if problems:
+            raise configuration.ConfigurationError.of(problems)
 except configuration.ConfigurationError as error:
     raise WorkflowError(str(error)) from None
 # In place: Snakemake and all rules hold this one dictionary.
@@ -35,7 +41,13 @@ DENSE = f"{SEED}/dense/model.safetensors"
 STATISTICS = f"{SEED}/statistics.safetensors"
 METRICS = f"{SEED}/dense/metrics.json"
 METHOD = f"{SEED}/{{method}}"
+LATENCY = f"{RESULTS}/{{dataset}}/{{network}}/latency.json"
 LOG = "{dataset}/{network}/seed{seed}"
+# What a step asks for that no other may run beside; on a cluster, where a job has no more than it asks for, the threads
+# that are timed.
+EVERY_CORE = (
+    workflow.local_exec and workflow.resource_settings.cores
+) or configuration.latency_of(config).threads
 
 
 wildcard_constraints:
@@ -87,6 +99,29 @@ def statistics_of_score(wildcards):
     return [STATISTICS.format(**wildcards)] if needed else []
 
 
+def of_first_seed(file):
+    """An input function for a file of a dataset and a network, that of their smallest seed: times do not depend on it."""
+
+    def input_file(wildcards):
+        pair = {"dataset": wildcards.dataset, "network": wildcards.network}
+        run = next(run for run in config["runs"] if pair.items() <= run.items())
+        return file.format(**pair, seed=min(configuration.seeds_of(config, run)))
+
+    return input_file
+
+
+def latency_table(wildcards):
+    """The table of a network's times, for a search after latency."""
+    wanted = "latency" in settings_of(wildcards).costs
+    return [LATENCY.format(**wildcards)] if wanted else []
+
+
+def timing_of_search(wildcards):
+    """What networks will run on, for a search after latency; None elsewhere, so that nothing runs again for it."""
+    timing = configuration.latency_of(config).timing.plain()
+    return timing if latency_table(wildcards) else None
+
+
 def each_method(file, methods):
     """A file of every dataset, network and seed, for each of some methods."""
     return [
@@ -95,6 +130,18 @@ def each_method(file, methods):
         for seed in configuration.seeds_of(config, run)
         for method in methods
     ]
+
+
+def latency_tables():
+    """The tables of all runs, where methods search after latency."""
+    wanted = "latency" in configuration.costs_of(config)
+    return [LATENCY.format(**run) for run in config["runs"] if wanted]
+
+
+def timing_of_report():
+    """What members were timed on, and how well their times were to be known; empty where none are timed."""
+    timed = configuration.timed_methods(config)
+    return configuration.latency_of(config).timing.plain() if timed else {}
 
 
 def dataset_settings(wildcards):

@@ -10,6 +10,8 @@ rule write_report:
         histories=each_method("history.csv", config["methods"]),
         corridors=each_method("anchors.json", compared("two_phase")),
         finetuned=each_method("finetuned.csv", config["finetune"]["methods"]),
+        times=each_method("latency.csv", configuration.timed_methods(config)),
+        tables=latency_tables(),
         template=f"{os.path.relpath(SCRIPTS)}/paretoprune/reporting/report.html.jinja",
         code=code("write_report"),
     output:
@@ -48,6 +50,9 @@ rule write_report:
                 for name in config["methods"]
             },
             "finetuned_methods": config["finetune"]["methods"],
+            "timed_methods": configuration.timed_methods(config),
+            # Nothing where nothing is timed, so that no report is written again for it.
+            "timing": timing_of_report(),
             "reference": configuration.reference_method(config),
         },
     script:

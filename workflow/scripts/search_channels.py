@@ -1,8 +1,10 @@
 """Both phases on what can be cut out of a network: channels, heads and branches. The networks get smaller."""
 
 from paretoprune.networks.checkpoints import DenseNetwork
+from paretoprune.networks.wrapping import without_adaptation
 from paretoprune.search.problem import Effort
-from paretoprune.settings import ChannelStep
+from paretoprune.settings import ChannelStep, Timing
+from paretoprune.stages.latency import read_latency_cost
 from paretoprune.stages.slim import SlimSearch, find_slim_networks
 from paretoprune.structured.judging import SlimTask
 from paretoprune.structured.units import ChannelUnits, slim_costs
@@ -17,9 +19,14 @@ with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as
     image = search.images[:1]
     units = ChannelUnits.of(dense.network, image, dense.exclude, strict=False)
     units.report(log)
+    # A table where latency is an objective; the network as it will be shipped.
+    measured = [
+        read_latency_cost(table, without_adaptation(dense.network), units, image, Timing.of(snakemake.params.timing))
+        for table in snakemake.input.table
+    ]
     found = find_slim_networks(
         SlimTask(dense.network, units, search.images, search.labels, calibration.images).to(device),
-        slim_costs(settings.costs, units, dense.network, image),
+        slim_costs(settings.costs, units, dense.network, image, measured),
         SlimSearch.of(settings, 1 if device.type == "cuda" else snakemake.threads),
         Effort(settings.evaluations, settings.population, int(snakemake.wildcards.seed)),
         phase1=settings.phase1,

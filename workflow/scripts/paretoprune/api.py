@@ -62,8 +62,8 @@ from paretoprune.stages.phase2 import refine_bits
 from paretoprune.stages.publish import publish
 from paretoprune.stages.slim import SlimSearch, find_slim_networks
 from paretoprune.structured.judging import SlimTask
-from paretoprune.structured.latency import find_latency_cost, time_members
-from paretoprune.structured.units import LATENCY, ChannelUnits, slim_costs
+from paretoprune.structured.timing import find_latency_cost, time_members
+from paretoprune.structured.units import ChannelUnits, slim_costs
 from paretoprune.training import distilling
 
 START_DENSITIES = (0.8, 0.5, 0.3, 0.2, 0.1)
@@ -336,13 +336,13 @@ def _slim(
     units.report(_LOGGER)
     order = np.random.default_rng(effort.seed).permutation(len(train))
     calibration = train.images[order[:N_SLIM_CALIBRATION]]
-    known = {cost.name: cost for cost in slim_costs([n for n in cost_names if n != LATENCY], units, network, image)}
+    measured = []
     if source is not None:
         latency = find_latency_cost(inspected.bare(), units, image, source.table, source.runtime, effort.seed)
         if source.table is None and source.path is not None:
             latency.table.save(source.path)
-        known[LATENCY] = latency
-    costs = [known[name] for name in cost_names]
+        measured.append(latency)
+    costs = slim_costs(cost_names, units, network, image, measured)
     task = SlimTask(network, units, search.images, search.labels, calibration)
     with _shown(effort.evaluations, progress) as show:
         front = find_slim_networks(task.to(device), costs, settings, effort, progress=show).front

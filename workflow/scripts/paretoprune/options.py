@@ -12,11 +12,12 @@ import torch
 
 from paretoprune.deployment.latency import LatencyTable
 from paretoprune.deployment.machines import check_machine, machine_of
-from paretoprune.deployment.runtimes import Runtime, check_runtime
+from paretoprune.deployment.running import check_runtime
+from paretoprune.deployment.runtimes import Runtime
 from paretoprune.networks.costs import COSTS
 from paretoprune.repair.repairs import REPAIRS
-from paretoprune.settings import LOSSES
-from paretoprune.structured.units import LATENCY, SLIM_COSTS
+from paretoprune.settings import LATENCY, LOSSES
+from paretoprune.structured.units import SLIM_COSTS
 
 LARGEST_SEED = 2**32 - 1
 

@@ -26,6 +26,9 @@ LOSSES = ("error", "divergence")
 # The loss that suits a network, see `workflow.configuration.loss_of`.
 AUTO = "auto"
 COSTS = ("density", "parameters", "macs", "bytes")
+# A cost of networks that are cut, on a machine: as a table of their layers' times predicts it.
+LATENCY = "latency"
+RUNTIMES = ("onnxruntime", "torch", "torch.compile")
 # Costs, relative to the whole network, at which a search over channels starts from three allocations each.
 CHANNEL_START_COSTS = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 # With the whole network and the smallest one: candidates that it starts from, at most.
@@ -354,13 +357,14 @@ class Method(Publishing, Candidates):
     objectives: Sequence[str] = setting(
         [AUTO, "density"],
         "what is minimised: one loss, then one or two costs; auto: the divergence from the dense network where a "
-        "checkpoint may have seen the search images, the error elsewhere",
+        "checkpoint may have seen the search images, the error elsewhere; latency, as a table predicts it, where all "
+        "methods are of kind channels",
         type="array",
         minItems=2,
         maxItems=3,
         uniqueItems=True,
         prefixItems=[{"enum": [AUTO, *LOSSES]}],
-        items={"enum": list(COSTS)},
+        items={"enum": [*COSTS, LATENCY]},
     )
     evaluations: int = setting(600, "candidates evaluated by a search", type="integer", minimum=1)
     population: int = setting(30, "candidates in a population", type="integer", minimum=4)
@@ -445,6 +449,55 @@ class ComparedMethod(Method):
     def channel_step(self) -> "ChannelStep":
         """What a search over channels depends on."""
         return self.part(ChannelStep, share=self.phase1.share)
+
+
+@dataclass(frozen=True)
+class Timing(Settings):
+    """What networks will run on, and how well their times are to be known."""
+
+    runtime: str = setting("onnxruntime", "what networks will run on", enum=list(RUNTIMES))
+    batch_size: int = setting(1, "images that will arrive at a time", type="integer", minimum=1)
+    threads: int = setting(1, "threads that will compute one batch", type="integer", minimum=1)
+    repeats: int = setting(20, "rounds of measurements at first", type="integer", minimum=2)
+    bound: float = setting(
+        0.02,
+        "largest standard error of a time relative to another, as a share, that is good enough; above it further "
+        "rounds are measured",
+        **POSITIVE_SHARE,
+    )
+    most_repeats: int = setting(
+        100, "rounds at most; if the bound is not met by then, log and report say so", type="integer", minimum=2
+    )
+
+
+@dataclass(frozen=True)
+class Tabulating(Timing):
+    """What the latency table of a network depends on."""
+
+    checked: int = setting(
+        20, "random smaller networks that the table's predictions are checked on", type="integer", minimum=1
+    )
+
+
+@dataclass(frozen=True)
+class Latency(Tabulating):
+    """Times of networks on this machine."""
+
+    measure: bool = setting(
+        False,
+        "whether members of methods of kind channels are timed; those of a search after latency always are",
+        type="boolean",
+    )
+
+    @property
+    def timing(self) -> Timing:
+        """What times of members depend on."""
+        return self.part(Timing)
+
+    @property
+    def tabulating(self) -> Tabulating:
+        """What the table depends on."""
+        return self.part(Tabulating)
 
 
 # What each step of the workflow depends on

@@ -4,6 +4,7 @@ Data and arithmetic only, without torch: a search reads the table, `deployment/m
 """
 
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ import numpy as np
 from paretoprune.deployment.machines import Machine
 from paretoprune.files import read_json, write_json
 
+# What errors of predictions are called small.
+GOOD = 0.1
 FORMAT, VERSION = "paretoprune latency table", 1
 BETWEEN = ("linear", "step")
 
@@ -119,6 +122,47 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Checked:
+    """Predictions for networks that a table was not fitted to, beside the times that they took.
+
+    Attributes:
+        predicted: Relative to the whole network.
+        measured: Likewise; as many, at least one.
+        uncertainty: Largest standard error of a measured time, as a share of it.
+
+    Raises:
+        ValueError: They are not equally many, or a measured time is not positive.
+    """
+
+    predicted: tuple[float, ...]
+    measured: tuple[float, ...]
+    uncertainty: float = 0.0
+
+    def __post_init__(self) -> None:
+        _ = self.errors
+
+    @property
+    def errors(self) -> np.ndarray:
+        """(predicted - measured) / measured, float64 (n_networks,)."""
+        return prediction_error(np.array(self.predicted), np.array(self.measured))
+
+    @property
+    def n_good(self) -> int:
+        """Networks that are predicted with a small error, see `GOOD`."""
+        return int((np.abs(self.errors) <= GOOD).sum())
+
+    def plain(self) -> dict[str, Any]:
+        """What JSON holds."""
+        return {"predicted": list(self.predicted), "measured": list(self.measured), "uncertainty": self.uncertainty}
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Undo `plain`."""
+        predicted, measured = (tuple(_number(one) for one in values[key]) for key in ("predicted", "measured"))
+        return cls(predicted, measured, _number(values["uncertainty"]))
+
+
+@dataclass(frozen=True)
 class LatencyTable:
     """Measured times of blocks, on one machine.
 
@@ -131,6 +175,8 @@ class LatencyTable:
         correction: From sums of blocks to whole networks, see `fit`.
         uncertainty: Largest standard error of a time beside the yardstick's, as a share of it
             (`Timings.uncertainties`).
+        bound: What that was to be at most; None where nothing was asked for.
+        checked: How well the table predicts; None where that was not looked at.
 
     Raises:
         ValueError: There is no block, or the times of one are not as `Grid.of` needs them.
@@ -141,12 +187,36 @@ class LatencyTable:
     constant: float = 0.0
     correction: Correction = Correction()
     uncertainty: float = 0.0
+    bound: float | None = None
+    checked: Checked | None = None
 
     def __post_init__(self) -> None:
         if not self.blocks:
             raise ValueError("a latency table: expected blocks, found none; measure at least one")
         # The times are arranged now, so that what is wrong with them is said where they come from.
         _ = self.grids
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether times are known less well than was asked for, those of the networks for the check included."""
+        worst = max(self.uncertainty, self.checked.uncertainty if self.checked else 0.0)
+        return self.bound is not None and worst > self.bound
+
+    def report(self, log: logging.Logger) -> None:
+        """Say how well times are known, and how good predictions are."""
+        if self.is_noisy:
+            networks = f", of whole networks to {100 * self.checked.uncertainty:.1f} %" if self.checked else ""
+            log.warning(
+                "the machine was noisy: times of layers are known to %.1f %%%s, expected %.1f %%; stop what else runs "
+                "here and measure again, or allow more rounds",
+                100 * self.uncertainty, networks, 100 * (self.bound or 0.0),
+            )  # fmt: skip
+        if self.checked:
+            errors = np.abs(self.checked.errors)
+            log.info(
+                "predicted latency of %d random networks: %d within %.0f %%, median error %.1f %%, largest %.1f %%",
+                len(errors), self.checked.n_good, 100 * GOOD, 100 * np.median(errors), 100 * errors.max(),
+            )  # fmt: skip
 
     @cached_property
     def grids(self) -> dict[str, Grid]:
@@ -239,6 +309,8 @@ class LatencyTable:
             "version": VERSION,
             "machine": self.machine.plain(),
             "uncertainty": self.uncertainty,
+            "bound": self.bound,
+            "checked": self.checked.plain() if self.checked else None,
             "constant_seconds": self.constant,
             "correction": {"slope": self.correction.slope, "offset_seconds": self.correction.offset},
             "blocks": blocks,
@@ -268,6 +340,9 @@ class LatencyTable:
                 constant=_number(content["constant_seconds"]),
                 correction=Correction(_number(correction["slope"]), _number(correction["offset_seconds"])),
                 uncertainty=_number(content["uncertainty"]),
+                # Tables from before there was a check have neither.
+                bound=None if content.get("bound") is None else _number(content["bound"]),
+                checked=None if content.get("checked") is None else Checked.of(content["checked"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
             told = f"{type(error).__name__}: {error}"

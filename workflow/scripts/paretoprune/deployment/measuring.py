@@ -1,55 +1,20 @@
 """Measuring a latency table: every block at each of its widths, beside one yardstick."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import product
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from paretoprune.deployment.blocks import Block
 from paretoprune.deployment.export import Inputs
 from paretoprune.deployment.latency import LatencyTable, Widths
 from paretoprune.deployment.machines import machine_of
-from paretoprune.deployment.runtimes import Runtime, prepare
-from paretoprune.deployment.timing import Timings, measure_interleaved
+from paretoprune.deployment.running import prepare
+from paretoprune.deployment.runtimes import Runtime
+from paretoprune.deployment.timing import BOUND, Timings, measure_interleaved
 from paretoprune.telling import Telling
-
-
-@dataclass(frozen=True)
-class Block:
-    """A part of a network that can be built at several widths.
-
-    Attributes:
-        name: By which the table knows it.
-        points: Widths to measure at, every combination of some for each axis.
-        make: Builds it at given widths, with an example of its inputs (1 or more images).
-        kind: Blocks of one kind take equally long: the first is measured for all. Empty for a block of its own kind.
-        is_dense: Whether the dense network has it, at its widest; where it has not, another block is in its place.
-    """
-
-    name: str
-    points: tuple[Widths, ...]
-    make: Callable[[Widths], tuple[nn.Module, Inputs]] = field(repr=False)
-    kind: str = ""
-    is_dense: bool = True
-
-    @classmethod
-    def over(
-        cls,
-        name: str,
-        axes: Sequence[Sequence[int]],
-        make: Callable[[Widths], tuple[nn.Module, Inputs]],
-        kind: str = "",
-    ) -> Self:
-        """A block at every combination of the widths of its axes."""
-        return cls(name, tuple(product(*axes)), make, kind)
-
-    @property
-    def widest(self) -> Widths:
-        """The largest width of every axis."""
-        return tuple(max(widths) for widths in zip(*self.points, strict=True))
 
 
 def measure_table(
@@ -58,6 +23,7 @@ def measure_table(
     *,
     dense: tuple[nn.Module, Inputs] | None = None,
     measure: Callable[..., Timings] = measure_interleaved,
+    bound: float = BOUND,
     **options: Any,
 ) -> LatencyTable:
     """Time every block at each of its points, a block's points in turn.
@@ -72,6 +38,7 @@ def measure_table(
         dense: The dense network and images for it; what it takes beyond its blocks becomes the table's constant.
             Without it, the constant is the overhead of one call.
         measure: Times functions in turn.
+        bound: How well times are to be known, see `measure_interleaved`. The table says whether they are.
         options: Further ones of `measure_interleaved`.
 
     Raises:
@@ -99,6 +66,7 @@ def measure_table(
     overheads: list[float] = []
     uncertainty = 0.0
     telling = Telling("timing blocks")
+    options = {"bound": bound, "says_noise": False, **options}
     for i, block in enumerate(kinds.values()):
         # What follows a colon says what its time depends on.
         place = block.name.partition(":")[0]
@@ -132,7 +100,11 @@ def measure_table(
     if whole is not None:
         constant = unit * whole - sum(times[_kind(block)][block.widest] for block in blocks if block.is_dense)
     return LatencyTable(
-        machine, {block.name: times[_kind(block)] for block in blocks}, constant, uncertainty=uncertainty
+        machine,
+        {block.name: times[_kind(block)] for block in blocks},
+        constant,
+        uncertainty=uncertainty,
+        bound=bound,
     )
 
 
@@ -141,7 +113,7 @@ def _kind(block: Block) -> tuple[str, str]:
     return ("kind", block.kind) if block.kind else ("name", block.name)
 
 
-def _prepared(block: Block, point: Widths, runtime: Runtime) -> Callable[[], None]:
+def _prepared(block: Block, point: Widths, runtime: Runtime) -> Callable[[], object]:
     try:
         return prepare(*block.make(point), runtime)
     except ValueError as error:

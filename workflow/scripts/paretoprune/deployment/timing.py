@@ -13,6 +13,9 @@ import numpy as np
 _LOGGER = logging.getLogger("paretoprune")
 # A measurement is at least this long (ns), so that neither the clock's steps nor the loop around the calls count.
 LEAST_NS = 1_000_000
+# How well times are known that are called known: the largest standard error of a ratio, as a share of it.
+BOUND = 0.02
+REPEATS, MOST_REPEATS = 20, 100
 # More calls than that in one measurement say that the clock stands still.
 MOST_CALLS = 2**24
 
@@ -71,14 +74,15 @@ class Timings:
 def measure_interleaved(
     functions: Sequence[Callable[[], object]],
     *,
-    repeats: int = 20,
+    repeats: int = REPEATS,
     warmup: int = 3,
     reference: int = 0,
-    bound: float = 0.02,
-    most_repeats: int = 100,
+    bound: float = BOUND,
+    most_repeats: int = MOST_REPEATS,
     least_ns: int = LEAST_NS,
     clock: Callable[[], int] = time.perf_counter_ns,
     progress: Callable[[str], object] | None = None,
+    says_noise: bool = True,
 ) -> Timings:
     """Time functions in turn: A B C, then C B A, then A B C, so that a drift during a round cancels too.
 
@@ -96,6 +100,7 @@ def measure_interleaved(
         least_ns: Shortest measurement (nanoseconds).
         clock: Tells the time (nanoseconds).
         progress: Called between measurements, with words that say how far they are.
+        says_noise: Whether to warn; False for whoever sums several measurements up in one warning.
 
     Raises:
         ValueError: There is no function, no such reference, or fewer than 2 repeats.
@@ -126,7 +131,7 @@ def measure_interleaved(
             uncertainty = _worst(timings, reference)
             if uncertainty <= bound or len(rows) >= most_repeats:
                 break
-    if uncertainty > bound:
+    if uncertainty > bound and says_noise:
         _LOGGER.warning(
             "the machine is noisy: after %d rounds times are known to %.1f %%, expected %.1f %% (single measurements "
             "spread by %.1f %%); stop what else runs here and measure again",

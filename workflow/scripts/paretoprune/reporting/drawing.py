@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from paretoprune.reporting import comparison_plots, run_plots
+from paretoprune.reporting import comparison_plots, latency_plots, run_plots
 from paretoprune.reporting.attainment import attainment_surfaces, hypervolume_bands
 from paretoprune.reporting.comparison import MEASURE_TITLES, MEASURES, paired_differences
 from paretoprune.reporting.read_results import RunResults
@@ -34,6 +34,11 @@ def draw_run(run: RunResults, summary: pd.DataFrame, styles: Mapping[str, Method
     if len(run.fronts):
         yield "fronts", run_plots.draw_fronts(run.fronts, run.dense_test_error, styles)
     yield "hypervolume", run_plots.draw_hypervolume(run.histories, styles, largest=run.about.largest_hypervolume)
+    if len(run.latencies):
+        yield "latency", latency_plots.draw_errors_by_time(run.latencies, run.dense_test_error, styles)
+        if run.latencies["predicted"].notna().any():
+            checked = run.latency_table.checked if run.latency_table else None
+            yield "prediction", latency_plots.draw_predictions(run.latencies, checked, styles)
     if run.two_phase:
         first = run.about.seeds[0]
         gains = summary[summary["method"].isin(run.two_phase)]

@@ -9,6 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from paretoprune import __version__
 from paretoprune.reporting.comparison import MEASURE_TITLES, SIGNIFICANCE_LEVEL
+from paretoprune.reporting.latency_notes import latency_section
 from paretoprune.reporting.read_results import RunResults
 from paretoprune.reporting.tables import (
     PHASES,
@@ -22,6 +23,7 @@ from paretoprune.reporting.tables import (
     sparsities_table,
     summary_table,
 )
+from paretoprune.settings import Timing
 
 
 def render_page(
@@ -56,13 +58,16 @@ def render_page(
     )
 
 
-def run_section(run: RunResults, summary: pd.DataFrame, figures: Mapping[str, str]) -> dict[str, Any]:
+def run_section(
+    run: RunResults, summary: pd.DataFrame, figures: Mapping[str, str], timing: Timing | None = None
+) -> dict[str, Any]:
     """Collect what the template shows of one run.
 
     Args:
         run: Its results.
         summary: From `read_results.summarise`, of this run.
         figures: Path of each of its figures relative to the page, without the suffix.
+        timing: What members were timed on, where they were.
     """
     first = run.dense[run.about.seeds[0]]
     share = first["n_prunable"] / first["n_parameters"]
@@ -92,6 +97,7 @@ def run_section(run: RunResults, summary: pd.DataFrame, figures: Mapping[str, st
         "phases": summary_table(summary, run.two_phase, PHASES) if run.two_phase else None,
         "per_seed": per_seed_table(summary),
         "members": None if run.about.only_density else costs_table(run),
+        "latency": latency_section(run, timing or Timing()) if len(run.latencies) else None,
         "finetuned": finetuned_table(run) if len(run.finetuned) else None,
         "figures": dict(figures),
     }

@@ -4,16 +4,18 @@ Nothing here needs torch.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from paretoprune.deployment.latency import LatencyTable
 from paretoprune.files import read_json
 from paretoprune.fronts import hypervolume
 from paretoprune.reporting.subject import Run
+from paretoprune.settings import LATENCY
 
 SPLITS = ("train", "calibration", "search", "test")
 SUMMARY_COLUMNS = (
@@ -32,7 +34,8 @@ SUMMARY_COLUMNS = (
     "phase2_gain",
 )
 
-# What each column of a result file holds: "text", "number" (finite, at least 0), "share" (0 to 1), or "unread".
+# What each column of a result file holds: "text", "number" (finite, at least 0), "optional" (that, or nothing), "share"
+# (0 to 1), or "unread".
 _FRONT = {
     "id": "text",
     "stage": "text",
@@ -59,6 +62,20 @@ _FINETUNED = {
     "test_error": "share",
     "dense_test_error": "share",
 }
+_LATENCY = {
+    "id": "text",
+    "macs": "number",
+    "predicted": "optional",
+    "measured": "number",
+    "uncertainty": "number",
+    "spread": "number",
+    "milliseconds": "number",
+    "bytes": "optional",
+}
+# The row of latency.csv that is no member.
+_DENSE = "dense"
+# Files that not every method has.
+_RARE = {"layers": _LAYERS, "finetuned": _FINETUNED, "latency": _LATENCY}
 _DENSE_KEYS = (
     "accuracy",
     "n_images",
@@ -89,6 +106,9 @@ class RunResults:
         layers: layers.csv likewise, two-phase methods only.
         finetuned: finetuned.csv likewise, fine-tuned methods only.
         anchors: Content of anchors.json per (method, seed), two-phase methods only.
+        latencies: latency.csv likewise, timed methods only, without the dense network's row; with the columns
+            `dense_milliseconds`, `search_error` and `test_error`.
+        latency_table: The table that a search after latency followed; None for others.
     """
 
     about: Run
@@ -99,6 +119,8 @@ class RunResults:
     layers: pd.DataFrame
     finetuned: pd.DataFrame
     anchors: dict[tuple[str, int], dict[str, Any]]
+    latencies: pd.DataFrame = field(default_factory=pd.DataFrame)
+    latency_table: LatencyTable | None = None
 
     @property
     def dense_test_error(self) -> float:
@@ -111,7 +133,9 @@ class RunResults:
         return [method for method, kind in self.kinds.items() if kind == "two_phase"]
 
 
-def read_run(results: Path, run: Run, kinds: Mapping[str, str], finetuned: Collection[str]) -> RunResults:
+def read_run(
+    results: Path, run: Run, kinds: Mapping[str, str], finetuned: Collection[str], timed: Collection[str] = ()
+) -> RunResults:
     """Read and check every result file of one run.
 
     Args:
@@ -119,6 +143,7 @@ def read_run(results: Path, run: Run, kinds: Mapping[str, str], finetuned: Colle
         run: What to read.
         kinds: Methods to read, with the kind of each.
         finetuned: Methods that have a finetuned.csv. Methods that are not in `kinds` are ignored.
+        timed: Methods that have a latency.csv, likewise.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -129,7 +154,7 @@ def read_run(results: Path, run: Run, kinds: Mapping[str, str], finetuned: Colle
     # Other costs than the density may exceed 1, since bytes count the mask. So a hypervolume on them may exceed 1, too.
     front = _FRONT | {cost: "number" for cost in run.costs if cost != "density"}
     history = _HISTORY if run.only_density else _HISTORY | {"hypervolume": "number"}
-    tables: dict[str, list[pd.DataFrame]] = {"front": [], "history": [], "layers": [], "finetuned": []}
+    tables: dict[str, list[pd.DataFrame]] = {"front": [], "history": [], "layers": [], "finetuned": [], "latency": []}
     for seed in run.seeds:
         folder = results / run.dataset / run.network / f"seed{seed}"
         dense[seed] = _read_dense(folder / "dense" / "metrics.json")
@@ -145,10 +170,12 @@ def read_run(results: Path, run: Run, kinds: Mapping[str, str], finetuned: Colle
                 anchors[method, seed] = _read_anchors(method_folder / "anchors.json")
             if method in finetuned:
                 read["finetuned"] = _read_finetuned(method_folder / "finetuned.csv")
+            if method in timed:
+                read["latency"] = _read_latency(method_folder / "latency.csv", read["front"])
             for name, table in read.items():
                 tables[name].append(table.assign(method=method, seed=seed))
     # Without any file of a kind there is nothing to concatenate; an empty table has the columns all the same.
-    columns = {"layers": [*_LAYERS, "method", "seed"], "finetuned": [*_FINETUNED, "method", "seed"]}
+    columns = {name: [*schema, "method", "seed"] for name, schema in _RARE.items()}
     joined = {
         name: pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns[name])
         for name, parts in tables.items()
@@ -162,6 +189,8 @@ def read_run(results: Path, run: Run, kinds: Mapping[str, str], finetuned: Colle
         layers=joined["layers"],
         finetuned=joined["finetuned"],
         anchors=anchors,
+        latencies=joined["latency"],
+        latency_table=_read_latency_table(results / run.dataset / run.network) if LATENCY in run.costs else None,
     )
 
 
@@ -235,14 +264,17 @@ def _read_table(path: Path, schema: Mapping[str, str]) -> pd.DataFrame:
             f"found {', '.join(table.columns)} without {', '.join(missing)}; {remedy}"
         )
     for column, holds in schema.items():
-        if holds not in ("number", "share"):
+        if holds not in ("number", "optional", "share"):
             continue
         # What is no number becomes NaN, which the check below finds.
         values = pd.to_numeric(table[column], errors="coerce").astype(float)
         upper = 1 + _ROUNDING if holds == "share" else np.inf
         wrong = ~np.isfinite(values) | (values < -_ROUNDING) | (values > upper)
+        if holds == "optional":
+            wrong &= table[column].notna()
         if wrong.any():
             expected = "a share between 0 and 1 (80 % is 0.8)" if holds == "share" else "a finite number, at least 0"
+            expected += ", or nothing" * (holds == "optional")
             raise ValueError(
                 f"{path}: expected {expected} in every row of column '{column}', "
                 f"found {table.loc[wrong, column].iloc[0]} in row {int(np.flatnonzero(wrong)[0]) + 1}; {remedy}"
@@ -268,6 +300,24 @@ def _read_finetuned(path: Path) -> pd.DataFrame:
     table = _read_table(path, _FINETUNED)
     # A member chosen for several targets gets a row for each: every seed then has a row for every target.
     return table.assign(target=table["target"].astype(str).str.split(", ")).explode("target")
+
+
+def _read_latency(path: Path, front: pd.DataFrame) -> pd.DataFrame:
+    """The rows of members, with errors from the front."""
+    table = _read_table(path, _LATENCY)
+    dense, members = table[table["id"] == _DENSE], table[table["id"] != _DENSE]
+    if len(dense) != 1:
+        raise ValueError(
+            f"{path}: expected one row with the id '{_DENSE}', found {len(dense)}; delete the file and time again"
+        )
+    _check_members(path, members, front)
+    members = members.merge(front[["id", "search_error", "test_error"]], on="id")
+    return members.assign(dense_milliseconds=float(dense["milliseconds"].iloc[0]))
+
+
+def _read_latency_table(folder: Path) -> LatencyTable:
+    _require_file(folder / "latency.json")
+    return LatencyTable.load(folder / "latency.json")
 
 
 def _check_members(path: Path, layers: pd.DataFrame, front: pd.DataFrame) -> None:

@@ -31,7 +31,7 @@ def write_report(results: Path, subject: Subject, output: Path) -> None:
         FileNotFoundError: A result file is missing; nothing was written.
         ValueError: A result file lacks a column or holds an impossible value; nothing was written.
     """
-    runs = [read_run(results, run, subject.kinds, subject.finetuned) for run in subject.runs]
+    runs = [read_run(results, run, subject.kinds, subject.finetuned, subject.timed) for run in subject.runs]
     summaries = [summarise(run) for run in runs]
     summary = pd.concat(summaries, ignore_index=True)
     tables = {
@@ -45,7 +45,7 @@ def write_report(results: Path, subject: Subject, output: Path) -> None:
     sections = []
     for run, own in zip(runs, summaries, strict=True):
         figures = _save_figures(draw_run(run, own, styles), output, run.about.anchor)
-        sections.append(run_section(run, own, figures))
+        sections.append(run_section(run, own, figures, subject.timing))
     comparison = None
     # With one pair or one method there is nothing to compare.
     if len(subject.kinds) > 1 and sum(len(run.seeds) for run in subject.runs) > 1:

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from paretoprune.objectives import reference_point
+from paretoprune.settings import Timing
 
 METHOD_KINDS = ("two_phase", "channels", "flat", "allocation")
 OBJECTIVES = ("error", "divergence")
@@ -23,7 +24,8 @@ class Run:
         network: Name of the network.
         seeds: Seeds, in the order asked for.
         objective: The loss that the search minimised: "error" or "divergence".
-        costs: What it minimised beside the loss: density, parameters, macs or bytes, relative to the dense network.
+        costs: What it minimised beside the loss: density, parameters, macs, bytes or latency, relative to the dense
+            network.
 
     Raises:
         ValueError: The objective is unknown; there is no cost; a cost is named twice, or like another column.
@@ -81,12 +83,16 @@ class Subject:
         kinds: "two_phase", "flat" or "allocation" per method, in the order of tables and legends.
         finetuned: The methods that have a finetuned.csv.
         reference: The method that the others are tested against.
+        timed: The methods whose members were timed.
+        timing: What on, and how well.
     """
 
     runs: tuple[Run, ...]
     kinds: dict[str, str]
     finetuned: tuple[str, ...]
     reference: str
+    timed: tuple[str, ...] = ()
+    timing: Timing = field(default_factory=Timing)
 
     @classmethod
     def of(
@@ -104,7 +110,8 @@ class Subject:
             seeds: Seeds of a run that does not name its own.
             methods: Methods of every run.
             settings: `method_kinds` has the kind of each method. `finetuned_methods` names those that have a
-                finetuned.csv. `reference` is the first method where it is missing or None.
+                finetuned.csv. `reference` is the first method where it is missing or None. `timed_methods`, where there
+                are any, have a latency.csv, of times measured as `timing` says.
 
         Raises:
             ValueError: There is no run, seed or method, a method has no kind, or the reference is not a method.
@@ -129,7 +136,8 @@ class Subject:
             )
             for run in runs
         )
-        return cls(about, kinds, tuple(settings["finetuned_methods"]), reference)
+        timed, timing = tuple(settings.get("timed_methods", ())), Timing.of(settings.get("timing", {}))
+        return cls(about, kinds, tuple(settings["finetuned_methods"]), reference, timed, timing)
 
 
 def _method_kinds(methods: Sequence[str], kinds: Mapping[str, str]) -> dict[str, str]:

@@ -4,16 +4,15 @@ A layer is timed with the batch norm and the activation that directly follow, wh
 computes channels in steps: layers are timed at both ends of some steps, so that straight lines between them are flat
 where nothing is gained. Convolutions that read a multiple of 4 channels may be computed in another way than others, so
 that the table has them twice; between both ways activations are laid out anew, at a price that is fitted to random
-small networks. What is in no layer (sums, pooling, attention's products) is the table's constant, and a line is fitted
-likewise.
+small networks (`structured/timing.py`). What is in no layer (sums, pooling, attention's products) is the table's
+constant, and a line is fitted likewise.
 """
 
-import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice, product
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -23,18 +22,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from paretoprune.copies import copied
-from paretoprune.deployment.latency import LatencyTable, Widths, prediction_error
-from paretoprune.deployment.measuring import Block, measure_table
-from paretoprune.deployment.runtimes import Runtime, prepare
-from paretoprune.deployment.timing import Timings, measure_interleaved
-from paretoprune.fronts import Front
+from paretoprune.deployment.blocks import Block
+from paretoprune.deployment.latency import LatencyTable, Widths
 from paretoprune.masks.packed import PackedMasks
-from paretoprune.masks.units import keep_top, ranks_within_groups
 from paretoprune.networks.tracing import Convolution, NotTraceableError, trace
 from paretoprune.networks.watching import run_watched
 from paretoprune.shapes import is_depthwise, with_tensors
 from paretoprune.structured.units import ChannelUnits, Sizes
-from paretoprune.telling import Telling
 
 # Steps at whose ends layers are timed: as wide as vector registers, wider ones where there would be more steps than
 # this for a layer that is cut along one axis, or along two.
@@ -42,14 +36,6 @@ STEP, NARROW_STEP, NARROW = 16, 8, 32
 MOST_STEPS = 4, 2
 # Convolutions that read a multiple of so many channels may be computed in another way than others.
 ALIGNED, READING = 4, " reading "
-# Random networks that the line is fitted to, and those that its error is reported on.
-N_FITTED, N_CHECKED = 8, 20
-# Share of the branches that vanish in them, of those that may.
-VANISHED = 0.15
-# Networks that are timed in turn with the whole one.
-AT_ONCE = 8
-# What errors of predictions are called small.
-GOOD = 0.1
 REMEDY = "measure_latency(network, units, image, runtime)"
 _ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -61,9 +47,6 @@ _ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,
 }
 _ACTIVATION_MODULES = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU)
-_LOGGER = logging.getLogger("paretoprune")
-
-Measure = Callable[..., Timings]
 
 
 @dataclass(frozen=True)
@@ -266,34 +249,6 @@ def _activation(node: fx.Node | None, modules: Mapping[str, nn.Module]) -> list[
     return [_ACTIVATIONS[name]()] if name in _ACTIVATIONS else []
 
 
-def measure_latency(
-    network: nn.Module,
-    units: ChannelUnits,
-    image: Tensor,
-    runtime: Runtime,
-    *,
-    measure: Measure | None = None,
-    **options: Any,
-) -> LatencyTable:
-    """Time every layer of a network at its possible widths, on this machine; progress is logged.
-
-    Args:
-        network: The whole network, in evaluation mode; it is left as it is.
-        units: What can be cut.
-        image: One image (1, ...), normalised.
-        runtime: What networks are run by.
-        measure: Times functions in turn; None for `deployment.timing.measure_interleaved`.
-        options: Further ones of it.
-
-    Raises:
-        ModuleNotFoundError: The runtime is not installed.
-        ValueError: A layer or the network cannot be run by it.
-    """
-    layers = layers_of(network, units, image)
-    blocks = [layer.block for layer in layers]
-    return measure_table(blocks, runtime, dense=(network, image), measure=measure or measure_interleaved, **options)
-
-
 @dataclass(frozen=True)
 class LatencyCost:
     """What a table says of the time of small networks, relative to the whole one.
@@ -404,211 +359,3 @@ def _call(name: str) -> str:
 
 def _spans(points: Sequence[Sequence[int]]) -> str:
     return " x ".join(f"{each[-1]} to {each[0]}" for each in points) or "none"
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a table says of random small networks, and how long they take.
-
-    Attributes:
-        masks: One of each network.
-        predicted: Relative to the whole network, after the fit; float64 (n_networks,).
-        measured: Relative to the whole network; float64 (n_networks,).
-        fitted: Which networks the table was fitted to, bool (n_networks,); the whole network is a further one.
-        table: The table after that.
-    """
-
-    masks: PackedMasks
-    predicted: np.ndarray
-    measured: np.ndarray
-    fitted: np.ndarray
-    table: LatencyTable
-
-    @property
-    def errors(self) -> np.ndarray:
-        """(predicted - measured) / measured of the networks that it was not fitted to, float64 (n_checked,)."""
-        return prediction_error(self.predicted[~self.fitted], self.measured[~self.fitted])
-
-    def report(self, log: logging.Logger) -> None:
-        """Say how good the predictions are."""
-        errors = np.abs(self.errors)
-        log.info(
-            "predicted latency of %d random networks: %d within %.0f %%, median error %.1f %%, largest %.1f %%",
-            len(errors), (errors <= GOOD).sum(), 100 * GOOD, 100 * np.median(errors), 100 * errors.max(),
-        )  # fmt: skip
-
-
-def prediction_on_random_networks(
-    network: nn.Module,
-    units: ChannelUnits,
-    image: Tensor,
-    table: LatencyTable,
-    runtime: Runtime,
-    n: int = N_CHECKED,
-    seed: int = 0,
-    *,
-    n_fitted: int = N_FITTED,
-    measure: Measure | None = None,
-    **options: Any,
-) -> Prediction:
-    """Time random small networks beside the whole one, and compare with what a table says of them.
-
-    What the table has for each number that is laid out anew, and the line from its predictions to times of networks
-    (`LatencyTable.corrected`), are fitted to the first `n_fitted` of them and the whole network. Errors are those of
-    the `n` others.
-
-    Args:
-        network: The whole network, in evaluation mode; it is left as it is.
-        units: What can be cut.
-        image: One image (1, ...), normalised.
-        table: Of this network and machine.
-        runtime: What networks are run by.
-        n: Networks to check predictions on.
-        seed: Fixes the networks.
-        n_fitted: Networks to fit to, at least 3; 0 leaves the table as it is.
-        measure: Times functions in turn; None for `deployment.timing.measure_interleaved`.
-        options: Further ones of it.
-
-    Raises:
-        ValueError: The table is of another network.
-    """
-    masks = random_networks(units, n_fitted + n, seed)
-    cost = LatencyCost.of_network(network, units, image, table)
-    slim = (units.slim(network, masks.unpack(i)) for i in range(len(masks)))
-    measured = relative_latencies(network, slim, image, runtime, measure=measure, **options)
-    fitted = np.arange(len(masks)) < n_fitted
-    if n_fitted:
-        table = _fitted(cost, masks.select(np.flatnonzero(fitted)), measured[fitted])
-        cost = LatencyCost(cost.sizes, cost.layers, table)
-    return Prediction(masks, cost.of(masks), measured, fitted, table)
-
-
-def _fitted(cost: LatencyCost, masks: PackedMasks, measured: np.ndarray) -> LatencyTable:
-    """The table of a cost after a fit to networks that take `measured` (n_masks,), relative to the whole one."""
-    whole = PackedMasks.pack_each([np.ones(masks.n_units, dtype=bool)], masks.n_units)
-    # The whole network counts as much as all others, so that relative latencies start where they should.
-    masks = masks.concatenate(whole.select(np.zeros(len(masks), dtype=np.int64)))
-    target = np.append(measured, np.ones_like(measured)) * cost.whole
-    columns = np.column_stack([cost.seconds(masks), np.full(len(masks), cost.whole), cost.laid_out_anew(masks)])
-    scale = np.abs(columns).max(axis=0) + 1e-30
-    (slope, _, price), *_ = np.linalg.lstsq(columns / scale / target[:, None], np.ones(len(target)), rcond=None)
-    slope, price = slope / scale[0], price / scale[2]
-    table = cost.table
-    if slope > 0 and price > 0:
-        price = price / slope / table.correction.slope
-        odd = {layer.name: layer.n_made for layer in cost.layers if layer.aligned is False}
-        blocks = {
-            name: {widths: seconds + price * odd.get(name, 0) for widths, seconds in times.items()}
-            for name, times in table.blocks.items()
-        }
-        table = replace(table, blocks=blocks)
-    return table.corrected(LatencyCost(cost.sizes, cost.layers, table).seconds(masks), target)
-
-
-def random_networks(units: ChannelUnits, n: int, seed: int) -> PackedMasks:
-    """Masks of networks of all sizes: each keeps a random share of every coupling, and lacks some of the branches.
-
-    Args:
-        units: What can be cut.
-        n: Number of networks.
-        seed: Fixes them.
-    """
-    rng = np.random.default_rng(seed)
-    may_vanish = np.array([coupling.may_vanish for coupling in units.couplings])
-    rows = []
-    for _ in range(n):
-        shares = rng.uniform(rng.uniform(0.0, 0.9), 1.0, units.n_groups)
-        n_keep = np.maximum(1, np.rint(shares * units.sizes)).astype(np.int64)
-        n_keep[may_vanish & (rng.random(units.n_groups) < VANISHED)] = 0
-        rows.append(keep_top(ranks_within_groups(rng.random(units.n_units), units), n_keep, units))
-    return PackedMasks.pack_each(rows, units.n_units)
-
-
-def relative_latencies(
-    network: nn.Module,
-    slim: Iterable[nn.Module],
-    image: Tensor,
-    runtime: Runtime,
-    *,
-    measure: Measure | None = None,
-    **options: Any,
-) -> np.ndarray:
-    """Time networks in turn with the whole one; progress is logged.
-
-    Args:
-        network: The whole network, in evaluation mode.
-        slim: Others that take the same images.
-        image: One image (1, ...), normalised.
-        runtime: What they are run by.
-        measure: Times functions in turn; None for `deployment.timing.measure_interleaved`.
-        options: Further ones of it.
-
-    Returns:
-        Times relative to the whole network, float64 (n_networks,).
-    """
-    telling = Telling("timing small networks")
-    whole = prepare(network, image, runtime)
-    found: list[float] = []
-    waiting = iter(slim)
-    while group := list(islice(waiting, AT_ONCE)):
-        functions = [whole]
-        for i, one in enumerate(group):
-            telling(f"making number {len(found) + i + 1}")
-            functions.append(prepare(one, image, runtime))
-        timings = (measure or measure_interleaved)(functions, progress=telling, **options)
-        found += timings.relative()[1:].tolist()
-    return np.array(found)
-
-
-def find_latency_cost(
-    network: nn.Module,
-    units: ChannelUnits,
-    image: Tensor,
-    table: LatencyTable | None,
-    runtime: Runtime,
-    seed: int = 0,
-) -> LatencyCost:
-    """The cost from a table, which is measured and fitted to random networks where there is none.
-
-    Args:
-        network: The whole network, in evaluation mode; it is left as it is.
-        units: What can be cut.
-        image: One image (1, ...), normalised.
-        table: Of this network and machine; None to measure one.
-        runtime: What networks are run by.
-        seed: Fixes the random networks.
-
-    Raises:
-        ValueError: The table was measured for another network, or the network cannot be run by the runtime.
-    """
-    if table is None:
-        _LOGGER.info("measuring a latency table of %s", type(network).__name__)
-        table = measure_latency(network, units, image, runtime)
-        prediction = prediction_on_random_networks(network, units, image, table, runtime, seed=seed)
-        prediction.report(_LOGGER)
-        table = prediction.table
-    return LatencyCost.of_network(network, units, image, table)
-
-
-def time_members(front: Front, image: Tensor, runtime: Runtime) -> Front:
-    """Time the finished networks of a front in turn with the dense one.
-
-    Args:
-        front: With its networks.
-        image: One image (1, ...), normalised.
-        runtime: What networks are run by.
-
-    Returns:
-        The same front with `measured_latency`; without it, and with a warning, if one of the networks cannot be run, as
-        a search is not to be lost for that.
-    """
-    if front.dense is None:
-        raise ValueError("expected a front with its networks, found none; call pareto_prune")
-    networks = (front.network(i) for i in range(len(front)))
-    _LOGGER.info("timing %d members beside the dense network", len(front))
-    try:
-        measured = relative_latencies(front.dense, networks, image, runtime)
-    except ValueError as error:
-        _LOGGER.warning("the members' latencies were not measured: %s", error)
-        return front
-    return replace(front, measured_latency=measured)

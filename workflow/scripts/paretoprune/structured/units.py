@@ -259,24 +259,26 @@ SLIM_COSTS: Mapping[str, Callable[[Sizes, nn.Module, Tensor], Cost]] = {
     "bytes": stored_bytes,
     "memory": memory,
 }
-# Of a machine rather than of a network: see `structured.latency`.
-LATENCY = "latency"
 
 
-def slim_costs(names: Sequence[str], units: ChannelUnits, network: nn.Module, image: Tensor) -> tuple[Cost, ...]:
+def slim_costs(
+    names: Sequence[str], units: ChannelUnits, network: nn.Module, image: Tensor, measured: Sequence[Cost] = ()
+) -> tuple[Cost, ...]:
     """Make the costs of the given names, in the same order.
 
     Args:
-        names: Among `SLIM_COSTS`.
+        names: Among `SLIM_COSTS` and the names of `measured`.
         units: What is cut.
         network: The whole network, in evaluation mode.
         image: One image (1, ...), normalised.
+        measured: Costs that are of a machine rather than of a network alone, see `structured.latency`.
 
     Raises:
-        ValueError: A name is not one of `SLIM_COSTS`.
+        ValueError: A name is none of these.
     """
-    if unknown := [name for name in names if name not in SLIM_COSTS]:
-        raise ValueError(f"expected costs among {', '.join(SLIM_COSTS)}, found {', '.join(unknown)}")
+    known = {cost.name: cost for cost in measured}
+    if unknown := [name for name in names if name not in SLIM_COSTS and name not in known]:
+        raise ValueError(f"expected costs among {', '.join((*SLIM_COSTS, *known))}, found {', '.join(unknown)}")
     whole = copied(network)
     sizes = Sizes(units, whole)
-    return tuple(SLIM_COSTS[name](sizes, whole, image) for name in names)
+    return tuple(known[name] if name in known else SLIM_COSTS[name](sizes, whole, image) for name in names)

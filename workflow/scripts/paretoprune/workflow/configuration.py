@@ -16,7 +16,7 @@ from paretoprune.importance.allocation import STARTS
 from paretoprune.networks.names import broken_architecture
 from paretoprune.repair.registry import REPAIR_REFITS
 from paretoprune.search.sparse_ea import n_groups_within
-from paretoprune.settings import AUTO, N_CHANNEL_STARTS, REFIT_GUIDE, ComparedMethod
+from paretoprune.settings import AUTO, LATENCY, N_CHANNEL_STARTS, REFIT_GUIDE, ComparedMethod, Latency
 from paretoprune.workflow.resolving import expanded
 from paretoprune.workflow.sections import OWN_KEYS
 
@@ -123,6 +123,12 @@ def _broken_references(config: Config) -> Iterator[str]:
     for name in config["methods"]:
         if name in settings:
             yield from _broken_method(config, name)
+    latency = latency_of(config)
+    if latency.most_repeats < latency.repeats:
+        yield (
+            f"latency: expected most_repeats of at least the {latency.repeats} repeats, found {latency.most_repeats}; "
+            "raise it or lower `repeats`"
+        )
 
 
 def _not_finite(value: Any, where: str = "") -> Iterator[str]:
@@ -161,6 +167,11 @@ def _broken_method(config: Config, name: str) -> Iterator[str]:
         yield f"method_settings.{name}: a method of kind 'allocation' needs `allocation`, the rule"
     if "objectives" in own:
         yield f"method_settings.{name}: hypervolumes on different objectives cannot be compared; set search.objectives"
+    if LATENCY in method.costs and method.kind != "channels":
+        yield (
+            f"method_settings.{name}: latency is a cost of networks that get smaller (kind channels), found kind "
+            f"'{method.kind}'; compare methods of kind channels alone, or remove latency from search.objectives"
+        )
     if method.densities.lowest >= method.densities.highest:
         yield f"method_settings.{name}: densities.lowest must be smaller than densities.highest"
     if method.kind != "allocation":
@@ -318,6 +329,19 @@ def method_of(config: Config, name: str, network: str | None = None) -> Compared
 def methods_of_kind(config: Config, kind: str) -> list[str]:
     """Names of all defined methods of one kind, whether compared or not."""
     return sorted(name for name, own in config["method_settings"].items() if own["kind"] == kind)
+
+
+def latency_of(config: Config) -> Latency:
+    """How networks are timed."""
+    return Latency.of(config.get("latency", {}))
+
+
+def timed_methods(config: Config) -> list[str]:
+    """The compared methods whose members are timed."""
+    if not (latency_of(config).measure or LATENCY in costs_of(config)):
+        return []
+    of_kind = methods_of_kind(config, "channels")
+    return [name for name in config["methods"] if name in of_kind]
 
 
 def reference_method(config: Config) -> str:

@@ -33,8 +33,9 @@ NAMES: dict[str, tuple[str | None, ...]] = {
 def configuration_schema() -> dict[str, Any]:
     """The JSON schema of a whole configuration."""
     schema = _group(Configuration, complete=True)
-    # Configurations from before there was a report section go on working.
-    schema["required"].remove("report")
+    # Configurations from before there were these sections go on working.
+    for section in ("report", "latency"):
+        schema["required"].remove(section)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Configuration of paretoprune",

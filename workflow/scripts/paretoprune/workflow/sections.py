@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from paretoprune.data.normalisations import NORMALISATIONS
-from paretoprune.settings import SHARE, ComparedMethod, Method, Settings, meaning, setting
+from paretoprune.settings import SHARE, ComparedMethod, Latency, Method, Settings, meaning, setting
 
 # A name that can stand in a path.
 NAME = {
@@ -272,6 +272,9 @@ class Configuration(Settings):
     networks: Mapping[str, Network] = required("networks by name")
     training: Training = field(metadata=meaning("of dense networks that have no checkpoint"))
     importance: Importance = field(metadata=meaning("how scores are computed"))
+    latency: Latency = field(
+        default_factory=Latency, metadata=meaning("times of networks on this machine, for methods of kind channels")
+    )
     search: Method = field(metadata=meaning("settings of every method that does not say otherwise"))
     methods: Sequence[str] = required(
         "what is compared, names under `method_settings`",
