@@ -9,12 +9,14 @@ FILES := $(wildcard $(shell git ls-files --cached --others --exclude-standard 2>
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo figures bench rooms modules schema test quick lint format lock clean
+.PHONY: help demo figures bench bench-channels rooms modules schema test quick lint format lock clean
 
 help:
 	@echo "make demo     run the whole chain on handwritten digits (config.yaml)"
 	@echo "make figures  draw the report of the measured results in docs/results, without computing anything else"
 	@echo "make bench    measure speed and memory against plain code and peers, into benchmarks/"
+	@echo "make bench-channels  compare smaller networks with other tools' of equal multiply-adds, into benchmarks/;"
+	@echo "              FRONT=results/… adds the front of experiments/faster-resnet56.yaml"
 	@echo "make test     lint, type check and tests"
 	@echo "make quick    the tests of masks, search and configuration, which take no networks"
 	@echo "make rooms    draw the packages and their imports, into docs/rooms.svg"
@@ -36,6 +38,10 @@ figures: .venv/run.stamp
 bench: .venv/run.stamp
 	PYTHONPATH=workflow/scripts $(BIN)/python -m benchmarks
 	@echo "The figures are in benchmarks/results.json, results.md and results.png"
+
+bench-channels: .venv/run.stamp
+	PYTHONPATH=workflow/scripts $(BIN)/python -m benchmarks.channels $(if $(FRONT),--front $(FRONT))
+	@echo "The tables are in benchmarks/channels.json, channels.md and channels.png"
 
 rooms: .venv/dev.stamp
 	PYTHONPATH=workflow/scripts:tests $(BIN)/python docs/draw_rooms.py

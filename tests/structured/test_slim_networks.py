@@ -318,8 +318,11 @@ def test_the_allocation_of_least_loss_is_found() -> None:
         found = cheapest_within(of_small, curves, ranks, cost, budget)
         at = int(np.flatnonzero((every == found).all(axis=1))[0])
         assert costs[at] <= budget
-        # A price finds the convex hull of all allocations: nothing cheaper loses less.
-        assert losses[at] <= losses[costs <= costs[at] + 1e-12].min() + 1e-12
+        # A price finds those on the convex hull; what it leaves of the budget is spent too.
+        priced = [int(np.argmin(losses + price * costs)) for price in np.geomspace(1e-3, 1e3, 400)]
+        assert losses[at] <= min(losses[i] for i in priced if costs[i] <= budget) + 1e-12
+        more = [found + step for step in np.eye(len(found), dtype=int) if (found + step <= of_small.sizes).all()]
+        assert all(costs[int(np.flatnonzero((every == row).all(axis=1))[0])] > budget for row in more)
         uniform = uniform_within(of_small, ranks, cost, budget)
         assert cost.of(PackedMasks.pack_each([keep_top(ranks, uniform, of_small)], of_small.n_units))[0] <= budget
 

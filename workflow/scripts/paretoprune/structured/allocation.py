@@ -15,6 +15,8 @@ from paretoprune.structured.units import ChannelUnits
 MEASURED_SHARES = (0.0, 0.25, 0.5)
 # Widths of a coupling at which its cost is worked out, at most, and straight lines between them.
 N_PRICED = 64
+# A cost that counts as none.
+TINY = 1e-12
 # Halvings of the price of a cost: enough for single units of a hundred thousand.
 N_HALVINGS = 40
 # Rungs of a ladder, and the share of the whole network's cost that is 1 on it.
@@ -97,6 +99,8 @@ def cheapest_within(
     """The allocation of least total loss within a budget, if losses of couplings add up.
 
     Each coupling keeps the number of units k of least loss(k) + price * cost(k), at the price that meets the budget.
+    What is left of the budget then goes to where most loss is saved for it: prices alone find no allocation between two
+    of which one has a whole branch more.
 
     Args:
         units: What can be cut.
@@ -123,7 +127,27 @@ def cheapest_within(
     for _ in range(N_HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if spent_by(at(10.0**middle)) > budget else (low, middle)
-    return at(10.0**high)
+    n_keep = at(10.0**high)
+    while (more := _one_more(n_keep, curves, costs, lambda row: spent_by(row) <= budget)) is not None:
+        n_keep = more
+    return n_keep
+
+
+def _one_more(
+    n_keep: np.ndarray, curves: Sequence[np.ndarray], costs: Sequence[np.ndarray], fits: Callable[[np.ndarray], bool]
+) -> np.ndarray | None:
+    """An allocation with more units of one coupling, of those that fit the one that saves most loss for its cost."""
+    steps = []
+    for g, (k, curve, spent) in enumerate(zip(n_keep.tolist(), curves, costs, strict=True)):
+        saved, extra = curve[k] - curve[k + 1 :], spent[k + 1 :] - spent[k]
+        rates = saved / np.maximum(extra, TINY)
+        steps += [(float(rates[i]), g, k + 1 + int(i)) for i in np.flatnonzero(saved > 0)]
+    for _, g, k in sorted(steps, reverse=True):
+        more = n_keep.copy()
+        more[g] = k
+        if fits(more):
+            return more
+    return None
 
 
 def ladder_of(units: ChannelUnits, scores: np.ndarray, cost: Cost) -> Ladder:
