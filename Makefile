@@ -9,7 +9,7 @@ FILES := $(wildcard $(shell git ls-files --cached --others --exclude-standard 2>
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo figures bench bench-channels rooms modules schema test quick lint format lock clean
+.PHONY: help demo figures bench bench-channels channels rooms modules schema test quick lint format lock clean
 
 help:
 	@echo "make demo     run the whole chain on handwritten digits (config.yaml)"
@@ -19,6 +19,7 @@ help:
 	@echo "              FRONT=results/… adds the front of experiments/faster-resnet56.yaml"
 	@echo "make test     lint, type check and tests"
 	@echo "make quick    the tests of masks, search and configuration, which take no networks"
+	@echo "make channels survey what can be cut of torchvision's and timm's networks (hours)"
 	@echo "make rooms    draw the packages and their imports, into docs/rooms.svg"
 	@echo "make modules  list the modules behind each step again, into tests/workflow/modules_of_steps.yaml"
 	@echo "make schema   write the schema of the configuration and docs/configuration.md from the settings"
@@ -42,6 +43,10 @@ bench: .venv/run.stamp
 bench-channels: .venv/run.stamp
 	PYTHONPATH=workflow/scripts $(BIN)/python -m benchmarks.channels $(if $(FRONT),--front $(FRONT))
 	@echo "The tables are in benchmarks/channels.json, channels.md and channels.png"
+
+channels: .venv/dev.stamp
+	PYTHONPATH=workflow/scripts:tests $(BIN)/python docs/survey_channels.py
+	@echo "The table is in docs/channels-networks.md"
 
 rooms: .venv/dev.stamp
 	PYTHONPATH=workflow/scripts:tests $(BIN)/python docs/draw_rooms.py

@@ -390,6 +390,13 @@ class TwoInputs(Plain):
         return super().forward(x)
 
 
+class TakesTwo(Plain):
+    """Needs more than images, unless it is called with them alone."""
+
+    def forward(self, x: Tensor, *features: Tensor) -> Tensor:
+        return super().forward(x)
+
+
 class TwoOutputs(Plain):
     """Gives its features as well."""
 

@@ -13,7 +13,7 @@ from list_modules import LISTED, listing
 from small_networks import digits, trained
 from test_rooms import FLOOR, PACKAGE
 
-from docs import draw_rooms
+from docs import draw_rooms, survey_channels
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -161,3 +161,10 @@ def test_the_readme_s_example_runs(
     network.load_state_dict(state)
     removed = float((network.get_parameter("layer1.0.conv1.weight") == 0).float().mean())
     assert removed > 0
+
+
+def test_the_table_of_networks_is_what_was_measured() -> None:
+    page = survey_channels.PAGE.read_text(encoding="utf-8")
+    shown = page.partition(survey_channels.BEGIN)[2].partition(survey_channels.END)[0]
+    assert shown == survey_channels.table()
+    assert shown.count("\n") > 20

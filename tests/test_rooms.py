@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "workflow" / "scripts" / "paretoprune"
 # From the ground up. A room imports from those before it; what stands in one line does not see one another.
 FLOORS = [
-    ["files", "devices", "settings", "telling"],
+    ["files", "devices", "settings", "telling", "attention"],
     ["tensors", "copies", "shapes"],
     ["masks"],
     ["objectives"],

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch_pruning
 from paretoprune.copies import copied
-from paretoprune.structured.coupling import STAYS
+from paretoprune.structured.parts import STAYS
 from paretoprune.structured.units import ChannelUnits
 from torch import Tensor, nn
 

@@ -87,7 +87,7 @@ def naive_objectives(network: nn.Module, masks: PackedMasks, repair: str) -> np.
     [
         (architectures.Branching, "control flow"),
         (architectures.ReadAfterInPlace, "changes a tensor in place that is read again"),
-        (architectures.TwoInputs, "its forward takes 2 arguments instead of one"),
+        (architectures.TakesTwo, "its forward takes 2 arguments instead of one"),
     ],
 )
 def test_a_network_that_cannot_be_traced_is_evaluated_layer_by_layer_and_the_log_says_why(

@@ -128,7 +128,7 @@ def test_calls_in_the_tail_are_computed_in_float32() -> None:
         (architectures.ReadAfterSharedInPlace, r"changes a tensor in place that is read again"),
         (architectures.ViewOfInPlace, r"in place"),
         (architectures.InPlaceOnView, r"in place"),
-        (architectures.TwoInputs, "its forward takes 2 arguments instead of one"),
+        (architectures.TakesTwo, "its forward takes 2 arguments instead of one"),
         (architectures.TwoOutputs, "its output is not a single tensor"),
     ],
 )
@@ -173,3 +173,9 @@ def test_changing_the_images_in_place_changes_no_images_of_the_caller() -> None:
         registers[step.output] = run_call(step, registers, program.network)
     assert torch.equal(images, digits()[0][:3])
     assert torch.equal(registers[program.steps[1].output], images * 2 + 1)
+
+
+def test_arguments_with_defaults_keep_them() -> None:
+    network = architectures.TwoInputs().eval()
+    program = trace(network)
+    assert [node.op for node in program.image.graph.nodes].count("placeholder") == 1

@@ -70,8 +70,10 @@ def _unwrapped(module: "nn.Module", done: "dict[int, nn.Module]") -> "nn.Module"
     return done[id(module)]
 
 
-def copied(network: "nn.Module") -> "nn.Module":
+def copied(network: "nn.Module", *, shares_tensors: bool = False) -> "nn.Module":
     """A copy of a network, of which the original sees nothing.
+
+    With `shares_tensors` its modules are new ones around the same parameters and buffers.
 
     Activations that a module keeps are copied without their history, and hooks write into containers of their own.
     What cannot be copied (a lock, an open file) is shared.
@@ -79,7 +81,11 @@ def copied(network: "nn.Module") -> "nn.Module":
     import torch
 
     memo: dict[int, Any] = {}
+    if shares_tensors:
+        memo |= {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     for tensor in tensors_in([network]):
+        if id(tensor) in memo:
+            continue
         if not tensor.is_leaf or tensor.is_inference():
             with torch.inference_mode(mode=False):
                 memo[id(tensor)] = tensor.detach().clone()

@@ -1,12 +1,14 @@
 """Networks of other widths: the same modules around tensors of other shapes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from paretoprune.attention import Layers, WithoutHeads, as_plain, layers_of, tell_heads
 
 
 class Emptied(nn.Module):
@@ -33,7 +35,8 @@ class Emptied(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (n, ...) to what the layer's outputs would have been in size."""
         if self.is_linear:
-            return x.new_zeros((*x.shape[:-1], 1)) if self.bias is None else self.bias.expand(*x.shape[:-1], -1)
+            # A copy, since an activation may change it in place.
+            return x.new_zeros((*x.shape[:-1], 1)) if self.bias is None else self.bias.expand(*x.shape[:-1], -1).clone()
         if not self.is_convolution:
             return x  # a norm
         sizes = list(x.shape[2:])
@@ -44,13 +47,14 @@ class Emptied(nn.Module):
             ]
         if self.bias is None:
             return x.new_zeros((x.shape[0], 1, *sizes))
-        return self.bias.view(1, -1, *[1] * len(sizes)).expand(x.shape[0], -1, *sizes)
+        return self.bias.view(1, -1, *[1] * len(sizes)).expand(x.shape[0], -1, *sizes).clone()
 
 
 def with_tensors(network: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.Module:
     """Put tensors of other shapes into a network, in place, and tell its layers their new widths.
 
-    A layer that loses its weight becomes `Emptied`.
+    A layer that loses its weight becomes `Emptied`, attention that loses all heads `WithoutHeads`, and attention that
+    counts on the widths it had a plain form of it.
 
     Args:
         network: Its own copy, which is changed.
@@ -59,8 +63,9 @@ def with_tensors(network: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn
     Returns:
         The same network.
     """
-    owners = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
-    for owner in owners:
+    attentions, gone = _open_attention(network, tensors)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(gone)}
+    for owner in dict.fromkeys(name.rpartition(".")[0] for name in tensors):
         prefix = f"{owner}." if owner else ""
         own = {
             name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.rpartition(".")[0] == owner
@@ -72,10 +77,52 @@ def with_tensors(network: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn
         for name, tensor in own.items():
             _replace(module, name, tensor)
         tell_widths(module)
-    for module in network.modules():
-        if is_attention(module):
-            _tell_heads(module)
+    for name, layers in attentions.items():
+        tell_heads(network.get_submodule(name), layers)
     return network
+
+
+def _open_attention(
+    network: nn.Module, tensors: Mapping[str, Tensor | None]
+) -> tuple[dict[str, Layers], tuple[str, ...]]:
+    """Make attention whose tensors change ready for it, in place.
+
+    Returns:
+        What attention has layers that change, by name, as they are now; and the beginnings of names of tensors for
+        which there is nothing left to do.
+    """
+    changed = {owner for name in _changed(network, tensors) for owner in _owners(name)}
+    attentions, gone = {}, []
+    for name, module in list(network.named_modules()):
+        layers = layers_of(module) if name in changed else None
+        if layers is None:
+            continue
+        makers = [f"{name}.{maker}" for maker in layers.makers]
+        if all(maker in tensors and tensors[maker] is None for maker in makers):
+            reader = Emptied(module.get_submodule(layers.reader), tensors.get(f"{name}.{layers.reader}.bias"))
+            network.set_submodule(name, WithoutHeads(module, layers.reader, reader))
+            gone.append(f"{name}.")
+            continue
+        attentions[name] = layers
+        if (plain := as_plain(module)) is not None:
+            network.set_submodule(name, plain)
+    return attentions, tuple(gone)
+
+
+def _changed(network: nn.Module, tensors: Mapping[str, Tensor | None]) -> Iterator[str]:
+    """Names of the tensors that go, come, or get another shape."""
+    now = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    for name, tensor in tensors.items():
+        old = now.get(name)
+        if (tensor is None) != (old is None) or (tensor is not None and old is not None and tensor.shape != old.shape):
+            yield name
+
+
+def _owners(tensor: str) -> Iterator[str]:
+    """Names of the module that has a tensor, and of all around it but the network itself."""
+    while "." in tensor:
+        tensor = tensor.rpartition(".")[0]
+        yield tensor
 
 
 def with_state(network: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
@@ -146,6 +193,9 @@ def tell_widths(module: nn.Module) -> None:
         given.normalized_shape = tuple(module.weight.shape)
     elif isinstance(module, nn.GroupNorm) and module.weight is not None:
         given.num_channels = len(module.weight)
+    elif is_rms_norm(module):
+        if isinstance(getattr(module, "normalized_shape", None), tuple | list):
+            given.normalized_shape = tuple(module.get_parameter("weight").shape)
     elif isinstance(module, nn.PReLU):
         given.num_parameters = len(module.weight)
 
@@ -155,15 +205,6 @@ def is_depthwise(module: nn.Module) -> bool:
     return isinstance(module, _ConvNd) and module.groups == module.in_channels > 1
 
 
-def is_attention(module: nn.Module) -> bool:
-    """Whether a module is attention with one layer for queries, keys and values, and heads that can be left out."""
-    names = ("qkv", "proj", "num_heads", "head_dim")
-    return all(hasattr(module, name) for name in names) and all(
-        isinstance(getattr(module, name), nn.Linear) for name in ("qkv", "proj")
-    )
-
-
-def _tell_heads(module: Any) -> None:
-    module.num_heads = module.qkv.weight.shape[0] // (3 * module.head_dim)
-    if hasattr(module, "attn_dim"):
-        module.attn_dim = module.num_heads * module.head_dim
+def is_rms_norm(module: nn.Module) -> bool:
+    """Whether a module scales channels by their root mean square, torch's own or one of that name."""
+    return "rmsnorm" in type(module).__name__.lower() and isinstance(getattr(module, "weight", None), nn.Parameter)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils.rnn import PackedSequence
 
+from paretoprune.attention import PlainAttention
 from paretoprune.masks.units import WeightUnits, prunable_parameters
 from paretoprune.networks.watching import run_watched
 from paretoprune.objectives import Cost, Density, GroupCost
@@ -104,7 +105,10 @@ def _uses_of_layer(
         counts = {"q_proj_weight": n_query, "k_proj_weight": n_key, "v_proj_weight": n_key}
         # The projection of the output is no layer that is called: attention uses its weights directly.
         counts |= {"in_proj_weight": (n_query + 2 * n_key) / 3, "out_proj.weight": n_query}
-        return {name: n for name, n in counts.items() if name in dict(module.named_parameters())}
+        names = set(dict(module.named_parameters()))
+        if isinstance(module, PlainAttention):
+            names.remove("out_proj.weight")  # that one calls it
+        return {name: n for name, n in counts.items() if name in names}
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         sequence = inputs[0].data if isinstance(inputs[0], PackedSequence) else inputs[0]
         n_steps = sequence.numel() // sequence.shape[-1]

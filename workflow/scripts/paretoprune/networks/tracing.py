@@ -5,6 +5,7 @@ somebody reads) is refused with the reason, and the caller evaluates the network
 """
 
 import copy
+import inspect
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -130,7 +131,7 @@ def trace(network: nn.Module) -> Program:
     """Turn a network in evaluation mode into a program.
 
     Args:
-        network: Takes images (n, c, h, w) as its only argument; it is left as it is.
+        network: Takes images (n, c, h, w) as its only argument, others with defaults aside; it is left as it is.
 
     Raises:
         NotTraceableError: Control flow, several inputs, in-place changes that are read elsewhere, or an output that is
@@ -153,7 +154,12 @@ def trace(network: nn.Module) -> Program:
         for key in symbols:
             del vars(module)[key]
         vars(module).update(attributes)
+    n_needed = _n_needed(network)
     images = [node for node in graph.nodes if node.op == "placeholder"]
+    if n_needed == 1:
+        for node in images[1:]:
+            graph.erase_node(node)  # an argument that keeps its default
+        del images[1:]
     if len(images) != 1:
         raise NotTraceableError(f"its forward takes {len(images)} arguments instead of one")
     answer = next(node for node in graph.nodes if node.op == "output").args[0]
@@ -171,15 +177,24 @@ def _shallow(value: Any) -> Any:
     return copy.copy(value) if type(value) in (list, dict, set) else value
 
 
+def _n_needed(network: nn.Module) -> int:
+    """Number of arguments that a network's forward has no default for, 0 where it takes any number."""
+    arguments = inspect.signature(network.forward).parameters.values()
+    if any(one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in arguments):
+        return 0
+    return sum(one.default is one.empty for one in arguments)
+
+
 class _Tracer(fx.Tracer):
     """Traces down to torch's own layers, and to batch norm of any make, which repairs know by its kind."""
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """Put what adapts the network around its forward, which is traced without hooks."""
         forward, args = super().create_args_for_root(root_fn, is_module, concrete_args)
-        adaptation = adaptation_of(self.root)
+        adaptation, n_needed = adaptation_of(self.root), _n_needed(self.root)
 
         def adapted(network: nn.Module, *inputs: Any) -> Any:
+            inputs = inputs[:1] if n_needed == 1 else inputs
             output = forward(network, *(copy_inputs(network, inputs) if adaptation.copies_inputs else inputs))
             output = logits_of(output) if adaptation.takes_logits else output
             return logarithm_of(output) if adaptation.takes_logarithm else output

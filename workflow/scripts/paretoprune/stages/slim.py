@@ -5,7 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from torch import nn
 
+from paretoprune.attention import with_plain_attention
+from paretoprune.copies import copied
 from paretoprune.fronts import Front, non_dominated
 from paretoprune.importance.layer_statistics import collect_statistics
 from paretoprune.masks.units import WeightUnits, ranks_within_groups
@@ -89,7 +92,9 @@ def find_slim_networks(
     """
     if not settings.may_vanish:
         task = replace(task, units=task.units.keeping_branches())
-    units = task.units
+    units, trained = task.units, task.network
+    # Attention whose layers are called one by one, so that their inputs can be looked at.
+    task = replace(task, network=with_plain_attention(copied(trained)))
     statistics = collect_statistics(task.network, WeightUnits.of(task.network), task.calibration, seed=effort.seed)
     scores = {
         "elimination": elimination_scores(task.network, units, statistics),
@@ -107,7 +112,7 @@ def find_slim_networks(
         starts=starting_points(task, scores["elimination"], judge, costs[0]),
         ladder=ladder_of(units, scores["elimination"], costs[0]),
     )
-    return SearchResult(_published(found.front, task, judge, settings), found.history)
+    return SearchResult(_published(found.front, trained, judge, settings), found.history)
 
 
 def starting_points(task: SlimTask, scores: np.ndarray, judge: SlimJudge, cost: Cost) -> list[np.ndarray]:
@@ -128,10 +133,10 @@ def starting_points(task: SlimTask, scores: np.ndarray, judge: SlimJudge, cost: 
     return list({tuple(n_keep.tolist()): n_keep for n_keep in found}.values())
 
 
-def _published(front: Front, task: SlimTask, judge: SlimJudge, settings: SlimSearch) -> Front:
+def _published(front: Front, trained: nn.Module, judge: SlimJudge, settings: SlimSearch) -> Front:
     """The members that are finished, measured as they are published, without those that others now dominate."""
     front = front.thinned(settings.front_size, settings.sparsities)
     states, measured = judge.finish(front.masks)
     objectives = np.column_stack([measured.objective(settings.loss), front.costs])
-    finished = Front(front.masks, objectives, front.stages, front.names, task.network, states, "channels")
+    finished = Front(front.masks, objectives, front.stages, front.names, trained, states, "channels")
     return finished.select(non_dominated(finished.objectives))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from paretoprune.importance.curvature import DAMPING, damped
 from paretoprune.importance.layer_statistics import LayerStatistics, prunable_modules, weight_matrix
 from paretoprune.masks.units import WeightUnits
-from paretoprune.structured.coupling import STAYS, Coupling
+from paretoprune.structured.parts import STAYS, Coupling
 from paretoprune.structured.units import ChannelUnits
 
 # Columns of a layer up to which its inverse is updated at each step; of wider ones, each unit is judged by itself.

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from paretoprune.copies import copied
-from paretoprune.structured.coupling import STAYS
+from paretoprune.structured.parts import STAYS
 from paretoprune.structured.units import ChannelUnits
 
 BATCH_SIZE = 64

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from paretoprune.attention import with_plain_attention
+from paretoprune.copies import copied
 from paretoprune.importance.curvature import DAMPING
 from paretoprune.importance.layer_statistics import (
     POSITIONS,
@@ -38,6 +40,8 @@ from paretoprune.shapes import Emptied
 from paretoprune.structured.units import ChannelUnits
 
 Registers = dict[fx.Node, Any]
+# Name of a module, and which of the operations of one kind in it.
+Place = tuple[str, str, int]
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Target:
         positions: For each batch of images, flat output positions; None for all.
         outputs: For each batch (groups, n_samples, n_rows).
         other: What is added to the layer's outputs after its norm, in the same form; None for nothing.
-        other_name: Name of the traced node that it comes from.
+        other_place: Where in the network it comes from, see `_places`.
         norm: Name of the batch norm that follows.
         shifts_freely: Whether the outputs may be off by a constant, which the norm or the bias takes.
         spatial: Spatial shape of the outputs.
@@ -57,7 +61,7 @@ class Target:
     positions: tuple[Tensor | None, ...]
     outputs: tuple[Tensor, ...]
     other: tuple[Tensor, ...] | None
-    other_name: str | None
+    other_place: Place | None
     norm: str | None
     shifts_freely: bool
     spatial: tuple[int, ...]
@@ -92,7 +96,8 @@ class SlimRefit:
     ) -> None:
         self._fits, self._samples_per_column = fits, samples_per_column
         self._network, self._units, self._images, self._damping = network, units, images, damping
-        self._program = trace(network)
+        self._program = trace(with_plain_attention(copied(network)))
+        self._places = _places(self._program)
         self._generator = torch.Generator().manual_seed(seed)
         self._modules = dict(self._program.network.named_modules())
         self._targets: dict[str, Target] = {}
@@ -113,7 +118,7 @@ class SlimRefit:
         with torch.inference_mode(mode=False):
             # Tensors made in inference mode could not be trained; this network may be.
             small = self._units.slim(self._network, bits)
-            program = trace(small)
+            program = trace(with_plain_attention(copied(small)))
         with torch.inference_mode():
             _Pass(self, program, self._kept_outputs(kept), self._cut_modules(kept)).run(self._images)
         small.load_state_dict(program.network.state_dict())
@@ -182,7 +187,7 @@ class SlimRefit:
             tuple(positions),
             tuple(taken),
             tuple(others) if other is not None else None,
-            step.other.name if isinstance(step, Convolution) and step.other is not None else None,
+            self._places[step.other] if isinstance(step, Convolution) and step.other is not None else None,
             norm,
             norm is not None or module.bias is not None,
             tuple(outputs.shape[2:]) if isinstance(module, nn.modules.conv._ConvNd) else (),
@@ -204,15 +209,17 @@ class _Pass:
         self._modules = dict(program.network.named_modules())
         self._corrected: set[str] = set()
         self._begun = False
+        self._places = _places(program)
 
     def run(self, images: Tensor) -> None:
         """Re-fit everything from the first cut layer on."""
         registers: Registers = {self._program.image: images}
-        nodes = {}
-        for step in self._program.steps:
-            nodes[step.output.name] = step.output
+        nodes: dict[Place, fx.Node] = {}
+        first = next((i for i, step in enumerate(self._program.steps) if self._is_cut(step)), 0)
+        for i, step in enumerate(self._program.steps):
+            nodes[self._places[step.output]] = step.output
             # Up to here everything is as in the whole network.
-            self._begun = self._begun or module_of(step) in self._cut
+            self._begun = i >= first
             if isinstance(step, Convolution):
                 self._convolution(step, registers, nodes)
             else:
@@ -220,11 +227,16 @@ class _Pass:
             for node in step.dead:
                 del registers[node]
 
+    def _is_cut(self, step: Convolution | Call) -> bool:
+        """Whether a step runs a module that is cut, or a part of one."""
+        name = module_of(step)
+        return name is not None and any(name == cut or name.startswith(f"{cut}.") for cut in self._cut)
+
     def _target(self, name: str) -> Target | None:
         """What a module should say, if it is to be re-fitted."""
         return self._owner._targets.get(name) if self._begun else None
 
-    def _convolution(self, step: Convolution, registers: Registers, nodes: dict[str, fx.Node]) -> None:
+    def _convolution(self, step: Convolution, registers: Registers, nodes: dict[Place, fx.Node]) -> None:
         module, x = self._modules[step.module], registers[step.input]
         target = self._target(step.module)
         aims = None
@@ -240,7 +252,7 @@ class _Pass:
         other = None if step.other is None else registers[step.other]
         registers[step.output] = completed(outputs, norm, other, step.relu)
 
-    def _call(self, step: Call, registers: Registers, nodes: dict[str, fx.Node]) -> None:
+    def _call(self, step: Call, registers: Registers, nodes: dict[Place, fx.Node]) -> None:
         node = step.output
         module = self._modules[str(node.target)] if node.op == "call_module" else None
         name = str(node.target)
@@ -260,7 +272,7 @@ class _Pass:
             self._correct(step.norm, module, (mean[rows], variance[rows]), found)
         registers[node] = run_call(step, registers, self._program.network)
 
-    def _aims(self, name: str, target: Target, registers: Registers, nodes: dict[str, fx.Node]) -> list[Tensor]:
+    def _aims(self, name: str, target: Target, registers: Registers, nodes: dict[Place, fx.Node]) -> list[Tensor]:
         """What the layer should make, for each batch: the whole network's outputs, and what its shortcut lacks."""
         rows = self._kept.get(name)
 
@@ -271,9 +283,9 @@ class _Pass:
             return flat if rows is None else flat[:, rows]
 
         outputs = [own(one) for one in target.outputs]
-        if target.other is None or target.other_name not in nodes or not self._owner._fits:
+        if target.other is None or target.other_place not in nodes or not self._owner._fits:
             return outputs
-        small = registers[nodes[target.other_name]]
+        small = registers[nodes[target.other_place]]
         scale = self._scale(target, rows)
         aims = []
         for i, (batch, at, other) in enumerate(zip(outputs, target.positions, target.other, strict=True)):
@@ -291,7 +303,7 @@ class _Pass:
         return inverse if rows is None else inverse[rows]
 
     def _set_constant(
-        self, name: str, module: Emptied, target: Target, registers: Registers, nodes: dict[str, fx.Node]
+        self, name: str, module: Emptied, target: Target, registers: Registers, nodes: dict[Place, fx.Node]
     ) -> None:
         """A layer that reads nothing makes the mean of what it should make."""
         assert module.bias is not None
@@ -327,6 +339,19 @@ class _Pass:
         mean, variance = corrected_statistics((norm.running_mean, norm.running_var), aim, found)
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(variance)
+
+
+def _places(program: Program) -> dict[fx.Node, Place]:
+    """Where each node of a program stands, which stays the same when other modules lose what they did."""
+    counts: Counter[tuple[str, str]] = Counter()
+    places = {}
+    for node in program.image.graph.nodes:
+        stack = list(node.meta.get("nn_module_stack", {}))
+        kind = str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", node.op)
+        place = (stack[-1] if stack else "", kind)
+        places[node] = (*place, counts[place])
+        counts[place] += 1
+    return places
 
 
 def _samples(outputs: Tensor, positions: Tensor | None) -> Tensor:

@@ -18,7 +18,8 @@ from paretoprune.networks.costs import NUMBER_BYTES, count_uses
 from paretoprune.networks.watching import run_watched
 from paretoprune.objectives import Cost
 from paretoprune.shapes import is_depthwise
-from paretoprune.structured.coupling import Coupling, cut, find_couplings
+from paretoprune.structured.coupling import find_couplings
+from paretoprune.structured.parts import Coupling, cut
 
 # Layers that a report has lines for.
 N_NAMED = 3
@@ -226,7 +227,10 @@ def stored_bytes(sizes: Sizes, network: nn.Module, image: Tensor) -> SlimCost:
 
 
 def memory(sizes: Sizes, network: nn.Module, image: Tensor) -> SlimCost:
-    """The most activations that a convolution or linear layer has to hold, its inputs and outputs, for one image."""
+    """The most activations that a convolution or linear layer has to hold, its inputs and outputs, for one image.
+
+    Attention's layers count, the products of queries and keys do not.
+    """
     held = _activations(network, image)
 
     def amount(kept: Mapping[tuple[str, int], np.ndarray]) -> np.ndarray:
@@ -245,10 +249,17 @@ def _activations(network: nn.Module, image: Tensor) -> dict[str, tuple[int, int,
     """What each layer is given and makes for one image, by the name of its weight, and whether it is depthwise."""
     held: dict[str, tuple[int, int, bool]] = {}
 
-    def see(name: str, layer: nn.Module, inputs: tuple[Any, ...], _: Mapping[str, Any], output: Tensor) -> None:
-        held[f"{name}.weight".removeprefix(".")] = inputs[0].numel(), output.numel(), is_depthwise(layer)
+    def see(name: str, layer: nn.Module, inputs: tuple[Any, ...], options: Mapping[str, Any], output: Any) -> None:
+        if isinstance(layer, nn.MultiheadAttention):
+            # Its two layers are never called.
+            n_tokens = output[0].numel() // output[0].shape[-1]
+            for own, weight in (("in_proj_weight", layer.in_proj_weight), ("out_proj.weight", layer.out_proj.weight)):
+                if weight is not None:
+                    held[f"{name}.{own}".removeprefix(".")] = *(n_tokens * n for n in reversed(weight.shape)), False
+        else:
+            held[f"{name}.weight".removeprefix(".")] = inputs[0].numel(), output.numel(), is_depthwise(layer)
 
-    run_watched(network, image, lambda module: isinstance(module, _ConvNd | nn.Linear), see)
+    run_watched(network, image, lambda module: isinstance(module, _ConvNd | nn.Linear | nn.MultiheadAttention), see)
     return held
 
 
