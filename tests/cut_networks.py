@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision import models
 
+# As in `small_networks`: small layers gain nothing from threads.
+torch.set_num_threads(1)
+
 
 @dataclass(frozen=True)
 class Shape:

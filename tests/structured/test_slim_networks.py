@@ -385,6 +385,8 @@ def test_members_are_smaller_networks_and_cost_what_the_front_says(tmp_path: Pat
     for i in range(len(found)):
         network = found.network(i)
         assert measured(network)["macs"] / whole == pytest.approx(found.costs[i, 0], rel=1e-6)
+        weights = [sum(p.numel() for p in one.parameters() if p.ndim > 1) for one in (network, residual())]
+        assert found.density[i] == pytest.approx(weights[0] / weights[1])
     half = found.network(found.closest(macs=0.5))
     assert error_of(half) < error_of(residual()) + 0.1
     assert sum(p.numel() for p in half.parameters()) < 0.8 * sum(p.numel() for p in residual().parameters())

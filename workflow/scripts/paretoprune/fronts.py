@@ -6,7 +6,7 @@ Objectives are always minimised. The loss is the first column, the costs are the
 import hashlib
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,6 +168,11 @@ def _may_be_smaller(name: str, shape: Any, whole: dict[str, Any]) -> bool:
     return len(shape) == len(whole[name]) and all(n <= m for n, m in zip(shape, whole[name], strict=True))
 
 
+def _n_weights(state: "Mapping[str, Tensor]") -> int:
+    """Numbers in the matrices and kernels of a network."""
+    return sum(tensor.numel() for tensor in state.values() if tensor.ndim > 1)
+
+
 @dataclass
 class Front:
     """Pruned networks, none of which dominates another.
@@ -229,8 +234,13 @@ class Front:
 
     @property
     def density(self) -> np.ndarray:
-        """Share of prunable weights kept, float64 (n_members,)."""
-        return self.objectives[:, self.names.index("density")] if "density" in self.names else self.masks.density
+        """Share of prunable weights kept, float64 (n_members,); of smaller networks that are not there, of units."""
+        if "density" in self.names:
+            return self.objectives[:, self.names.index("density")]
+        if self.units == "channels" and self.states is not None and self.dense is not None:
+            whole = _n_weights(self.dense.state_dict())
+            return np.array([_n_weights(state) / whole for state in self.states])
+        return self.masks.density
 
     @property
     def sparsity(self) -> np.ndarray:
