@@ -90,10 +90,12 @@ def test_images_are_mixed_in_training_unless_that_is_not_wanted() -> None:
             return self.network(x)
 
     given = {tuple(image.flatten().tolist()) for image in (*images(), *search_images())}
-    for mix, is_given in ((True, False), (False, True)):
+    for mix, least, most in ((True, 0.0, 0.1), (False, 1.0, 1.0)):
         seen.clear()
         run(dense=Watched(), mix=mix, n_steps=4)
-        assert {tuple(image.flatten().tolist()) in given for batch in seen for image in batch} == {is_given}
+        # An image may be its own partner.
+        share = np.mean([tuple(image.flatten().tolist()) in given for batch in seen for image in batch])
+        assert least <= share <= most
 
 
 def test_both_networks_stay_as_they_are() -> None:
