@@ -541,14 +541,22 @@ def test_a_guide_by_re_fits_is_no_score() -> None:
 ONLY_CHANNELS = {"methods": ["channels"], "finetune": {"methods": []}}
 
 
-@pytest.mark.parametrize("objectives", [["auto", "latency"], ["error", "latency", "macs"]])
-def test_latency_is_a_cost_of_networks_that_are_cut(objectives: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("objectives", "cost"),
+    [
+        (["auto", "latency"], "latency"),
+        (["error", "latency", "macs"], "latency"),
+        (["auto", "memory"], "memory"),
+        (["divergence", "macs", "memory"], "memory"),
+    ],
+)
+def test_memory_and_latency_are_costs_of_networks_that_are_cut(objectives: list[str], cost: str) -> None:
     search = {"search": {"objectives": objectives}}
     assert problems(merge(ONLY_CHANNELS, search)) == []
     found = problems(merge(search, {"methods": ["channels", "lamp"], "finetune": {"methods": []}}))
     assert found == [
-        "method_settings.lamp: latency is a cost of networks that get smaller (kind channels), found kind "
-        "'allocation'; compare methods of kind channels alone, or remove latency from search.objectives"
+        f"method_settings.lamp: {cost} is a cost of networks that get smaller (kind channels), found kind "
+        f"'allocation'; compare methods of kind channels alone, or remove {cost} from search.objectives"
     ]
 
 

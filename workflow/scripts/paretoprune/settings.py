@@ -26,8 +26,10 @@ LOSSES = ("error", "divergence")
 # The loss that suits a network, see `workflow.configuration.loss_of`.
 AUTO = "auto"
 COSTS = ("density", "parameters", "macs", "bytes")
-# A cost of networks that are cut, on a machine: as a table of their layers' times predicts it.
+# On a machine, as a table of the layers' times predicts it.
 LATENCY = "latency"
+# Costs of networks that are cut alone: a mask of zeros neither makes activations smaller nor anything faster.
+CHANNEL_COSTS = ("memory", LATENCY)
 RUNTIMES = ("onnxruntime", "torch", "torch.compile")
 # Costs, relative to the whole network, at which a search over channels starts from three allocations each.
 CHANNEL_START_COSTS = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
@@ -357,14 +359,14 @@ class Method(Publishing, Candidates):
     objectives: Sequence[str] = setting(
         [AUTO, "density"],
         "what is minimised: one loss, then one or two costs; auto: the divergence from the dense network where a "
-        "checkpoint may have seen the search images, the error elsewhere; latency, as a table predicts it, where all "
-        "methods are of kind channels",
+        "checkpoint may have seen the search images, the error elsewhere; memory (the largest activations) and "
+        "latency, as a table predicts it, where all methods are of kind channels",
         type="array",
         minItems=2,
         maxItems=3,
         uniqueItems=True,
         prefixItems=[{"enum": [AUTO, *LOSSES]}],
-        items={"enum": [*COSTS, LATENCY]},
+        items={"enum": [*COSTS, *CHANNEL_COSTS]},
     )
     evaluations: int = setting(600, "candidates evaluated by a search", type="integer", minimum=1)
     population: int = setting(30, "candidates in a population", type="integer", minimum=4)

@@ -16,7 +16,7 @@ from paretoprune.importance.allocation import STARTS
 from paretoprune.networks.names import broken_architecture
 from paretoprune.repair.registry import REPAIR_REFITS
 from paretoprune.search.sparse_ea import n_groups_within
-from paretoprune.settings import AUTO, LATENCY, N_CHANNEL_STARTS, REFIT_GUIDE, ComparedMethod, Latency
+from paretoprune.settings import AUTO, CHANNEL_COSTS, LATENCY, N_CHANNEL_STARTS, REFIT_GUIDE, ComparedMethod, Latency
 from paretoprune.workflow.resolving import expanded
 from paretoprune.workflow.sections import OWN_KEYS
 
@@ -167,11 +167,12 @@ def _broken_method(config: Config, name: str) -> Iterator[str]:
         yield f"method_settings.{name}: a method of kind 'allocation' needs `allocation`, the rule"
     if "objectives" in own:
         yield f"method_settings.{name}: hypervolumes on different objectives cannot be compared; set search.objectives"
-    if LATENCY in method.costs and method.kind != "channels":
-        yield (
-            f"method_settings.{name}: latency is a cost of networks that get smaller (kind channels), found kind "
-            f"'{method.kind}'; compare methods of kind channels alone, or remove latency from search.objectives"
-        )
+    for cost in CHANNEL_COSTS if method.kind != "channels" else ():
+        if cost in method.costs:
+            yield (
+                f"method_settings.{name}: {cost} is a cost of networks that get smaller (kind channels), found kind "
+                f"'{method.kind}'; compare methods of kind channels alone, or remove {cost} from search.objectives"
+            )
     if method.densities.lowest >= method.densities.highest:
         yield f"method_settings.{name}: densities.lowest must be smaller than densities.highest"
     if method.kind != "allocation":
