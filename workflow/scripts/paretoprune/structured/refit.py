@@ -118,7 +118,9 @@ class SlimRefit:
         with torch.inference_mode(mode=False):
             # Tensors made in inference mode could not be trained; this network may be.
             small = self._units.slim(self._network, bits)
-            program = trace(with_plain_attention(copied(small)))
+            if bits.all():
+                return small.eval()
+            program = trace(with_plain_attention(copied(small, shares_tensors=True)))
         with torch.inference_mode():
             _Pass(self, program, self._kept_outputs(kept), self._cut_modules(kept)).run(self._images)
         small.load_state_dict(program.network.state_dict())
@@ -228,9 +230,11 @@ class _Pass:
                 del registers[node]
 
     def _is_cut(self, step: Convolution | Call) -> bool:
-        """Whether a step runs a module that is cut, or a part of one."""
+        """Whether a step runs a module that is cut, a part of one, or one that holds some."""
         name = module_of(step)
-        return name is not None and any(name == cut or name.startswith(f"{cut}.") for cut in self._cut)
+        return name is not None and any(
+            f"{name}.".startswith(f"{cut}.") or f"{cut}.".startswith(f"{name}.") for cut in self._cut
+        )
 
     def _target(self, name: str) -> Target | None:
         """What a module should say, if it is to be re-fitted."""
