@@ -36,6 +36,7 @@ from paretoprune.settings import (
     ThresholdStep,
     Timing,
 )
+from paretoprune.structured.units import SLIM_COSTS
 from paretoprune.training.loop import Recipe
 from paretoprune.workflow import schema
 from paretoprune.workflow.sections import Augmentation, Configuration, Finetune, Training
@@ -134,7 +135,8 @@ def test_tables_of_names_say_what_the_registries_do() -> None:
     assert tuple(ALGORITHMS) == settings.ALGORITHMS
     assert tuple(COSTS) == settings.COSTS
     assert settings.RUNTIMES == runtimes.RUNTIMES
-    assert settings.LATENCY not in COSTS
+    assert {*settings.COSTS, *settings.CHANNEL_COSTS} == {*SLIM_COSTS, settings.LATENCY}
+    assert not {*COSTS} & {*settings.CHANNEL_COSTS}
     assert REPAIR_REFITS == {"none": False, "batchnorm": False, "reconstruct": True}
 
 

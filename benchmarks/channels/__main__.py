@@ -57,7 +57,7 @@ def main() -> None:
         "--front", type=Path, help="folder of a method's results with masks.npz; its images and network are used"
     )
     parser.add_argument("--levels", type=float, nargs="+", default=LEVELS, help="shares of multiply-adds to remove")
-    parser.add_argument("--parts", choices=PARTS, nargs="+", default=PARTS, help="what is measured again")
+    parser.add_argument("--parts", choices=PARTS, nargs="+", default=(PEERS, OWN, FRONT), help="what is measured again")
     parser.add_argument(
         "--candidates", type=int, help="tried for each importance, repair and level; all levels: our evaluations"
     )

@@ -149,7 +149,7 @@ def pareto_prune(
         max_images: Taken from a DataLoader or Dataset, at most; what is left out is said.
         runtime: What networks are run by where latency is an objective; by default `latency_table`'s, or onnxruntime
             with one image at a time and one thread.
-        latency_table: Times of the network's layers on this machine, from `structured.latency.measure_latency`, or the
+        latency_table: Times of the network's layers on this machine, from `structured.timing.measured_table`, or the
             path of its file. Without it they are measured, and written to the path if there is no such file.
 
     Returns:

@@ -90,7 +90,7 @@ def measure_interleaved(
     and repeats the call until it takes `least_ns`. Garbage is collected before, not during the measurement.
 
     Args:
-        functions: What to time; `deployment.runtimes.prepare` makes them of networks.
+        functions: What to time; `deployment.running.prepare` makes them of networks.
         repeats: Rounds at first, at least 2.
         warmup: Calls of each function before anything is measured.
         reference: The function that all are compared with, usually the dense network.

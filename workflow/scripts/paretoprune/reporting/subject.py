@@ -24,8 +24,8 @@ class Run:
         network: Name of the network.
         seeds: Seeds, in the order asked for.
         objective: The loss that the search minimised: "error" or "divergence".
-        costs: What it minimised beside the loss: density, parameters, macs, bytes or latency, relative to the dense
-            network.
+        costs: What it minimised beside the loss: density, parameters, macs, bytes, memory or latency, relative to
+            the dense network.
 
     Raises:
         ValueError: The objective is unknown; there is no cost; a cost is named twice, or like another column.
