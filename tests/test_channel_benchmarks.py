@@ -138,7 +138,7 @@ def test_a_ratio_is_found_where_larger_ones_remove_less_again() -> None:
 
 def test_every_choice_removes_the_level_and_the_best_of_several_is_judged_no_worse() -> None:
     given, level = subject(), 0.4
-    order = choices.Order.of(given)
+    order = choices.our_order(given)
     own = (choices.uniform, choices.least_loss, choices.least_measured_loss)
     found = [*choices.peers(given, [level]), *(choice for way in own for choice in way(given, order, [level]))]
     assert len(found) == 2 * len(IMPORTANCES) + 4

@@ -95,7 +95,7 @@ def measure_one_shot(
 
 def measure_own(subject: Subject, results: Results, levels: list[float], parts: Collection[str]) -> None:
     """What follows from our order without a search."""
-    order = choices.Order.of(subject)
+    order = choices.our_order(subject)
     if OWN in parts:
         both = choices.uniform(subject, order, levels), choices.least_loss(subject, order, levels)
         measure_one_shot(subject, results, levels, OWN, chain(*both))

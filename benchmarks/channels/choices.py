@@ -8,7 +8,7 @@ import numpy as np
 from paretoprune.importance.layer_statistics import collect_statistics
 from paretoprune.masks.packed import PackedMasks
 from paretoprune.masks.units import WeightUnits, keep_top, ranks_within_groups
-from paretoprune.structured.allocation import cheapest_within, loss_curves, measured_curves, uniform_within
+from paretoprune.structured.allocation import Prices, cheapest_within, loss_curves, measured_curves, uniform_within
 from paretoprune.structured.elimination import elimination_scores
 from paretoprune.structured.importance import group_magnitude
 from paretoprune.structured.judging import Judging, SlimJudge
@@ -81,54 +81,39 @@ def pruner(subject: Subject, importance: str, *, globally: bool) -> Pruner:
     return Pruner(subject.network, image, importance, globally=globally, ignored=ignored, gradients=gradients)
 
 
-@dataclass(frozen=True)
-class Order:
-    """Our order of elimination.
-
-    Attributes:
-        scores: float32 (n_units,), higher = keep.
-        ranks: The same as ranks within each layer.
-    """
-
-    scores: np.ndarray
-    ranks: np.ndarray
-
-    @classmethod
-    def of(cls, subject: Subject) -> "Order":
-        """The order for a subject."""
-        layout = WeightUnits.of(subject.network)
-        statistics = collect_statistics(subject.network, layout, subject.calibration.images, seed=SEED)
-        scores = elimination_scores(subject.network, subject.units, statistics)
-        return cls(scores, ranks_within_groups(scores, subject.units))
+def our_order(subject: Subject) -> Prices:
+    """What allocations cost whose layers keep the channels that our elimination removes last."""
+    layout = WeightUnits.of(subject.network)
+    statistics = collect_statistics(subject.network, layout, subject.calibration.images, seed=SEED)
+    return Prices(subject.units, elimination_scores(subject.network, subject.units, statistics), subject.macs)
 
 
-def uniform(subject: Subject, order: Order, levels: Sequence[float]) -> Iterator[Choice]:
+def uniform(subject: Subject, order: Prices, levels: Sequence[float]) -> Iterator[Choice]:
     """The same share of every layer, by magnitude and by our order."""
-    magnitude = ranks_within_groups(group_magnitude(subject.network, subject.units), subject.units)
-    for name, ranks in (("magnitude", magnitude), ("elimination", order.ranks)):
+    magnitude = Prices(subject.units, group_magnitude(subject.network, subject.units), subject.macs)
+    for name, prices in (("magnitude", magnitude), ("elimination", order)):
         for level in levels:
-            counts = uniform_within(subject.units, ranks, subject.macs, 1 - level)
-            yield Choice(UNIFORM, name, "local", level, keep_top(ranks, counts, subject.units))
+            yield Choice(UNIFORM, name, "local", level, prices.mask(uniform_within(prices, 1 - level)))
 
 
-def least_loss(subject: Subject, order: Order, levels: Sequence[float]) -> Iterator[Choice]:
+def least_loss(subject: Subject, order: Prices, levels: Sequence[float]) -> Iterator[Choice]:
     """The allocation of least loss by our order, one of the starts of our search."""
-    yield from _cheapest(subject, order, loss_curves(subject.units, order.scores), "least loss", levels)
+    yield from _cheapest(order, loss_curves(subject.units, order.scores), "least loss", levels)
 
 
-def least_measured_loss(subject: Subject, order: Order, levels: Sequence[float]) -> Iterator[Choice]:
+def least_measured_loss(subject: Subject, order: Prices, levels: Sequence[float]) -> Iterator[Choice]:
     """The allocation of least loss as it is measured of each layer alone, another start; it takes a while."""
     judge = SlimJudge(subject.task, Judging("reconstruct", n_images=experiment()["search"]["candidate_images"]))
-    curves = measured_curves(subject.units, order.scores, judge.divergences)
-    yield from _cheapest(subject, order, curves, "least measured loss", levels)
+    yield from _cheapest(
+        order, measured_curves(subject.units, order.scores, judge.divergences), "least measured loss", levels
+    )
 
 
 def _cheapest(
-    subject: Subject, order: Order, curves: Sequence[np.ndarray], allocation: str, levels: Sequence[float]
+    order: Prices, curves: Sequence[np.ndarray], allocation: str, levels: Sequence[float]
 ) -> Iterator[Choice]:
     for level in levels:
-        counts = cheapest_within(subject.units, curves, order.ranks, subject.macs, 1 - level)
-        bits = keep_top(order.ranks, counts, subject.units)
+        bits = order.mask(cheapest_within(order, curves, 1 - level))
         yield Choice(f"{OURS}, one shot", "elimination", allocation, level, bits)
 
 

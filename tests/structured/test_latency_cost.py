@@ -20,7 +20,7 @@ from paretoprune.masks.packed import PackedMasks
 from paretoprune.networks.architectures import CifarResNet
 from paretoprune.shapes import is_depthwise
 from paretoprune.structured import timing
-from paretoprune.structured.allocation import cheapest_within
+from paretoprune.structured.allocation import Prices, cheapest_within
 from paretoprune.structured.latency import LatencyCost, layers_of
 from paretoprune.structured.timing import (
     NetworkTimes,
@@ -303,9 +303,9 @@ def test_allocations_lie_where_the_hardware_s_steps_end(bench: Bench) -> None:
             return np.asarray(steps.sum(axis=1) / np.ceil(units.sizes / 4).sum())
 
     curves = [np.linspace(1, 0, size + 1) ** 2 for size in units.sizes]
-    ranks = np.concatenate([np.arange(size) for size in units.sizes])
+    prices = Prices(units, -np.concatenate([np.arange(size) for size in units.sizes]), Stepped())
     for budget in (0.8, 0.5, 0.3):
-        n_keep = cheapest_within(units, curves, ranks, Stepped(), budget)
+        n_keep = cheapest_within(prices, curves, budget)
         assert (n_keep % 4 == 0).all()
         assert (n_keep < units.sizes).any()
 

@@ -19,7 +19,14 @@ from paretoprune.masks.units import WeightUnits, keep_top, ranks_within_groups
 from paretoprune.networks.architectures import CifarResNet
 from paretoprune.networks.costs import count_uses
 from paretoprune.shapes import with_state
-from paretoprune.structured.allocation import cheapest_within, ladder_of, loss_curves, measured_curves, uniform_within
+from paretoprune.structured.allocation import (
+    Prices,
+    cheapest_within,
+    ladder_of,
+    loss_curves,
+    measured_curves,
+    uniform_within,
+)
 from paretoprune.structured.elimination import elimination_scores
 from paretoprune.structured.importance import group_magnitude, group_taylor, norm_scale
 from paretoprune.structured.judging import CANDIDATE_SAMPLES, Judging, SlimJudge, SlimTask
@@ -306,13 +313,14 @@ def test_the_allocation_of_least_loss_is_found() -> None:
     small = CifarResNet(8, 10, 1, base_width=2).eval()
     of_small = ChannelUnits.of(small, IMAGE)
     scores = np.random.default_rng(0).random(of_small.n_units).astype(np.float32)
-    ranks, (cost,) = ranks_within_groups(scores, of_small), slim_costs(["macs"], of_small, small, IMAGE)
+    (cost,) = slim_costs(["macs"], of_small, small, IMAGE)
+    prices = Prices(of_small, scores, cost)
     curves = [np.linspace(1, 0, int(size) + 1) ** 2 * (i + 1) for i, size in enumerate(of_small.sizes)]
     every = np.array(list(itertools.product(*(range(int(size) + 1) for size in of_small.sizes))))
-    masks = PackedMasks.pack_each((keep_top(ranks, row, of_small) for row in every), of_small.n_units)
-    costs, losses = cost.of(masks), np.array([sum(c[k] for c, k in zip(curves, row, strict=True)) for row in every])
+    costs = prices.of(every)
+    losses = np.array([sum(c[k] for c, k in zip(curves, row, strict=True)) for row in every])
     for budget in (0.5, 0.7, 0.9):
-        found = cheapest_within(of_small, curves, ranks, cost, budget)
+        found = cheapest_within(prices, curves, budget)
         at = int(np.flatnonzero((every == found).all(axis=1))[0])
         assert costs[at] <= budget
         # A price finds those on the convex hull; what it leaves of the budget is spent too.
@@ -320,8 +328,9 @@ def test_the_allocation_of_least_loss_is_found() -> None:
         assert losses[at] <= min(losses[i] for i in priced if costs[i] <= budget) + 1e-12
         more = [found + step for step in np.eye(len(found), dtype=int) if (found + step <= of_small.sizes).all()]
         assert all(costs[int(np.flatnonzero((every == row).all(axis=1))[0])] > budget for row in more)
-        uniform = uniform_within(of_small, ranks, cost, budget)
-        assert cost.of(PackedMasks.pack_each([keep_top(ranks, uniform, of_small)], of_small.n_units))[0] <= budget
+        uniform = uniform_within(prices, budget)
+        kept = PackedMasks.pack_each([keep_top(ranks_within_groups(scores, of_small), uniform, of_small)], len(scores))
+        assert cost.of(kept)[0] <= budget
 
 
 def test_curves_say_what_is_lost_and_where_nothing_may_go() -> None:
@@ -344,7 +353,7 @@ def test_curves_say_what_is_lost_and_where_nothing_may_go() -> None:
 def test_the_rungs_of_a_ladder_cost_what_the_channels_of_a_group_add() -> None:
     scores = np.arange(units().n_units, dtype=np.float32)
     (cost,) = slim_costs(["macs"], units(), residual(), IMAGE)
-    ladder = ladder_of(units(), scores, cost)
+    ladder = ladder_of(Prices(units(), scores, cost))
     assert ladder.densities[[0, 8, 16]].tolist() == [0.0, 0.5, 1.0]
     for g, (start, stop) in enumerate(itertools.pairwise(units().offsets)):
         rows = [np.ones(units().n_units, dtype=bool) for _ in range(2)]

@@ -11,13 +11,14 @@ from paretoprune.attention import with_plain_attention
 from paretoprune.copies import copied
 from paretoprune.fronts import Front, non_dominated
 from paretoprune.importance.layer_statistics import collect_statistics
-from paretoprune.masks.units import WeightUnits, ranks_within_groups
+from paretoprune.masks.units import WeightUnits
 from paretoprune.objectives import Cost
 from paretoprune.search.problem import Effort, Problem, Progress
 from paretoprune.search.recorder import SearchResult
 from paretoprune.search.two_phase import search
 from paretoprune.settings import CHANNEL_START_COSTS, Anchors, ChannelStep, Phase1, Phase2
 from paretoprune.structured.allocation import (
+    Prices,
     cheapest_within,
     ladder_of,
     loss_curves,
@@ -101,6 +102,7 @@ def find_slim_networks(
         "magnitude": group_magnitude(task.network, units),
     }
     judge = SlimJudge(task, settings)
+    prices = Prices(units, scores["elimination"], costs[0])
     problem = Problem(units, judge, tuple(costs), units.can_be_built, progress, settings.loss)
     found = search(
         problem,
@@ -109,13 +111,13 @@ def find_slim_networks(
         phase1=replace(phase1 or Phase1(), level_switches=LEVEL_SWITCHES),
         anchors=anchors,
         phase2=phase2,
-        starts=starting_points(task, scores["elimination"], judge, costs[0]),
-        ladder=ladder_of(units, scores["elimination"], costs[0]),
+        starts=starting_points(prices, judge),
+        ladder=ladder_of(prices),
     )
     return SearchResult(_published(found.front, trained, judge, settings), found.history)
 
 
-def starting_points(task: SlimTask, scores: np.ndarray, judge: SlimJudge, cost: Cost) -> list[np.ndarray]:
+def starting_points(prices: Prices, judge: SlimJudge) -> list[np.ndarray]:
     """Allocations at several costs: uniform, by the losses of elimination, and by what each coupling loses alone.
 
     The two ends are among them: a search that starts far from an end rarely reaches it.
@@ -123,13 +125,13 @@ def starting_points(task: SlimTask, scores: np.ndarray, judge: SlimJudge, cost: 
     Returns:
         Units to keep, each int64 (n_groups,); the first one keeps everything, the second one as little as possible.
     """
-    units, ranks = task.units, ranks_within_groups(scores, task.units)
+    units, scores = prices.units, prices.scores
     _LOGGER.info("measuring what each of %d couplings loses alone", units.n_groups)
     curves = loss_curves(units, scores), measured_curves(units, scores, judge.divergences)
     found = [units.sizes, np.array([0 if one.may_vanish else 1 for one in units.couplings], dtype=np.int64)]
     for budget in CHANNEL_START_COSTS:
-        found.append(uniform_within(units, ranks, cost, budget))
-        found += [cheapest_within(units, curve, ranks, cost, budget) for curve in curves]
+        found.append(uniform_within(prices, budget))
+        found += [cheapest_within(prices, curve, budget) for curve in curves]
     return list({tuple(n_keep.tolist()): n_keep for n_keep in found}.values())
 
 

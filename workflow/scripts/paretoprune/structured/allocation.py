@@ -1,6 +1,8 @@
 """Starting points of a search over units: how many units each coupling keeps at a given cost."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +17,8 @@ from paretoprune.structured.units import ChannelUnits
 MEASURED_SHARES = (0.0, 0.25, 0.5)
 # Widths of a coupling at which its cost is worked out, at most, and straight lines between them.
 N_PRICED = 64
+# Shares of all couplings that a uniform allocation may have, and allocations that are priced at a time.
+N_SHARES, AT_ONCE = 101, 64
 # A cost that counts as none.
 TINY = 1e-12
 # Halvings of the price of a cost: enough for single units of a hundred thousand.
@@ -93,9 +97,48 @@ def _share_left(falling: np.ndarray) -> np.ndarray:
     return np.asarray((falling - falling[-1]) / height)
 
 
-def cheapest_within(
-    units: ChannelUnits, curves: Sequence[np.ndarray], ranks: np.ndarray, cost: Cost, budget: float
-) -> np.ndarray:
+@dataclass(frozen=True)
+class Prices:
+    """What allocations cost, each of them with the best units of every coupling.
+
+    Attributes:
+        units: What can be cut.
+        scores: float (n_units,), higher = keep.
+        cost: Of masks, relative to the whole network.
+    """
+
+    units: ChannelUnits
+    scores: np.ndarray
+    cost: Cost
+
+    @cached_property
+    def ranks(self) -> np.ndarray:
+        """Of the units within their couplings, see `masks.units.ranks_within_groups`."""
+        return ranks_within_groups(self.scores, self.units)
+
+    def mask(self, n_keep: np.ndarray) -> np.ndarray:
+        """The mask, bool (n_units,), that keeps so many units of each coupling, int (n_groups,)."""
+        return keep_top(self.ranks, n_keep, self.units)
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """Costs of allocations, int (n_rows, n_groups); float64 (n_rows,)."""
+        return self.cost.of(PackedMasks.pack_each((self.mask(row) for row in rows), self.units.n_units))
+
+    @cached_property
+    def of_groups(self) -> list[np.ndarray]:
+        """What each coupling adds by the units it keeps, with all others whole, float64 (size + 1,)."""
+        found = []
+        for g, size in enumerate(self.units.sizes.tolist()):
+            # Not a straight line where hardware takes as long for a few channels less: there nothing is gained by them.
+            at = np.unique(np.rint(np.linspace(0, size, min(size, N_PRICED) + 1)))
+            rows = np.repeat(self.units.sizes[None], len(at), axis=0)
+            rows[:, g] = at
+            costs = self.of(rows)
+            found.append(np.maximum(np.interp(np.arange(size + 1), at, costs - costs[0]), 0.0))
+        return found
+
+
+def cheapest_within(prices: Prices, curves: Sequence[np.ndarray], budget: float) -> np.ndarray:
     """The allocation of least total loss within a budget, if losses of couplings add up.
 
     Each coupling keeps the number of units k of least loss(k) + price * cost(k), at the price that meets the budget.
@@ -103,89 +146,60 @@ def cheapest_within(
     of which one has a whole branch more.
 
     Args:
-        units: What can be cut.
+        prices: What allocations cost.
         curves: From `loss_curves` or `measured_curves`.
-        ranks: int (n_units,), see `masks.units.ranks_within_groups`.
-        cost: Of masks, relative to the whole network.
         budget: Largest cost.
 
     Returns:
         Units to keep, int64 (n_groups,); the smallest allocation where even that costs more.
     """
-    costs = _costs_of_groups(units, ranks, cost)
 
     def at(price: float) -> np.ndarray:
-        return np.array(
-            [int(np.argmin(curve + price * spent)) for curve, spent in zip(curves, costs, strict=True)], dtype=np.int64
-        )
-
-    def spent_by(n_keep: np.ndarray) -> float:
-        mask = keep_top(ranks, n_keep, units)
-        return float(cost.of(PackedMasks.pack_each([mask], units.n_units))[0])
+        best = [int(np.argmin(curve + price * spent)) for curve, spent in zip(curves, prices.of_groups, strict=True)]
+        return np.array(best, dtype=np.int64)
 
     low, high = -12.0, 12.0  # powers of ten
     for _ in range(N_HALVINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if spent_by(at(10.0**middle)) > budget else (low, middle)
+        low, high = (middle, high) if prices.of(at(10.0**middle)[None])[0] > budget else (low, middle)
     n_keep = at(10.0**high)
-    while (more := _one_more(n_keep, curves, costs, lambda row: spent_by(row) <= budget)) is not None:
+    while (more := _one_more(n_keep, prices, curves, budget)) is not None:
         n_keep = more
     return n_keep
 
 
-def _one_more(
-    n_keep: np.ndarray, curves: Sequence[np.ndarray], costs: Sequence[np.ndarray], fits: Callable[[np.ndarray], bool]
-) -> np.ndarray | None:
+def _one_more(n_keep: np.ndarray, prices: Prices, curves: Sequence[np.ndarray], budget: float) -> np.ndarray | None:
     """An allocation with more units of one coupling, of those that fit the one that saves most loss for its cost."""
     steps = []
-    for g, (k, curve, spent) in enumerate(zip(n_keep.tolist(), curves, costs, strict=True)):
+    for g, (k, curve, spent) in enumerate(zip(n_keep.tolist(), curves, prices.of_groups, strict=True)):
         saved, extra = curve[k] - curve[k + 1 :], spent[k + 1 :] - spent[k]
         rates = saved / np.maximum(extra, TINY)
         steps += [(float(rates[i]), g, k + 1 + int(i)) for i in np.flatnonzero(saved > 0)]
-    for _, g, k in sorted(steps, reverse=True):
-        more = n_keep.copy()
-        more[g] = k
-        if fits(more):
-            return more
+    steps.sort(reverse=True)
+    for start in range(0, len(steps), AT_ONCE):
+        some = steps[start : start + AT_ONCE]
+        rows = np.repeat(n_keep[None], len(some), axis=0)
+        rows[np.arange(len(some)), [g for _, g, _ in some]] = [k for *_, k in some]
+        fit = np.flatnonzero(prices.of(rows) <= budget)
+        if len(fit):
+            return rows[fit[0]]
     return None
 
 
-def ladder_of(units: ChannelUnits, scores: np.ndarray, cost: Cost) -> Ladder:
-    """Rungs for level switches at about constant cost, see `search.levels`.
+def uniform_within(prices: Prices, budget: float) -> np.ndarray:
+    """The same share of every coupling, the largest within a budget; at least one unit of each.
 
-    Args:
-        units: What can be cut.
-        scores: float (n_units,), higher = keep.
-        cost: Of masks, relative to the whole network.
+    Returns:
+        Units to keep, int64 (n_groups,).
     """
+    shares = np.linspace(0.0, 1.0, N_SHARES)
+    rows = np.maximum(1, np.rint(shares[:, None] * prices.units.sizes)).astype(np.int64)
+    fit = np.flatnonzero(prices.of(rows) <= budget)
+    return rows[fit[-1] if len(fit) else 0]
+
+
+def ladder_of(prices: Prices) -> Ladder:
+    """Rungs for level switches at about constant cost, see `search.levels`."""
     densities = np.linspace(0.0, 1.0, N_RUNGS)
-    each = _costs_of_groups(units, ranks_within_groups(scores, units), cost)
-    amounts = [spent[np.rint(densities * (len(spent) - 1)).astype(np.int64)] for spent in each]
+    amounts = [spent[np.rint(densities * (len(spent) - 1)).astype(np.int64)] for spent in prices.of_groups]
     return Ladder(densities, np.maximum.accumulate(np.rint(np.array(amounts) / FINEST_COST).astype(np.int64), axis=1))
-
-
-def uniform_within(units: ChannelUnits, ranks: np.ndarray, cost: Cost, budget: float) -> np.ndarray:
-    """The same share of every coupling, the largest within a budget; at least one unit of each."""
-    best = np.maximum(1, 0 * units.sizes)
-    for share in np.linspace(0.0, 1.0, 101):
-        n_keep = np.maximum(1, np.rint(share * units.sizes)).astype(np.int64)
-        mask = keep_top(ranks, n_keep, units)
-        if float(cost.of(PackedMasks.pack_each([mask], units.n_units))[0]) <= budget:
-            best = n_keep
-    return best
-
-
-def _costs_of_groups(units: ChannelUnits, ranks: np.ndarray, cost: Cost) -> list[np.ndarray]:
-    """What each coupling adds to the cost by the units it keeps, with all others whole, float64 (size + 1,)."""
-    found = []
-    for g, size in enumerate(units.sizes.tolist()):
-        rows = []
-        # Not a straight line where hardware takes as long for a few channels less: there nothing is gained by them.
-        at = np.unique(np.rint(np.linspace(0, size, min(size, N_PRICED) + 1)))
-        for k in at:
-            n_keep = units.sizes.copy()
-            n_keep[g] = k
-            rows.append(keep_top(ranks, n_keep, units))
-        costs = cost.of(PackedMasks.pack_each(rows, units.n_units))
-        found.append(np.maximum(np.interp(np.arange(size + 1), at, costs - costs[0]), 0.0))
-    return found
