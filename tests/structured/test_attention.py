@@ -80,7 +80,7 @@ def test_the_plain_form_answers_what_torch_answers(batch_first: bool, bias: bool
     for options in (
         {}, {"need_weights": False}, {"attn_mask": hides}, {"attn_mask": adds, "need_weights": False},
         {"key_padding_mask": padding}, {"key_padding_mask": padding, "attn_mask": hides, "need_weights": False},
-        {"average_attn_weights": False},
+        {"average_attn_weights": False}, {"attn_mask": noise(3 * n, length, length)},
     ):  # fmt: skip
         found, expected = plain(*given, **options), whole(*given, **options)
         torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
@@ -94,7 +94,7 @@ def test_what_the_plain_form_cannot_do_is_refused() -> None:
     plain: Any = as_plain(seeded(nn.MultiheadAttention, 12, 3, batch_first=True))
     x = noise(2, 5, 12)
     with pytest.raises(ValueError, match=r"expected one mask for all heads"):
-        plain(x, x, x, attn_mask=torch.zeros(6, 5, 5))
+        plain(x, x, x, attn_mask=torch.zeros(4, 5, 5))
     with pytest.raises(AssertionError, match="three dimensions"):
         plain(x[0], x[0], x[0])
     for options in ({"add_bias_kv": True}, {"add_zero_attn": True}, {"kdim": 5}):
@@ -244,6 +244,47 @@ def test_the_layer_that_reads_the_heads_is_fitted_again() -> None:
     with torch.no_grad():
         assert difference(units.slim(network, bits)(images), network(images)) > 0.05
         assert difference(found(images), network(images)) < 1e-2
+
+
+class Masked(nn.Module):
+    """Attention with a mask that is made of its inputs: of keys, or of scores and one for each head."""
+
+    def __init__(self, n_masks: int = 1) -> None:
+        super().__init__()
+        self.embed, self.n_masks = nn.Linear(6, 8), n_masks
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.up, self.head = nn.Linear(8, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        if self.n_masks > 1:
+            adds = (x @ x.transpose(1, 2)).repeat_interleave(self.n_masks, dim=0)
+            x = x + self.attention(x, x, x, attn_mask=adds, need_weights=False)[0]
+        else:
+            x = x + self.attention(x, x, x, key_padding_mask=x[..., 0] > 1, need_weights=False)[0]
+        return self.head(functional.relu(self.up(x)).mean(dim=1))
+
+
+def test_attention_with_a_mask_is_followed_and_re_fitted() -> None:
+    network, x = seeded(Masked), noise(96, 5, 6)
+    units = ChannelUnits.of(network, x[:1])
+    bits = np.ones(units.n_units, dtype=bool)
+    bits[units.offsets[units.names.index("attention")]] = False
+    bits[units.offsets[units.names.index("up")] :][:6] = False
+    small, found = units.slim(network, bits), SlimRefit(network, units, x)(bits)
+    with torch.no_grad():
+        assert difference(found(x), network(x)) < 0.7 * difference(small(x), network(x))
+
+
+def test_heads_with_masks_of_their_own_stay_and_the_rest_is_re_fitted() -> None:
+    network, x = seeded(Masked, 2), noise(96, 5, 6)
+    units = ChannelUnits.of(network, x[:1])
+    assert "attention" not in units.names
+    bits = np.ones(units.n_units, dtype=bool)
+    bits[units.offsets[units.names.index("up")] :][:6] = False
+    small, found = units.slim(network, bits), SlimRefit(network, units, x)(bits)
+    with torch.no_grad():
+        assert difference(found(x), network(x)) < 0.7 * difference(small(x), network(x))
 
 
 class Encoder(nn.Module):

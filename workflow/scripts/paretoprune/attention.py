@@ -224,14 +224,16 @@ class PlainAttention(nn.MultiheadAttention):
         """As `nn.MultiheadAttention.forward`, of batches.
 
         Raises:
-            ValueError: A mask for each head, of which it is not known which heads are left.
+            ValueError: Masks for more or fewer heads than there are: it is not known which heads are left.
         """
         torch._assert(query.dim() == 3, "expected sequences of a batch, of three dimensions")
         q, k, v = self._projected(query, key, value)
         if not self.batch_first:
             q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
         q, k, v = (_apart(one, self.head_dim) for one in (q, k, v))
-        mask = _joined_masks(attn_mask, key_padding_mask, q)
+        mask = None
+        if attn_mask is not None or key_padding_mask is not None:
+            mask = _joined_masks(attn_mask, key_padding_mask, q)
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
@@ -265,8 +267,14 @@ def _apart(x: Tensor, width: int) -> Tensor:
 
 def _joined_masks(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) -> Tensor | None:
     """What is added to the scores (n, n_heads, n_queries, n_keys), None for nothing."""
-    if attn_mask is not None and attn_mask.dim() != 2:
-        raise ValueError("expected one mask for all heads, (n_queries, n_keys), found one for each; exclude the layer")
+    if attn_mask is not None and attn_mask.dim() == 3:
+        # One for each image and head, which fits while no head is gone.
+        if len(attn_mask) != q.shape[0] * q.shape[1]:
+            raise ValueError(
+                f"expected one mask for all heads, or {q.shape[0] * q.shape[1]} for {q.shape[1]} heads of "
+                f"{q.shape[0]} images, found {len(attn_mask)}; heads with masks of their own stay whole"
+            )
+        attn_mask = attn_mask.unflatten(0, q.shape[:2])
     added = None if attn_mask is None else _as_added(attn_mask, q)
     if key_padding_mask is None:
         return added
@@ -367,7 +375,7 @@ def _attend(
 
 
 # Their code looks at sizes, which a symbol does not have: traced networks call them as a whole.
-for _name in ("_into_windows", "_out_of_windows", "_window_mask", "_attend"):
+for _name in ("_into_windows", "_out_of_windows", "_window_mask", "_attend", "_joined_masks"):
     fx.wrap(_name)
 
 

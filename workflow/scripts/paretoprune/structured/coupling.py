@@ -210,8 +210,12 @@ class _Checks:
         except Exception as error:  # whatever the network's own code raises where its channels are fewer
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise NotCuttableError(f"the network does not run without some of its channels ({reason[:120]})") from error
-        with torch.no_grad(), self._unread(couplings, choice), self._normalised(couplings, choice, small):
-            expected = self._whole(self._image)
+        try:
+            with torch.no_grad(), self._unread(couplings, choice), self._normalised(couplings, choice, small):
+                expected = self._whole(self._image)
+        except Exception as error:  # of a norm that is given more than channels
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise NotCuttableError(f"its norm cannot be followed with fewer channels ({reason[:120]})") from error
         scale = max(float(expected.abs().max()), 1e-12)
         # Of several at once the effect of one would hide what another one does wrong: they have to be equal.
         most = ROUNDING * scale
