@@ -116,15 +116,8 @@ def measure_searched(subject: Subject, results: Results, levels: list[float], n_
 
 
 def measure_front(subject: Subject, results: Results, levels: list[float], folder: Path) -> None:
-    """The members of our front: as they are published, and their channels under each repair."""
-    rows: list[measuring.Row] = []
-    published = Published.read(folder, subject)
-    members = list(published.choices(levels))
-    for member, choice in members:
-        rows.append(measuring.row(subject, choice, "published", published.network(subject, member)))
-    for row in measuring.measure(subject, [choice for _, choice in members]):
-        rows.append(row)
-        results.replace(FRONT, rows, levels)
+    """The channels of our front's members under each repair; re-fitted they are as they were published."""
+    measure_one_shot(subject, results, levels, FRONT, Published.read(folder, subject).choices(levels))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
 """Members of a front that the experiment `faster-resnet56` has found."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from paretoprune.fronts import Front
-from paretoprune.networks.checkpoints import with_weights
-from paretoprune.tensors import load_networks
-from torch import Tensor, nn
+from paretoprune.search.recorder import read_history
 
 from benchmarks.channels.choices import OURS, Choice
 from benchmarks.channels.subject import Subject
@@ -19,21 +17,19 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Published:
-    """A front as the workflow writes it, with its finished networks.
+    """A front as the workflow writes it.
 
     Attributes:
         front: Masks and objectives.
-        states: Of the networks.
         n_evaluations: Candidates that were evaluated for it; None where there is no history.
     """
 
     front: Front
-    states: Sequence[Mapping[str, Tensor]]
     n_evaluations: int | None
 
     @classmethod
     def read(cls, folder: Path, subject: Subject) -> "Published":
-        """Read a folder with `masks.npz`, `networks.safetensors` and perhaps `history.csv`.
+        """Read a folder with `masks.npz` and perhaps `history.csv`.
 
         Raises:
             ValueError: The front is not one of this subject.
@@ -45,12 +41,7 @@ class Published:
                 f"found {front.masks.n_units} units and {', '.join(front.names)}"
             )
         history = folder / "history.csv"
-        n_evaluations = None
-        if history.is_file():
-            head, *rows = history.read_text(encoding="utf-8").splitlines()
-            at = head.split(",").index("evaluations")
-            n_evaluations = max(int(row.split(",")[at]) for row in rows)
-        return cls(front, load_networks(folder / "networks.safetensors"), n_evaluations)
+        return cls(front, read_history(history)[-1]["evaluations"] if history.is_file() else None)
 
     def member(self, level: float) -> int | None:
         """The member that removes at least a share of the multiply-adds, and of these the least; None without one."""
@@ -58,15 +49,11 @@ class Published:
         able = np.flatnonzero(costs <= 1 - level + ROUNDING)
         return int(able[np.argmax(costs[able])]) if len(able) else None
 
-    def network(self, subject: Subject, member: int) -> nn.Module:
-        """The finished network of a member."""
-        return with_weights(subject.network, self.states[member])
-
-    def choices(self, levels: Sequence[float]) -> Iterator[tuple[int, Choice]]:
+    def choices(self, levels: Sequence[float]) -> Iterator[Choice]:
         """The member for each level that the front reaches, and its channels."""
         for level in levels:
             member = self.member(level)
             if member is not None:
                 bits = self.front.masks.unpack(member)
                 tried = self.n_evaluations or len(self.front)
-                yield member, Choice(OURS, "elimination", "searched", level, bits, tried=tried)
+                yield Choice(OURS, "elimination", "searched", level, bits, tried=tried)

@@ -13,7 +13,7 @@ from benchmarks.channels.measuring import Row, difference
 
 # Of a tool that recalibrates batch norms by itself.
 OWN_REPAIR = "its own"
-# What is put right, and the repairs that count as it; a front's networks as published are re-fitted.
+# What is put right, and the repairs that count as it.
 REPAIRS: Mapping[str, tuple[str, ...]] = {
     "no repair": ("none",),
     "batch norm corrected": ("batchnorm", OWN_REPAIR),

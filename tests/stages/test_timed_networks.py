@@ -59,7 +59,7 @@ def test_the_settings_reach_the_clock(bench: Bench, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(clocked, "measure_interleaved", measure)
     make_table(residual(), units(), IMAGE, Tabulating("torch", repeats=3, bound=0.3, most_repeats=9, checked=2))
-    time_rows(front_of(2, "macs"), units(), IMAGE, Timing("torch", repeats=3, bound=0.3, most_repeats=9))
+    time_rows(front_of(2, "macs"), IMAGE, Timing("torch", repeats=3, bound=0.3, most_repeats=9))
     assert len(given) > 10
     for options in given:
         assert (options["repeats"], options["bound"], options["most_repeats"]) == (3, 0.3, 9)
@@ -91,7 +91,7 @@ def test_a_search_reads_the_table_of_its_machine_and_network(bench: Bench, tmp_p
 
 def test_members_are_described_beside_the_dense_network(bench: Bench, tmp_path: Path) -> None:
     predicted = np.linspace(0.2, 0.9, 10)
-    rows = time_rows(front_of(10, "latency", costs=[predicted]), units(), IMAGE, TIMING)
+    rows = time_rows(front_of(10, "latency", costs=[predicted]), IMAGE, TIMING)
     assert [row["id"] for row in rows] == ["dense", *range(10)]
     dense, *members = rows
     assert (dense["macs"], dense["predicted"], dense["measured"]) == (1, 1, 1)
@@ -112,17 +112,17 @@ def test_members_are_described_beside_the_dense_network(bench: Bench, tmp_path: 
 
 
 def test_what_no_table_predicted_is_empty(bench: Bench) -> None:
-    rows = time_rows(front_of(2, "macs"), units(), IMAGE, TIMING)
+    rows = time_rows(front_of(2, "macs"), IMAGE, TIMING)
     assert [row["predicted"] for row in rows] == ["", "", ""]
-    with pytest.raises(ValueError, match="expected a front with its networks, found none"):
-        time_rows(replace(front_of(2, "macs"), dense=None), units(), IMAGE, TIMING)
+    with pytest.raises(RuntimeError, match="expected a front with its networks, found none"):
+        time_rows(replace(front_of(2, "macs"), dense=None), IMAGE, TIMING)
 
 
 def test_files_of_onnxruntime_are_weighed() -> None:
     for package in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(package)
     timing = Timing(repeats=2, most_repeats=2)
-    dense, member = time_rows(front_of(1, "macs"), units(), IMAGE, timing)
+    dense, member = time_rows(front_of(1, "macs"), IMAGE, timing)
     n_parameters = sum(parameter.numel() for parameter in residual().parameters())
     # Weights as float32, and what describes the graph.
     assert 0.9 * 4 * n_parameters < dense["bytes"] < 4 * n_parameters + 20_000
@@ -138,7 +138,7 @@ def test_noise_of_members_is_said_once(
         return Timings(quiet * np.exp(0.5 * generator.standard_normal((20, len(functions)))))
 
     monkeypatch.setattr(clocked, "measure_interleaved", noisy)
-    rows = time_rows(front_of(10, "macs"), units(), IMAGE, TIMING)
+    rows = time_rows(front_of(10, "macs"), IMAGE, TIMING)
     assert rows[0]["uncertainty"] == 0
     assert min(row["uncertainty"] for row in rows[1:]) > 0.02
     (message,) = [one for one in caplog.messages if "noisy" in one]

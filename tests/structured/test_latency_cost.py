@@ -24,8 +24,8 @@ from paretoprune.structured.allocation import Prices, cheapest_within
 from paretoprune.structured.latency import LatencyCost, layers_of
 from paretoprune.structured.timing import (
     NetworkTimes,
+    fitted_to_random_networks,
     measure_latency,
-    prediction_on_random_networks,
     random_networks,
     time_networks,
 )
@@ -209,17 +209,16 @@ def test_the_line_is_fitted_to_the_first_networks_and_errors_are_those_of_the_ot
     # A table that is 3 us short, and 20 % besides.
     wrong = replace(plain, correction=replace(plain.correction, slope=0.8, offset=-3e-6))
     options: dict[str, Any] = {"n": 6, "seed": 5, "n_fitted": 3}
-    found = prediction_on_random_networks(residual(), units, IMAGE, wrong, RUNTIME, **options)
-    np.testing.assert_allclose(found.measured, true)
-    assert found.fitted.tolist() == [True] * 3 + [False] * 6
-    assert found.errors.shape == (6,)
-    np.testing.assert_allclose(found.errors, 0, atol=1e-9)
-    assert found.table.correction.offset > wrong.correction.offset
-    unfitted = prediction_on_random_networks(residual(), units, IMAGE, wrong, RUNTIME, n=9, seed=5, n_fitted=0)
-    assert unfitted.table == replace(wrong, checked=unfitted.table.checked)
-    assert unfitted.table.checked is not None
-    np.testing.assert_array_equal(unfitted.table.checked.errors, unfitted.errors)
-    assert np.abs(unfitted.errors).max() > 0.01
+    found = fitted_to_random_networks(residual(), units, IMAGE, wrong, RUNTIME, **options)
+    assert found.checked is not None
+    np.testing.assert_allclose(found.checked.measured, true[3:])
+    np.testing.assert_allclose(found.checked.errors, 0, atol=1e-9)
+    assert found.correction.offset > wrong.correction.offset
+    unfitted = fitted_to_random_networks(residual(), units, IMAGE, wrong, RUNTIME, n=9, seed=5, n_fitted=0)
+    assert unfitted == replace(wrong, checked=unfitted.checked)
+    assert unfitted.checked is not None
+    np.testing.assert_allclose(unfitted.checked.measured, true)
+    assert np.abs(unfitted.checked.errors).max() > 0.01
 
 
 def test_a_price_of_laying_activations_out_anew_is_found(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,10 +233,11 @@ def test_a_price_of_laying_activations_out_anew_is_found(bench: Bench, monkeypat
         return NetworkTimes(np.append(1.0, relative), zeros, zeros, zeros, [None] * 15)
 
     monkeypatch.setattr(timing, "time_networks", measured)
-    found = prediction_on_random_networks(residual(), units, IMAGE, table, RUNTIME, n=8, seed=2, n_fitted=6)
-    np.testing.assert_allclose(found.errors, 0, atol=1e-6)
+    found = fitted_to_random_networks(residual(), units, IMAGE, table, RUNTIME, n=8, seed=2, n_fitted=6)
+    assert found.checked is not None
+    np.testing.assert_allclose(found.checked.errors, 0, atol=1e-6)
     odd = next(layer for layer in plain.layers if layer.aligned is False)
-    added = found.table.grids[odd.name].seconds - table.grids[odd.name].seconds
+    added = found.grids[odd.name].seconds - table.grids[odd.name].seconds
     np.testing.assert_allclose(added, 3e-9 * odd.n_made, rtol=1e-4)
 
 
@@ -255,8 +255,8 @@ def test_a_fit_that_turns_times_around_is_left_out(
 
     monkeypatch.setattr(timing, "time_networks", measured)
     with caplog.at_level(logging.WARNING, "paretoprune"):
-        found = prediction_on_random_networks(residual(), units, IMAGE, table, RUNTIME, n=8, seed=2, n_fitted=6)
-    assert found.table == replace(table, checked=found.table.checked)
+        found = fitted_to_random_networks(residual(), units, IMAGE, table, RUNTIME, n=8, seed=2, n_fitted=6)
+    assert found == replace(table, checked=found.checked)
     assert "the table is not fitted to them; stop what else runs here" in caplog.text
 
 

@@ -22,8 +22,8 @@ try:
     # Not again in every job: it takes seconds.
     if workflow.is_main_process:
         problems = list(unbuildable_networks(typed))
-        # Steps in environments of their own have other packages than this process.
-        if not workflow.deployment_settings.deployment_method:
+        # Steps in environments of their own have other packages than this process, those on a cluster another machine.
+        if workflow.local_exec and not workflow.deployment_settings.deployment_method:
             problems += unusable_runtime(typed)
         if problems:
             raise configuration.ConfigurationError.of(problems)

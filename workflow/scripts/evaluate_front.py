@@ -1,13 +1,10 @@
 """Measure every finished network of a front on the test split, once, in float32."""
 
-from dataclasses import replace
-
 from paretoprune.evaluation.measurement import LAYER_COLUMNS, front_columns, front_rows, layer_rows, measure_errors
 from paretoprune.files import write_csv
 from paretoprune.fronts import Front
 from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.checkpoints import DenseNetwork
-from paretoprune.tensors import load_networks
 from paretoprune.workflow.inputs import read_splits
 from paretoprune.workflow.steps import step
 
@@ -15,8 +12,8 @@ name = "{dataset} {network} seed {seed}: {method}, test".format(**snakemake.wild
 with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as (log, device):
     dense = DenseNetwork.load(snakemake.input.network)
     (test,) = read_splits(snakemake.input.images, snakemake.input.splits, dense, "test")
-    states = load_networks(snakemake.input.networks)
-    front = replace(Front.load(snakemake.input.masks), dense=dense.network, states=states)
+    front = Front.published(snakemake.input.masks, snakemake.input.networks, dense.network)
+    states = front.states or []
     errors = measure_errors(dense.network, states, test, device, n_workers=snakemake.threads)
     write_csv(snakemake.output.front, front_rows(front, errors), front_columns(front))
     write_csv(

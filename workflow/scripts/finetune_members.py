@@ -1,13 +1,11 @@
 """Train chosen members of a front further with their mask fixed, distilled from the dense network."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from paretoprune.files import write_csv
 from paretoprune.fronts import Front
 from paretoprune.masks.units import WeightUnits
 from paretoprune.networks.checkpoints import DenseNetwork
-from paretoprune.tensors import load_networks
 from paretoprune.training.finetuning import FINETUNED_COLUMNS, FinetuneData, choose_members, finetune_members
 from paretoprune.training.loop import Recipe
 from paretoprune.workflow.inputs import read_splits
@@ -16,8 +14,7 @@ from paretoprune.workflow.steps import step
 name = "{dataset} {network} seed {seed}: {method}, fine-tuning".format(**snakemake.wildcards)
 with step(name, snakemake.log[0], snakemake.threads, snakemake.resources.gpu) as (log, device):
     dense = DenseNetwork.load(snakemake.input.network)
-    states, found = load_networks(snakemake.input.networks), Front.load(snakemake.input.masks)
-    front = replace(found, dense=dense.network, states=states)
+    front = Front.published(snakemake.input.masks, snakemake.input.networks, dense.network)
     splits = read_splits(snakemake.input.images, snakemake.input.splits, dense, "train", "search", "test")
     members = snakemake.params.members
     rows = finetune_members(

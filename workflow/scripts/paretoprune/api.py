@@ -62,7 +62,8 @@ from paretoprune.stages.phase2 import refine_bits
 from paretoprune.stages.publish import publish
 from paretoprune.stages.slim import SlimSearch, find_slim_networks
 from paretoprune.structured.judging import SlimTask
-from paretoprune.structured.timing import find_latency_cost, time_members
+from paretoprune.structured.latency import LatencyCost
+from paretoprune.structured.timing import measured_table, time_members
 from paretoprune.structured.units import ChannelUnits, slim_costs
 from paretoprune.training import distilling
 
@@ -338,10 +339,12 @@ def _slim(
     calibration = train.images[order[:N_SLIM_CALIBRATION]]
     measured = []
     if source is not None:
-        latency = find_latency_cost(inspected.bare(), units, image, source.table, source.runtime, effort.seed)
-        if source.table is None and source.path is not None:
-            latency.table.save(source.path)
-        measured.append(latency)
+        table = source.table
+        if table is None:
+            table = measured_table(inspected.bare(), units, image, source.runtime, seed=effort.seed)
+            if source.path is not None:
+                table.save(source.path)
+        measured.append(LatencyCost.of_network(inspected.bare(), units, image, table))
     costs = slim_costs(cost_names, units, network, image, measured)
     task = SlimTask(network, units, search.images, search.labels, calibration)
     with _shown(effort.evaluations, progress) as show:

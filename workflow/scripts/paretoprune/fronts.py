@@ -7,7 +7,7 @@ import hashlib
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -436,6 +436,17 @@ class Front:
         if network is not None:
             front._read_networks(networks_beside(path), network)
         return front
+
+    @classmethod
+    def published(cls, masks: str | os.PathLike[str], networks: str | os.PathLike[str], dense: "nn.Module") -> "Front":
+        """Read what a step of the workflow published.
+
+        Args:
+            masks: Its `masks.npz`.
+            networks: Its `networks.safetensors`.
+            dense: The network that was pruned.
+        """
+        return replace(cls.load(masks), dense=dense, states=load_networks(networks))
 
     def _read_networks(self, path: Path, network: "nn.Module") -> None:
         """Read the networks that `save` wrote into `dense` and `states`; errors as for `load`."""

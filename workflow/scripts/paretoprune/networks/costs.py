@@ -95,6 +95,12 @@ def count_uses(network: nn.Module, image: Tensor) -> dict[str, float]:
     return uses
 
 
+def count_macs(network: nn.Module, image: Tensor) -> float:
+    """Multiply-adds of one image with all weights of layers, see `count_uses`."""
+    parameters = dict(network.named_parameters())
+    return sum(n * parameters[name].numel() for name, n in count_uses(network, image).items())
+
+
 def _uses_of_layer(
     module: nn.Module, inputs: tuple[Any, ...], options: Mapping[str, Any], output: Any
 ) -> dict[str, float]:

@@ -6,10 +6,11 @@ from torch import Tensor, nn
 
 from paretoprune.deployment.latency import LatencyTable
 from paretoprune.fronts import Front
+from paretoprune.networks.costs import count_macs
 from paretoprune.settings import LATENCY, Tabulating, Timing
 from paretoprune.stages.latency import runtime_of
-from paretoprune.structured.timing import measured_table, time_networks, warn_of_noise
-from paretoprune.structured.units import ChannelUnits, slim_costs
+from paretoprune.structured.timing import front_times, measured_table
+from paretoprune.structured.units import ChannelUnits
 
 LATENCY_COLUMNS = ("id", "macs", "predicted", "measured", "uncertainty", "spread", "milliseconds", "bytes")
 DENSE = "dense"
@@ -33,12 +34,11 @@ def make_table(network: nn.Module, units: ChannelUnits, image: Tensor, settings:
     )
 
 
-def time_rows(front: Front, units: ChannelUnits, image: Tensor, timing: Timing) -> list[dict[str, Any]]:
+def time_rows(front: Front, image: Tensor, timing: Timing) -> list[dict[str, Any]]:
     """Time the finished networks of a front in turn with the dense one, and describe each with `LATENCY_COLUMNS`.
 
     Args:
         front: With its networks.
-        units: What its masks cut.
         image: One image (1, ...), normalised.
         timing: What on, and how well.
 
@@ -50,15 +50,14 @@ def time_rows(front: Front, units: ChannelUnits, image: Tensor, timing: Timing) 
 
     Raises:
         ModuleNotFoundError: The runtime is not installed.
-        ValueError: The front has no networks, or one cannot be run by the runtime.
+        RuntimeError: The front has no networks.
+        ValueError: A network cannot be run by the runtime.
     """
-    if front.dense is None:
-        raise ValueError("expected a front with its networks, found none; give its dense network and states")
-    networks = (front.network(i) for i in range(len(front)))
-    times = time_networks(front.dense, networks, image, runtime_of(timing), **measuring_options(timing))
-    warn_of_noise(times, timing.bound)
-    (macs,) = slim_costs(["macs"], units, front.dense, image)
-    ids, every_macs = [DENSE, *range(len(front))], [1.0, *macs.of(front.masks).tolist()]
+    times = front_times(front, image, runtime_of(timing), **measuring_options(timing))
+    assert front.dense is not None  # by front_times
+    whole = count_macs(front.dense, image)
+    ids = [DENSE, *range(len(front))]
+    every_macs = [1.0, *(count_macs(front.network(i), image) / whole for i in range(len(front)))]
     known = LATENCY in front.names
     predicted = [1.0, *front.objectives[:, front.names.index(LATENCY)].tolist()] if known else [""] * len(ids)
     return [

@@ -1,7 +1,7 @@
 """Networks against the clock: the latency table of a network, what it predicts, and how long networks really take."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from paretoprune.deployment.latency import Checked, LatencyTable, prediction_error
+from paretoprune.deployment.latency import Checked, LatencyTable
 from paretoprune.deployment.measuring import measure_table
 from paretoprune.deployment.running import prepare
 from paretoprune.deployment.runtimes import Runtime
@@ -29,16 +29,12 @@ VANISHED = 0.15
 AT_ONCE = 8
 _LOGGER = logging.getLogger("paretoprune")
 
-Measure = Callable[..., Timings]
-
 
 def measure_latency(
     network: nn.Module,
     units: ChannelUnits,
     image: Tensor,
     runtime: Runtime,
-    *,
-    measure: Measure | None = None,
     **options: Any,
 ) -> LatencyTable:
     """Time every layer of a network at its possible widths, on this machine; progress is logged.
@@ -48,8 +44,7 @@ def measure_latency(
         units: What can be cut.
         image: One image (1, ...), normalised.
         runtime: What networks are run by.
-        measure: Times functions in turn; None for `deployment.timing.measure_interleaved`.
-        options: Further ones of it.
+        options: Of `deployment.timing.measure_interleaved`.
 
     Raises:
         ModuleNotFoundError: The runtime is not installed.
@@ -57,34 +52,10 @@ def measure_latency(
     """
     layers = layers_of(network, units, image)
     blocks = [layer.block for layer in layers]
-    return measure_table(blocks, runtime, dense=(network, image), measure=measure or measure_interleaved, **options)
+    return measure_table(blocks, runtime, dense=(network, image), measure=measure_interleaved, **options)
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """What a table says of random small networks, and how long they take.
-
-    Attributes:
-        masks: One of each network.
-        predicted: Relative to the whole network, after the fit; float64 (n_networks,).
-        measured: Relative to the whole network; float64 (n_networks,).
-        fitted: Which networks the table was fitted to, bool (n_networks,); the whole network is a further one.
-        table: The table after that, which knows its errors.
-    """
-
-    masks: PackedMasks
-    predicted: np.ndarray
-    measured: np.ndarray
-    fitted: np.ndarray
-    table: LatencyTable
-
-    @property
-    def errors(self) -> np.ndarray:
-        """(predicted - measured) / measured of the networks that it was not fitted to, float64 (n_checked,)."""
-        return prediction_error(self.predicted[~self.fitted], self.measured[~self.fitted])
-
-
-def prediction_on_random_networks(
+def fitted_to_random_networks(
     network: nn.Module,
     units: ChannelUnits,
     image: Tensor,
@@ -94,14 +65,12 @@ def prediction_on_random_networks(
     seed: int = 0,
     *,
     n_fitted: int = N_FITTED,
-    measure: Measure | None = None,
     **options: Any,
-) -> Prediction:
-    """Time random small networks beside the whole one, and compare with what a table says of them.
+) -> LatencyTable:
+    """Time random small networks beside the whole one, fit a table to some of them, and check it on the others.
 
     What the table has for each number that is laid out anew, and the line from its predictions to times of networks
-    (`LatencyTable.corrected`), are fitted to the first `n_fitted` of them and the whole network. Errors are those of
-    the `n` others.
+    (`LatencyTable.corrected`), are fitted to the first `n_fitted` of them and the whole network.
 
     Args:
         network: The whole network, in evaluation mode; it is left as it is.
@@ -112,8 +81,10 @@ def prediction_on_random_networks(
         n: Networks to check predictions on.
         seed: Fixes the networks.
         n_fitted: Networks to fit to, at least 3; 0 leaves the table's times as they are.
-        measure: Times functions in turn; None for `deployment.timing.measure_interleaved`.
-        options: Further ones of it.
+        options: Of `deployment.timing.measure_interleaved`.
+
+    Returns:
+        The table, which knows how it did on the `n` others (`checked`).
 
     Raises:
         ValueError: The table is of another network.
@@ -121,15 +92,14 @@ def prediction_on_random_networks(
     masks = random_networks(units, n_fitted + n, seed)
     cost = LatencyCost.of_network(network, units, image, table)
     slim = (units.slim(network, masks.unpack(i)) for i in range(len(masks)))
-    times = time_networks(network, slim, image, runtime, measure=measure, **options)
+    times = time_networks(network, slim, image, runtime, **options)
     measured, fitted = times.relative[1:], np.arange(len(masks)) < n_fitted
     if n_fitted:
         table = _fitted(cost, masks.select(np.flatnonzero(fitted)), measured[fitted])
         cost = LatencyCost(cost.sizes, cost.layers, table)
     predicted = cost.of(masks)
     others = tuple(predicted[~fitted].tolist()), tuple(measured[~fitted].tolist())
-    table = replace(table, checked=Checked(*others, uncertainty=float(times.uncertainties.max())))
-    return Prediction(masks, predicted, measured, fitted, table)
+    return replace(table, checked=Checked(*others, uncertainty=float(times.uncertainties.max())))
 
 
 def _fitted(cost: LatencyCost, masks: PackedMasks, measured: np.ndarray) -> LatencyTable:
@@ -205,8 +175,6 @@ def time_networks(
     slim: Iterable[nn.Module],
     image: Tensor,
     runtime: Runtime,
-    *,
-    measure: Measure | None = None,
     **options: Any,
 ) -> NetworkTimes:
     """Time networks in turn with the whole one; progress is logged, noise is not.
@@ -216,8 +184,7 @@ def time_networks(
         slim: Others that take the same images, at least one.
         image: One image (1, ...), normalised.
         runtime: What they are run by.
-        measure: Times functions in turn; None for `deployment.timing.measure_interleaved`.
-        options: Further ones of it.
+        options: Of `deployment.timing.measure_interleaved`.
 
     Raises:
         ModuleNotFoundError: The runtime is not installed.
@@ -234,7 +201,7 @@ def time_networks(
             telling(f"making number {len(sizes)}")
             functions.append(prepare(one, image, runtime))
             sizes.append(functions[-1].file_bytes)
-        found.append((measure or measure_interleaved)(functions, progress=telling, says_noise=False, **options))
+        found.append(measure_interleaved(functions, progress=telling, says_noise=False, **options))
 
     return NetworkTimes(
         relative=_joined([one.relative() for one in found]),
@@ -277,46 +244,37 @@ def measured_table(
     """
     _LOGGER.info("measuring a latency table of %s", type(network).__name__)
     table = measure_latency(network, units, image, runtime, **options)
-    table = prediction_on_random_networks(network, units, image, table, runtime, n_checked, seed, **options).table
+    table = fitted_to_random_networks(network, units, image, table, runtime, n_checked, seed, **options)
     table.report(_LOGGER)
     return table
 
 
-def find_latency_cost(
-    network: nn.Module,
-    units: ChannelUnits,
-    image: Tensor,
-    table: LatencyTable | None,
-    runtime: Runtime,
-    seed: int = 0,
-) -> LatencyCost:
-    """The cost from a table, which is measured and fitted to random networks where there is none.
+def front_times(front: Front, image: Tensor, runtime: Runtime, *, bound: float = BOUND, **options: Any) -> NetworkTimes:
+    """Time the finished networks of a front in turn with the dense one, and say if they are not known well enough.
 
     Args:
-        network: The whole network, in evaluation mode; it is left as it is.
-        units: What can be cut.
+        front: With its networks.
         image: One image (1, ...), normalised.
-        table: Of this network and machine; None to measure one.
         runtime: What networks are run by.
-        seed: Fixes the random networks.
+        bound: Of the uncertainty, see `deployment.timing.measure_interleaved`.
+        options: Further ones of it.
 
     Raises:
-        ValueError: The table was measured for another network, or the network cannot be run by the runtime.
+        ModuleNotFoundError: The runtime is not installed.
+        RuntimeError: The front has no networks.
+        ValueError: A network cannot be run by the runtime.
     """
-    if table is None:
-        table = measured_table(network, units, image, runtime, seed=seed)
-    return LatencyCost.of_network(network, units, image, table)
-
-
-def warn_of_noise(times: NetworkTimes, bound: float = BOUND) -> None:
-    """Say in the log that times of networks are known less well than they should be, if they are."""
+    if front.dense is None:
+        raise RuntimeError("expected a front with its networks, found none; give its dense network and states")
+    networks = (front.network(i) for i in range(len(front)))
+    times = time_networks(front.dense, networks, image, runtime, bound=bound, **options)
     if times.uncertainties.max() > bound:
         _LOGGER.warning(
             "the machine was noisy: %d of %d networks' times are known worse than to %.1f %%, the worst to %.1f %%; "
             "stop what else runs here and measure again, or allow more rounds",
-            (times.uncertainties > bound).sum(), len(times.uncertainties) - 1, 100 * bound,
-            100 * times.uncertainties.max(),
+            (times.uncertainties > bound).sum(), len(front), 100 * bound, 100 * times.uncertainties.max(),
         )  # fmt: skip
+    return times
 
 
 def time_members(front: Front, image: Tensor, runtime: Runtime) -> Front:
@@ -331,14 +289,10 @@ def time_members(front: Front, image: Tensor, runtime: Runtime) -> Front:
         The same front with `measured_latency`; without it, and with a warning, if one of the networks cannot be run, as
         a search is not to be lost for that.
     """
-    if front.dense is None:
-        raise ValueError("expected a front with its networks, found none; call pareto_prune")
-    networks = (front.network(i) for i in range(len(front)))
     _LOGGER.info("timing %d members beside the dense network", len(front))
     try:
-        times = time_networks(front.dense, networks, image, runtime)
+        times = front_times(front, image, runtime)
     except ValueError as error:
         _LOGGER.warning("the members' latencies were not measured: %s", error)
         return front
-    warn_of_noise(times)
     return replace(front, measured_latency=times.relative[1:])
