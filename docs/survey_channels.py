@@ -123,16 +123,17 @@ def survey(name: str, *, tries_all: bool) -> dict[str, Any]:
     small = units.slim(network, bits)
     row["stayed"] = "; ".join(f"{layer}: {reason}" for layer, reason in units.refused.items())
     if tries_all and (name in EXPORTED or name.startswith("timm/")):
-        row |= {key: outcome(step) for key, step in steps(network, small, units, images, bits).items()}
+        with tempfile.TemporaryDirectory() as folder:
+            tried = steps(network, small, units, images, bits, Path(folder))
+            row |= {key: outcome(step) for key, step in tried.items()}
     return row
 
 
-def steps(network: Any, small: Any, units: Any, images: Any, bits: Any) -> dict[str, Callable[[], Any]]:
+def steps(network: Any, small: Any, units: Any, images: Any, bits: Any, folder: Path) -> dict[str, Callable[[], Any]]:
     """What else has to work, each a function that raises where it does not."""
     from paretoprune.deployment.export import export_onnx, export_pt2
     from paretoprune.structured.refit import SlimRefit
 
-    folder = Path(tempfile.mkdtemp())
     widest = max(parameter[0].numel() for parameter in network.parameters() if parameter.ndim > 1)
     if widest > 10_000:
 

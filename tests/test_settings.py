@@ -134,7 +134,6 @@ def test_tables_of_names_say_what_the_registries_do() -> None:
     assert {name: score.needs for name, score in SCORES.items()} == SCORE_NEEDS
     assert tuple(ALGORITHMS) == settings.ALGORITHMS
     assert tuple(COSTS) == settings.COSTS
-    assert settings.RUNTIMES == runtimes.RUNTIMES
     assert {*settings.COSTS, *settings.CHANNEL_COSTS} == {*SLIM_COSTS, settings.LATENCY}
     assert not {*COSTS} & {*settings.CHANNEL_COSTS}
     assert REPAIR_REFITS == {"none": False, "batchnorm": False, "reconstruct": True}

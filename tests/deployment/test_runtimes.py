@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from paretoprune.deployment import measuring, runtimes
+from paretoprune.deployment import measuring
 from paretoprune.deployment.blocks import Block
 from paretoprune.deployment.latency import LatencyTable, Widths
 from paretoprune.deployment.machines import machine_of
@@ -19,6 +19,7 @@ from paretoprune.deployment.running import prepare
 from paretoprune.deployment.runtimes import Runtime
 from paretoprune.deployment.timing import Timings, measure_interleaved
 from paretoprune.networks.architectures import CifarResNet
+from paretoprune.settings import RUNTIMES
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -196,7 +197,7 @@ def test_an_onnxruntime_without_gpus_is_named(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("name", runtimes.RUNTIMES)
+@pytest.mark.parametrize("name", RUNTIMES)
 def test_a_gpu_that_is_not_there_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="expected the GPU cuda, found 0 of them; measure with device 'cpu'"):
         prepare(Residual(2), torch.randn(1, 8, 4, 4), Runtime(name, device="cuda"))

@@ -128,7 +128,6 @@ class Family:
         macs: Share of the multiply-adds in groups that can be cut, at least.
         branches: Groups that may vanish, at least.
         does: `onnx` where it is exported, `refit` where it is re-fitted.
-        parameters: Share of the parameters in such groups, at least.
     """
 
     make: Callable[[], nn.Module]
@@ -136,7 +135,6 @@ class Family:
     macs: float
     branches: int = 0
     does: tuple[str, ...] = ()
-    parameters: float = 0.9
 
 
 FAMILIES: dict[str, Family] = {
@@ -202,7 +200,7 @@ def test_most_of_a_family_can_be_cut_and_the_rest_answers_as_before(name: str, t
     units = ChannelUnits.of(network, images[:1])
     macs, parameters = shares_in_groups(network, units, images[:1])
     assert macs >= family.macs - 1e-9, units.refused
-    assert parameters >= family.parameters * family.macs, units.refused
+    assert parameters >= 0.9 * family.macs, units.refused
     assert sum(one.may_vanish for one in units.couplings) >= family.branches
     bits = some_bits(units)
     alone = without_norms_of_all(units, bits)
@@ -217,19 +215,16 @@ def test_most_of_a_family_can_be_cut_and_the_rest_answers_as_before(name: str, t
     n_parameters, n_left = (sum(one.numel() for one in each.parameters()) for each in (network, small))
     assert n_left < (1 - 0.25 * family.macs) * n_parameters
     if "refit" in family.does:
-        fitted = SlimRefit(network, units, images_of(family, 24))(bits)
-        assert bool(torch.isfinite(fitted(images)).all())
-        assert any(
-            not torch.equal(one, other)
-            for one, other in zip(fitted.state_dict().values(), small.state_dict().values(), strict=True)
-        )
+        calibration = images_of(family, 24)
+        fitted = SlimRefit(network, units, calibration)(bits)
+        with torch.no_grad():
+            assert difference(fitted(calibration), network(calibration)) < difference(
+                small(calibration), network(calibration)
+            )
     if "onnx" in family.does:
         export_onnx(small, images, tmp_path / "small.onnx")
 
 
 def test_all_of_torchvision_is_here() -> None:
-    kinds = {"resnet18": "resnet of basic blocks", "resnet34": "resnet of basic blocks"}
-    known = sorted(FAMILIES, key=len, reverse=True)
-    for name in models.list_models(module=models):
-        family = kinds.get(name) or next((kind for kind in known if name.startswith(kind)), None)
-        assert family or name.startswith("resnet"), name
+    known = "resnet", *FAMILIES
+    assert [name for name in models.list_models(module=models) if not name.startswith(known)] == []

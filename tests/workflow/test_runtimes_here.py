@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from paretoprune.deployment.runtimes import RUNTIMES
+from paretoprune.settings import RUNTIMES
 from paretoprune.workflow import runtimes
 from paretoprune.workflow.configuration import merge
 from paretoprune.workflow.runtimes import PACKAGES, unusable_runtime

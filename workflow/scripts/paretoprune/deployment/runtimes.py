@@ -5,7 +5,7 @@ Nothing here imports torch before it is asked for a GPU.
 
 from dataclasses import dataclass
 
-RUNTIMES = ("onnxruntime", "torch", "torch.compile")
+from paretoprune.settings import RUNTIMES
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def find_slim_networks(
     if not settings.may_vanish:
         task = replace(task, units=task.units.keeping_branches())
     units, trained = task.units, task.network
-    # Attention whose layers are called one by one, so that their inputs can be looked at.
+    # Attention whose last layer is called by itself, so that its inputs can be looked at.
     task = replace(task, network=with_plain_attention(copied(trained)))
     statistics = collect_statistics(task.network, WeightUnits.of(task.network), task.calibration, seed=effort.seed)
     scores = {
